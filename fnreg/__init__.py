@@ -1,0 +1,104 @@
+"""fnreg: image registration as pure functions on PyTorch.
+
+A transform is a frozen value whose methods are pure functions of (parameters, domain, points); an image is data on
+a `Grid`; a loss is a function; `register` finds parameters, for one pair or a thousand at once.
+Names are loaded when they are first used, so `import fnreg` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fnreg import data as data
+    from fnreg import io as io
+    from fnreg import optim as optim
+    from fnreg import plot as plot
+    from fnreg.grid import Grid as Grid
+    from fnreg.image import Image as Image
+    from fnreg.image import Subject as Subject
+    from fnreg.losses import functional as functional
+    from fnreg.losses.terms import Objective as Objective
+    from fnreg.losses.terms import Term as Term
+    from fnreg.losses.terms import huber as huber
+    from fnreg.losses.terms import mae as mae
+    from fnreg.losses.terms import mse as mse
+    from fnreg.losses.terms import ncc as ncc
+    from fnreg.losses.terms import term as term
+    from fnreg.optim import adam as adam
+    from fnreg.optim import chain as chain
+    from fnreg.optim import clip as clip
+    from fnreg.optim import sgd as sgd
+    from fnreg.pytree import stack as stack
+    from fnreg.registration import Event as Event
+    from fnreg.registration import Registration as Registration
+    from fnreg.registration import RegistrationError as RegistrationError
+    from fnreg.registration import Stage as Stage
+    from fnreg.registration import evaluate as evaluate
+    from fnreg.registration import register as register
+    from fnreg.solvers.base import Status as Status
+    from fnreg.solvers.base import Stop as Stop
+    from fnreg.solvers.descent import Descent as Descent
+    from fnreg.solvers.gauss_newton import GaussNewton as GaussNewton
+    from fnreg.transforms.base import Held as Held
+    from fnreg.transforms.base import Mapping as Mapping
+    from fnreg.transforms.base import Sequential as Sequential
+    from fnreg.transforms.base import Transform as Transform
+    from fnreg.transforms.base import warp as warp
+    from fnreg.transforms.linear import Affine as Affine
+    from fnreg.transforms.linear import Homogeneous as Homogeneous
+    from fnreg.transforms.linear import IsotropicScaling as IsotropicScaling
+    from fnreg.transforms.linear import Rigid as Rigid
+    from fnreg.transforms.linear import Rotation as Rotation
+    from fnreg.transforms.linear import Scaling as Scaling
+    from fnreg.transforms.linear import Shearing as Shearing
+    from fnreg.transforms.linear import Similarity as Similarity
+    from fnreg.transforms.linear import Translation as Translation
+    from fnreg.transforms.linear import decompose as decompose
+    from fnreg.transforms.linear import linear_mapping as linear_mapping
+
+_HOME = {
+    "fnreg.grid": ("Grid",),
+    "fnreg.image": ("Image", "Subject"),
+    "fnreg.losses.terms": ("Objective", "Term", "huber", "mae", "mse", "ncc", "term"),
+    "fnreg.optim": ("adam", "chain", "clip", "sgd"),
+    "fnreg.pytree": ("stack",),
+    "fnreg.registration": ("Event", "Registration", "RegistrationError", "Stage", "evaluate", "register"),
+    "fnreg.solvers.base": ("Status", "Stop"),
+    "fnreg.solvers.descent": ("Descent",),
+    "fnreg.solvers.gauss_newton": ("GaussNewton",),
+    "fnreg.transforms.base": ("Held", "Mapping", "Sequential", "Transform", "warp"),
+    "fnreg.transforms.linear": (
+        "Affine",
+        "Homogeneous",
+        "IsotropicScaling",
+        "Rigid",
+        "Rotation",
+        "Scaling",
+        "Shearing",
+        "Similarity",
+        "Translation",
+        "decompose",
+        "linear_mapping",
+    ),
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+_MODULES = {"data": "fnreg.data", "functional": "fnreg.losses.functional", "io": "fnreg.io"}
+_MODULES |= {"optim": "fnreg.optim", "plot": "fnreg.plot"}
+
+__all__ = ["__version__", *sorted(_WHERE), *sorted(_MODULES)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    raise AttributeError(f"module 'fnreg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,80 @@
+"""Separable filters, one small matrix product per axis.
+
+Every filter is a row-stochastic matrix (n_out, n_in) per axis: rows sum to one, so a constant image stays
+constant up to its borders, and weights may depend on batched values without a change of shape.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FWHM = 2 * math.sqrt(2 * math.log(2))  # full width at half maximum of a Gaussian with unit standard deviation
+
+
+def along(data: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """Apply one matrix per axis, x first, to data (C, [Z,] Y, X); None leaves an axis as it is."""
+    if len(matrices) != data.ndim - 1:
+        raise ValueError(f"{len(matrices)} matrices for data with {data.ndim - 1} spatial axes: give one per axis")
+    for k, matrix in enumerate(matrices):
+        if matrix is not None:
+            axis = data.ndim - 1 - k
+            data = (data.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)
+    return data.contiguous()
+
+
+def gaussian_matrix(n: int, sigma: Tensor) -> Tensor:
+    """Row-normalised Gaussian weights (n, n) over voxel distances; sigma (a scalar, in voxels) 0 gives I."""
+    index = torch.arange(n, dtype=sigma.dtype, device=sigma.device)
+    distance = index - index[:, None]
+    tiny = torch.finfo(sigma.dtype).tiny ** 0.5
+    weights = torch.exp(-0.5 * distance**2 / torch.clamp(sigma**2, min=tiny))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def gaussian(data: Tensor, sigma: float | Sequence[float] | Tensor) -> Tensor:
+    """Smooth data (C, [Z,] Y, X) with a Gaussian of `sigma` voxels per axis, x first.
+
+    At the borders the kernel is normalised by the part of it that lies inside, so constants are preserved.
+
+    >>> import torch
+    >>> from fnreg.filters import gaussian
+    >>> gaussian(torch.ones(1, 4), 2.0)
+    tensor([[1., 1., 1., 1.]])
+    """
+    dimension = data.ndim - 1
+    sigmas = torch.as_tensor(sigma, dtype=torch.float64, device=data.device)
+    sigmas = sigmas.expand(dimension) if sigmas.ndim == 0 else sigmas
+    if sigmas.shape[-1] != dimension:
+        raise ValueError(f"sigma has {sigmas.shape[-1]} values for data with {dimension} spatial axes")
+    return along(data, [gaussian_matrix(n, s).to(data.dtype) for n, s in zip(data.shape[:0:-1], sigmas, strict=True)])
+
+
+@functools.lru_cache(maxsize=64)
+def resize_matrix(n: int, m: int, device: torch.device) -> Tensor:
+    """From n samples to m over the same extent, (m, n) float64: smooth to the new voxel's width, then linear.
+
+    The standard deviation is that which turns a point spread of one old voxel (full width at half maximum)
+    into one of a new voxel, sqrt((n / m)^2 - 1) / 2.355 old voxels.  Cardoso et al. 2015, "Scale factor point
+    spread function matching", doi 10.1007/978-3-319-24571-3_81.
+    """
+    with torch.inference_mode(False):
+        position = ((torch.arange(m, dtype=torch.float64, device=device) + 0.5) * (n / m) - 0.5).clamp(0, n - 1)
+        linear = (1 - (position[:, None] - torch.arange(n, dtype=torch.float64, device=device)).abs()).clamp(min=0)
+        if m >= n:
+            return linear
+        sigma = torch.tensor(math.sqrt((n / m) ** 2 - 1) / FWHM, dtype=torch.float64, device=device)
+        return linear @ gaussian_matrix(n, sigma)
+
+
+def resize(data: Tensor, size: Sequence[int]) -> Tensor:
+    """Data (C, [Z,] Y, X) with `size` voxels per axis, x first, over the same extent, without aliasing."""
+    matrices = [
+        None if n == m else resize_matrix(n, m, data.device).to(data.dtype)
+        for n, m in zip(data.shape[:0:-1], size, strict=True)
+    ]
+    return along(data, matrices)

@@ -1,0 +1,1 @@
+"""Losses: equations in `functional`, terms that scale and add in `terms`."""

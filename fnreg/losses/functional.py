@@ -1,0 +1,93 @@
+"""Similarity measures as plain equations.
+
+All take `warped` and `fixed` (C, ...) of one shape and optional `weights` (1, ...) or (...), and give a scalar
+to be minimised.  With weights w, the mean over voxels is sum(w x) / sum(w); where no weight is left it is 0.
+Least-squares measures come with a function of residuals r whose squares sum to the measure.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted mean over voxels and channels: sum(w x) / sum(w) / C, and 0 without weight."""
+    if weights is None:
+        return values.mean()
+    total = weights.sum() * (values.numel() / weights.numel())
+    return (values * weights).sum() / torch.where(total > 0, total, 1)
+
+
+def mse(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean squared error, mean (warped - fixed)^2, in [0, inf).
+
+    >>> import torch
+    >>> from fnreg.losses.functional import mse
+    >>> mse(torch.zeros(1, 2), torch.ones(1, 2))
+    tensor(1.)
+    """
+    return mean((warped - fixed).square(), weights)
+
+
+def mae(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean absolute error, mean |warped - fixed|, in [0, inf); its gradient at equality is 0."""
+    return mean((warped - fixed).abs(), weights)
+
+
+def huber(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, delta: float = 0.1) -> Tensor:
+    """Huber's mean: d^2 / 2 for |d| <= delta, else delta (|d| - delta / 2).  Huber 1964, doi 10.1214/aoms/1177703732.
+
+    delta : where the square turns into a straight line, in units of intensity
+    """
+    if delta <= 0:
+        raise ValueError(f"delta is {delta}: it must be positive")
+    away = (warped - fixed).abs()
+    return mean(torch.where(away <= delta, away.square() / 2, delta * (away - delta / 2)), weights)
+
+
+def ncc(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
+    """One minus the normalised cross correlation over the image, 1 - cov / sqrt(var var), in [0, 2].
+
+    The mean over channels.  An image that does not vary correlates with nothing: its value is 1, its gradient 0.
+    Lewis 1995, "Fast normalized cross-correlation".
+    """
+    a, b, known = _standardise(warped, fixed, weights)
+    return torch.where(known, 1 - (a * b).sum(1), 1.0).mean()
+
+
+def _standardise(warped: Tensor, fixed: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (C, N) with weighted mean 0 and unit norm, weights folded in by their roots; which channels vary."""
+    channels = fixed.shape[0]
+    share = torch.ones_like(fixed[:1]) if weights is None else weights
+    share = share.reshape(1, -1)
+    share = share / torch.where(share.sum() > 0, share.sum(), 1)
+    units: list[Tensor] = []
+    varies: list[Tensor] = []
+    for image in (warped, fixed):
+        values = image.reshape(channels, -1)
+        center = (values * share).sum(1, keepdim=True)
+        moment = ((values - center).square() * share).sum(1, keepdim=True)
+        # Variance below rounding of the values themselves is no variance.
+        enough = moment > 1e-12 * center.detach().square() + torch.finfo(values.dtype).tiny
+        units.append((values - center) * (share / torch.where(enough, moment, 1)).sqrt())
+        varies.append(enough)
+    known = varies[0] & varies[1]  # (C, 1)
+    return torch.where(known, units[0], 0), torch.where(known, units[1], 0), known.squeeze(1)
+
+
+# -- residuals, for Gauss-Newton --------------------------------------------------------------------------------
+
+
+def mse_residuals(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
+    """sqrt(w / (C sum w)) (warped - fixed): squares sum to `mse`."""
+    if weights is None:
+        return (warped - fixed) * (1 / fixed.numel()) ** 0.5
+    total = weights.sum() * (fixed.numel() / weights.numel())
+    return (warped - fixed) * (weights / torch.where(total > 0, total, 1)).sqrt()
+
+
+def ncc_residuals(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Half the difference of the standardised images, (a - b) / sqrt(2 C): squares sum to `ncc` where both vary."""
+    a, b, _ = _standardise(warped, fixed, weights)
+    return (a - b) * (0.5 / fixed.shape[0]) ** 0.5

@@ -1,0 +1,114 @@
+"""The C kernels: compiled once with the machine's own compiler, kept in the user's cache, loaded by ctypes.
+
+A cold build takes some tenths of a second, a warm load none to speak of.  Where there is no compiler, or
+`FNREG_NATIVE=0` is set, `load` gives None and the callers take their plain torch path, which computes the same.
+`FNREG_CACHE` names another folder for the cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("sampling.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+SPLIT = 16384  # samples per thread below which a hand-over costs more than it gains
+
+
+def name(dtype: torch.dtype, dimension: int) -> str:
+    """The symbol of the kernel for one scalar type and dimension."""
+    return f"linear_{'float' if dtype == torch.float32 else 'double'}_{dimension}"
+
+
+def _unit() -> str:
+    """One translation unit that holds the kernel for every scalar type and dimension."""
+    lines: list[str] = []
+    for real in ("float", "double"):
+        for dimension in (1, 2, 3):
+            defines = {"REAL": real, "DIM": dimension, "NAME": f"linear_{real}_{dimension}"}
+            lines += [f"#define {key} {value}" for key, value in defines.items()]
+            lines += [SOURCE.read_text(encoding="utf-8")]
+            lines += [f"#undef {key}" for key in defines]
+    return "\n".join(lines)
+
+
+def _machine() -> str:
+    """What -march=native depends on: code built for one processor must not run on another."""
+    told = [platform.machine(), platform.system(), sys.version.split()[0]]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        told += [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2]
+    else:
+        told.append(platform.processor())
+    return "\n".join(told)
+
+
+def _folder() -> Path:
+    chosen = os.environ.get("FNREG_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    folder = Path(chosen) if chosen else Path.home() / ".cache"
+    return folder / "fnreg"
+
+
+def _build(target: Path, compiler: str, unit: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        source, built = Path(scratch) / "kernels.c", Path(scratch) / "kernels.so"
+        source.write_text(unit, encoding="utf-8")
+        command = [compiler, *FLAGS, str(source), "-o", str(built), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        built.replace(target)  # atomic: two processes may build at once
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be had."""
+    if os.environ.get("FNREG_NATIVE", "1") == "0":
+        return None
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    try:
+        unit = _unit()
+        told = "\n".join((unit, *FLAGS, _machine(), compiler or ""))
+        target = _folder() / f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:20]}.so"
+        if not target.exists():
+            if compiler is None:
+                return None
+            _build(target, compiler, unit)
+        elif hasattr(os, "getuid") and target.stat().st_uid not in (os.getuid(), 0):
+            return None  # somebody else's file in a shared cache is not run
+        return ctypes.CDLL(str(target))
+    except (OSError, RuntimeError, subprocess.SubprocessError):
+        return None
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="fnreg")
+
+
+def parallel(call: Callable[[int, int], object], samples: int) -> None:
+    """Run `call(begin, end)` over [0, samples) in as many threads as torch uses; ctypes releases the lock."""
+    threads = max(1, min(torch.get_num_threads(), samples // SPLIT))
+    bounds = [samples * t // threads for t in range(threads + 1)]
+    if threads == 1:
+        call(0, samples)
+        return
+    waiting = [
+        _pool(torch.get_num_threads(), os.getpid()).submit(call, a, b)
+        for a, b in zip(bounds[1:-1], bounds[2:], strict=True)
+    ]
+    call(bounds[0], bounds[1])
+    for future in waiting:
+        future.result()

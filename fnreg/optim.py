@@ -1,0 +1,249 @@
+"""Optimizers as frozen specs: pure functions of (gradient, state), batched along the leading axis.
+
+A spec's `init(step)` gives a state and `update(gradient, state, progress)` the change of the step and the next
+state.  The gradient has a leading batch axis; `progress` in [0, 1) is how far the level has run.  `adam`, `sgd`
+and the like are torchopt's; `pure=True` takes fnreg's own few lines of the same formulas, which also work under
+an outer `vmap` or `grad`.  Any torchopt `GradientTransformation` is an optimizer as well.
+
+Learning rates are in voxels of the level; a tensor (B,) is one rate per pair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fnreg.pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+Rate = float | Tensor
+
+
+class Optimizer(Protocol):
+    """What a solver asks of an optimizer."""
+
+    def init(self, step: Any) -> Any:
+        """The state at the start; `step` has the leading batch axis."""
+        ...
+
+    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+        """The change of the step, and the next state."""
+        ...
+
+
+def _scale(step: Any, factor: Rate) -> Any:
+    """Multiply by a number, or by one per pair."""
+    if isinstance(factor, Tensor) and factor.ndim:
+        return tree_map(lambda leaf: leaf * factor.to(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)), step)
+    return tree_map(lambda leaf: leaf * factor, step)
+
+
+def _per_pair(values: Tensor, leaf: Tensor) -> Tensor:
+    return values.reshape(-1, *(1,) * (leaf.ndim - 1))
+
+
+class _TorchoptState(NamedTuple):
+    inner: Any
+
+
+def _torchopt(factory: str, **options: Any) -> Any:
+    import torchopt
+
+    return getattr(torchopt, factory)(**options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam:
+    """Adam with bias correction.  Kingma and Ba 2015, arXiv 1412.6980.
+
+        m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+        step = -lr m / (1 - b1^k) / (sqrt(v / (1 - b2^k)) + eps)
+
+    lr : voxels; a tensor (B,) for one rate per pair
+    decay : the rate falls exponentially to `decay * lr` over the level
+    eps : 1e-12, so small that the scale of the images does not matter
+    pure : fnreg's own lines instead of torchopt's
+    """
+
+    lr: Rate = 0.3
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-12
+    decay: float = 0.1
+    pure: bool = False
+
+    def __post_init__(self) -> None:
+        _positive("lr", self.lr)
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 < self.decay <= 1 and self.eps >= 0):
+            raise ValueError(f"{self!r}: expected b1 and b2 in [0, 1), decay in (0, 1] and eps >= 0")
+
+    def _inner(self) -> Any:
+        return _torchopt("adam", lr=1.0, betas=(self.b1, self.b2), eps=self.eps)
+
+    def init(self, step: Any) -> Any:
+        leaves, _ = tree_flatten(step)
+        if not self.pure:
+            return _TorchoptState(self._inner().init(leaves))
+        zero = [torch.zeros_like(leaf) for leaf in leaves]
+        count = torch.zeros(leaves[0].shape[0], dtype=leaves[0].dtype, device=leaves[0].device)
+        return (zero, zero, count)
+
+    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+        leaves, spec = tree_flatten(gradient)
+        if self.pure:
+            m, v, count = state
+            count = count + 1
+            m = [self.b1 * a + (1 - self.b1) * g for a, g in zip(m, leaves, strict=True)]
+            v = [self.b2 * a + (1 - self.b2) * g * g for a, g in zip(v, leaves, strict=True)]
+            # 1e-30 under the root keeps the derivative finite where a gradient has always been zero.
+            steps = [
+                -(a / (1 - self.b1 ** _per_pair(count, a)))
+                / ((b / (1 - self.b2 ** _per_pair(count, b)) + 1e-30).sqrt() + self.eps)
+                for a, b in zip(m, v, strict=True)
+            ]
+            state = (m, v, count)
+        else:
+            steps, inner = self._inner().update(leaves, state.inner, inplace=False)
+            state = _TorchoptState(inner)
+        return _scale(tree_unflatten(steps, spec), self.lr * self.decay**progress), state
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD:
+    """Gradient descent with optional momentum: v <- momentum v + g, step = -lr v; the rate decays as in `Adam`.
+
+    The step scales with the gradient, so the rate depends on the images' intensities.
+    """
+
+    lr: Rate = 1.0
+    momentum: float = 0.0
+    decay: float = 1.0
+    pure: bool = False
+
+    def __post_init__(self) -> None:
+        _positive("lr", self.lr)
+        if not (0 <= self.momentum < 1 and 0 < self.decay <= 1):
+            raise ValueError(f"{self!r}: expected momentum in [0, 1) and decay in (0, 1]")
+
+    def _inner(self) -> Any:
+        return _torchopt("sgd", lr=1.0, momentum=self.momentum)
+
+    def init(self, step: Any) -> Any:
+        leaves, _ = tree_flatten(step)
+        return [torch.zeros_like(leaf) for leaf in leaves] if self.pure else _TorchoptState(self._inner().init(leaves))
+
+    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+        leaves, spec = tree_flatten(gradient)
+        if self.pure:
+            state = [self.momentum * v + g for v, g in zip(state, leaves, strict=True)]
+            steps = [-v for v in state]
+        else:
+            steps, inner = self._inner().update(leaves, state.inner, inplace=False)
+            state = _TorchoptState(inner)
+        return _scale(tree_unflatten(steps, spec), self.lr * self.decay**progress), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Torchopt:
+    """Any torchopt optimizer by name with its options: `Torchopt("rmsprop", (("lr", 0.1),))`.
+
+    The optimizers of torchopt that take `params` (weight decay) are refused by it: a step has none.
+    """
+
+    factory: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        import torchopt
+
+        if not callable(getattr(torchopt, self.factory, None)):
+            raise ValueError(f"torchopt has no optimizer {self.factory!r}: try adam, sgd, rmsprop, adagrad or radam")
+
+    def _inner(self) -> Any:
+        return _torchopt(self.factory, **dict(self.options))
+
+    def init(self, step: Any) -> Any:
+        return _TorchoptState(self._inner().init(tree_flatten(step)[0]))
+
+    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+        leaves, spec = tree_flatten(gradient)
+        steps, inner = self._inner().update(leaves, state.inner, inplace=False)
+        return tree_unflatten(steps, spec), _TorchoptState(inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """A torchopt GradientTransformation as it was given."""
+
+    inner: Any
+
+    def init(self, step: Any) -> Any:
+        return _TorchoptState(self.inner.init(tree_flatten(step)[0]))
+
+    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+        leaves, spec = tree_flatten(gradient)
+        steps, inner = self.inner.update(leaves, state.inner, inplace=False)
+        return tree_unflatten(steps, spec), _TorchoptState(inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Shrink each pair's gradient to at most `norm`: g min(1, norm / |g|), over all leaves of the pair jointly."""
+
+    norm: float
+
+    def __post_init__(self) -> None:
+        _positive("norm", self.norm)
+
+    def init(self, step: Any) -> Any:
+        return ()
+
+    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+        squares = sum(leaf.square().flatten(1).sum(1) for leaf in tree_leaves(gradient))
+        size = torch.as_tensor(squares).sqrt()
+        return _scale(gradient, self.norm / size.clamp(min=self.norm)), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Optimizers one after another: each sees what the one before made of the gradient."""
+
+    parts: tuple[Any, ...]
+
+    def init(self, step: Any) -> Any:
+        return tuple(part.init(step) for part in self.parts)
+
+    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+        states: list[Any] = []
+        for part, inner in zip(self.parts, state, strict=True):
+            gradient, inner = part.update(gradient, inner, progress)
+            states.append(inner)
+        return gradient, tuple(states)
+
+
+adam = Adam
+sgd = SGD
+clip = Clip
+
+
+def chain(*parts: Any) -> Chain:
+    """`chain(clip(1.0), adam(0.3))`: optimizers one after another."""
+    return Chain(tuple(as_optimizer(part) for part in parts))
+
+
+def as_optimizer(value: Any) -> Optimizer:
+    """An optimizer of this module, or a torchopt GradientTransformation."""
+    if isinstance(value, (Adam, SGD, Torchopt, Clip, Chain, _Given)):
+        return value
+    if hasattr(value, "init") and hasattr(value, "update"):
+        return _Given(value)
+    raise TypeError(
+        f"optimizer is {type(value).__name__}: expected one of fnreg.optim, such as adam(0.3), or a torchopt one"
+    )
+
+
+def _positive(name: str, value: Rate) -> None:
+    if not isinstance(value, Tensor) and not value > 0:
+        raise ValueError(f"{name} is {value}: it must be positive")

@@ -1,0 +1,225 @@
+"""One level of a registration: what a pair is, its energy, and the derivatives that solvers ask for.
+
+The functions named `_pair_...` are written for one pair; `Level` maps them over the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, jacfwd, jvp, vmap
+
+from fnreg.grid import Grid, apply_matrix, index_points
+from fnreg.image import Image
+from fnreg.losses.terms import Objective
+from fnreg.pytree import (
+    Axes,
+    batch_axes,
+    pytree_dataclass,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_take,
+    tree_unflatten,
+    tree_vmap,
+)
+from fnreg.sampling import Padding, sample
+from fnreg.transforms.base import Mapping, Transform, single
+
+
+@pytree_dataclass
+class Pair:
+    """What belongs to one pair at one level."""
+
+    fixed: Image
+    moving: Image
+    objective: Objective
+    from_fixed: Tensor  # (D + 1, D + 1) voxel index of the fixed grid to world
+    fixed_mask: Tensor | None = None  # (1, [Z,] Y, X)
+    moving_mask: Tensor | None = None
+    then: Mapping | None = None  # acts after the optimised map
+    to_moving: Tensor | None = None  # (D + 1, D + 1) world, before `then` where that is linear, to moving index
+
+    @property
+    def domain(self) -> Grid:
+        """The fixed grid of this level."""
+        return self.fixed.grid
+
+    def ranks(self) -> Pair:
+        """The rank that each leaf has for one pair."""
+        rank = self.fixed.grid.ndim + 1
+        parts: list[Any] = [self.fixed.ranks(), self.moving.ranks(), self.objective.ranks(), 2]
+        parts += [rank] * ((self.fixed_mask is not None) + (self.moving_mask is not None))
+        parts += [] if self.then is None else [self.then.ranks()]
+        parts += [] if self.to_moving is None else [2]
+        return tree_unflatten(tree_flatten(parts)[0], tree_flatten(self)[1])
+
+
+def _pair_coords(transform: Transform, params: Any, pair: Pair) -> Tensor:
+    """Voxel indices (D, N) in the moving image of what the fixed voxels map to."""
+    dtype, grid = pair.fixed.data.dtype, pair.domain
+    matrix = transform.matrix(params, grid)
+    if matrix is not None and pair.to_moving is not None:
+        whole = pair.to_moving @ matrix @ pair.from_fixed
+        return whole[:-1].to(dtype) @ index_points(grid.size, dtype, whole.device)
+    points = transform.points(params, grid, grid.points())
+    if pair.to_moving is not None:
+        return apply_matrix(pair.to_moving, points).mT.to(dtype)
+    assert pair.then is not None
+    points = pair.then.transform.points(pair.then.params, pair.then.domain, points)
+    return apply_matrix(pair.moving.grid.matrix("world", "index"), points).mT.to(dtype)
+
+
+def _pair_weights(inside: Tensor, coords: Tensor, pair: Pair, padding: Padding | None) -> Tensor | None:
+    """Weights (1, N); None where every voxel counts."""
+    weights = None if padding is not None else inside.unsqueeze(0)
+    if pair.fixed_mask is not None:
+        mask = pair.fixed_mask.flatten(1)
+        weights = mask if weights is None else weights * mask
+    if pair.moving_mask is not None:
+        mask = sample(pair.moving_mask, coords, padding="zeros").value
+        weights = mask if weights is None else weights * mask
+    return weights
+
+
+def _pair_found(
+    transform: Transform, params: Any, pair: Pair, warped: Tensor, weights: Tensor | None, needs: frozenset[str]
+) -> dict[str, Any]:
+    """What terms may ask for, by name."""
+    grid = pair.domain
+    found: dict[str, Any] = {
+        "warped": warped.reshape(pair.fixed.data.shape),
+        "fixed": pair.fixed.data,
+        "weights": None if weights is None else weights.reshape(1, *grid.shape),
+        "params": params,
+        "transform": transform,
+        "domain": grid,
+    }
+    if "displacement" in needs:
+        found["displacement"] = transform.displacement(params, grid)
+    return found
+
+
+def _pair_energy(
+    transform: Transform, padding: Padding | None, params: Any, pair: Pair
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective's value and each term's."""
+    coords = _pair_coords(transform, params, pair)
+    seen = sample(pair.moving.data, coords, padding="border" if padding is None else padding)
+    weights = _pair_weights(seen.inside, coords, pair, padding)
+    return pair.objective.value(_pair_found(transform, params, pair, seen.value, weights, pair.objective.needs))
+
+
+def _pair_gradient(transform: Transform, padding: Padding | None, params: Any, pair: Pair) -> tuple[Any, Tensor]:
+    """Gradient by the step at zero, and the value."""
+
+    def energy(step: Any) -> Tensor:
+        return _pair_energy(transform, padding, transform.perturb(params, step, pair.domain), pair)[0]
+
+    gradient, value = grad_and_value(energy)(transform.zero_step(pair.domain))
+    return transform.precondition(gradient, pair.domain), value
+
+
+def _pair_normal_equations(
+    transform: Transform, padding: Padding | None, params: Any, pair: Pair
+) -> tuple[Tensor, Tensor, Tensor]:
+    """|r|^2, J^T r (P,) and J^T J (P, P), by the chain rule through coordinates, image and residuals.
+
+    Weights count as constants: that is the Gauss-Newton approximation.
+    """
+
+    def coords_of(step: Any) -> tuple[Tensor, Tensor]:
+        coords = _pair_coords(transform, transform.perturb(params, step, pair.domain), pair)
+        return coords, coords
+
+    zero = transform.zero_step(pair.domain)
+    slopes, coords = jacfwd(coords_of, has_aux=True)(zero)
+    by_step = torch.cat([leaf.flatten(2) for leaf in tree_leaves(slopes)], 2)  # (D, N, P)
+    seen = sample(pair.moving.data, coords, padding="border" if padding is None else padding)
+    weights = _pair_weights(seen.inside, coords, pair, padding)
+    needs = pair.objective.needs
+
+    def residuals_of(warped: Tensor) -> Tensor:
+        return pair.objective.residuals(_pair_found(transform, params, pair, warped, weights, needs))
+
+    tangents = torch.stack(  # (P, C, N)
+        [(seen.gradient * by_step[..., p]).sum(1) for p in range(by_step.shape[-1])]
+    )
+    residuals = residuals_of(seen.value)
+    jacobian = vmap(lambda tangent: jvp(residuals_of, (seen.value,), (tangent,))[1])(tangents)  # (P, R)
+    value = (residuals * residuals).sum().to(torch.float64)
+    return value, (jacobian @ residuals).to(torch.float64), (jacobian @ jacobian.mT).to(torch.float64)
+
+
+def _pair_overlap(transform: Transform, padding: Padding | None, params: Any, pair: Pair) -> Tensor:
+    """Sum of the weights over the number of voxels."""
+    coords = _pair_coords(transform, params, pair)
+    seen = sample(pair.moving.data[:1], coords, padding="border")
+    weights = _pair_weights(seen.inside, coords, pair, padding)
+    return torch.ones((), dtype=coords.dtype, device=coords.device) if weights is None else weights.mean()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Level:
+    """A batch of pairs at one level: `solvers.base.Problem`.
+
+    axes : per leaf of `pairs`, 0 where it has a batch axis and None where it is shared
+    """
+
+    transform: Transform
+    pairs: Pair
+    axes: Axes
+    size: int
+    padding: Padding | None = None
+
+    def _over(self, function: Callable[..., Any], *batched: Any) -> Any:
+        bound = functools.partial(function, self.transform, self.padding)
+        return tree_vmap(bound, (*(None for _ in batched), self.axes), *batched, self.pairs)
+
+    @property
+    def _domain_axes(self) -> Axes:
+        return batch_axes("domain", self.pairs.domain, self.pairs.domain.ranks())[0]
+
+    def take(self, index: Tensor) -> Level:
+        """The same for some of the pairs, or for some of them several times."""
+        pairs = tree_take(self.pairs, index, self.axes)
+        return dataclasses.replace(self, pairs=pairs, size=int(index.shape[0]))
+
+    def zero_step(self) -> Any:
+        """The step of no change, (B, ...)."""
+        zero = self.transform.zero_step(single(self.pairs.domain))
+        return tree_map(lambda leaf: leaf.expand(self.size, *leaf.shape), zero)
+
+    def value(self, params: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Value (B,) and each term's."""
+        return self._over(_pair_energy, params)
+
+    def gradient(self, params: Any) -> tuple[Any, Tensor]:
+        """Gradient by the step, and the value (B,)."""
+        return self._over(_pair_gradient, params)
+
+    def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Value (B,), J^T r (B, P) and J^T J (B, P, P)."""
+        return self._over(_pair_normal_equations, params)
+
+    def overlap(self, params: Any) -> Tensor:
+        """Share of the fixed voxels that count (B,)."""
+        return self._over(_pair_overlap, params)
+
+    def retract(self, params: Any, step: Any) -> Any:
+        """Parameters after a step."""
+
+        def one(before: Any, change: Any, domain: Grid) -> Any:
+            return self.transform.project(self.transform.retract(before, change, domain), domain)
+
+        return tree_vmap(one, (None, None, self._domain_axes), params, step, self.pairs.domain)
+
+    def refine(self, params: Any, finer: Level) -> Any:
+        """The parameters over the domain of a finer level."""
+        domains = self.pairs.domain, finer.pairs.domain
+        return tree_vmap(self.transform.refine, (None, self._domain_axes, finer._domain_axes), params, *domains)

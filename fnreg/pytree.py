@@ -1,0 +1,206 @@
+"""Values with tensor leaves: pytree dataclasses, maps over them, and the rank rule.
+
+This is the only module that touches private names of torch.  A pytree dataclass is frozen; its fields are
+tensors (or pytrees of tensors) unless marked `static()`.  Static fields must be hashable and comparable:
+they are part of the tree's structure, so two values with different static fields never share a batch.
+An optional field that is None is no leaf at all.
+
+The rank rule: the rank of every leaf of one pair is known; a leaf with one rank more carries a leading
+batch axis.  `batch_axes` reads this off and gives the `in_dims` of `torch.func.vmap`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as _torch_pytree
+
+T = TypeVar("T")
+Axes = tuple[int | None, ...]  # per leaf: 0 for a leading batch axis, None for a shared leaf
+
+tree_flatten = _torch_pytree.tree_flatten
+tree_unflatten = _torch_pytree.tree_unflatten
+
+
+def static(**options: Any) -> Any:
+    """A dataclass field that belongs to the structure of the tree, not to its leaves."""
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static))
+def pytree_dataclass(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen dataclass and register it for torch's pytree functions.
+
+    Unflattening does not run `__init__`: transformed leaves (batched, traced, plain numbers) pass unchecked.
+    """
+    made = dataclasses.dataclass(frozen=True, eq=False, repr="__repr__" not in cls.__dict__)(cls)
+    fields = dataclasses.fields(made)  # type: ignore[arg-type]
+    statics = tuple(f.name for f in fields if f.metadata.get("static"))
+    dynamics = tuple(f.name for f in fields if not f.metadata.get("static"))
+
+    def flatten(value: Any) -> tuple[list[Any], Any]:
+        present = tuple(name for name in dynamics if getattr(value, name) is not None)
+        return [getattr(value, name) for name in present], (present, tuple(getattr(value, n) for n in statics))
+
+    def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
+        leaves, context = flatten(value)
+        keyed = [(_torch_pytree.GetAttrKey(n), leaf) for n, leaf in zip(context[0], leaves, strict=True)]
+        return keyed, context
+
+    def unflatten(leaves: Any, context: Any) -> Any:
+        value = object.__new__(made)
+        for name in dynamics:
+            object.__setattr__(value, name, None)
+        for name, item in (*zip(context[0], leaves, strict=True), *zip(statics, context[1], strict=True)):
+            object.__setattr__(value, name, item)
+        return value
+
+    _torch_pytree.register_pytree_node(
+        made,
+        flatten,
+        unflatten,
+        serialized_type_name=f"{made.__module__}.{made.__qualname__}",
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+    return made
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves that are not None, in order."""
+    return [leaf for leaf in tree_flatten(tree)[0] if leaf is not None]
+
+
+def tree_map(function: Callable[..., Any], tree: T, *others: Any) -> T:
+    """Apply `function` to the leaves of trees of one structure; None stays None."""
+
+    def apply(leaf: Any, *rest: Any) -> Any:
+        return None if leaf is None else function(leaf, *rest)
+
+    return _torch_pytree.tree_map(apply, tree, *others)  # type: ignore[no-any-return]
+
+
+def tree_where(mask: Tensor, yes: T, no: T) -> T:
+    """Per item of the leading axis: the leaves of `yes` where `mask` (B,) holds, else those of `no`."""
+    return tree_map(lambda a, b: torch.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, b), yes, no)
+
+
+def tree_take(tree: T, index: Any, axes: Axes | None = None) -> T:
+    """Index the leading axis of all leaves, or of those whose entry in `axes` is 0; shared leaves are kept."""
+    leaves, spec = tree_flatten(tree)
+    which = (0,) * len(leaves) if axes is None else axes
+    taken = [leaf if axis is None or leaf is None else leaf[index] for leaf, axis in zip(leaves, which, strict=True)]
+    return tree_unflatten(taken, spec)
+
+
+def tree_detach(tree: T) -> T:
+    """The same values without their history."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def tree_paths(tree: Any) -> list[str]:
+    """A readable name for each leaf, such as `grid.spacing`."""
+    keyed = _torch_pytree.tree_flatten_with_path(tree)[0]
+    return [_torch_pytree.keystr(path).lstrip(".") for path, _ in keyed]
+
+
+def same_structure(a: Any, b: Any) -> bool:
+    """Whether two trees have one structure and leaves of one shape."""
+    leaves_a, spec_a = tree_flatten(a)
+    leaves_b, spec_b = tree_flatten(b)
+    return spec_a == spec_b and all(x.shape == y.shape for x, y in zip(leaves_a, leaves_b, strict=True))
+
+
+def batch_axes(name: str, tree: T, ranks: T) -> tuple[Axes, dict[str, int]]:
+    """Read a batch off the ranks of the leaves.
+
+    name : what the tree is called in errors
+    tree : the leaves
+    ranks : the same structure with the rank that each leaf has for one pair
+
+    Returns, per leaf, 0 where it has a leading batch axis and None where it is shared, and the sizes of the batch
+    axes by leaf name.  Raises ValueError where a rank is neither.
+    """
+    leaves = tree_flatten(tree)[0]
+    axes: list[int | None] = []
+    sizes: dict[str, int] = {}
+    for path, leaf, rank in zip(tree_paths(tree), leaves, tree_flatten(ranks)[0], strict=True):
+        batched = isinstance(leaf, Tensor) and leaf.ndim == rank + 1
+        if isinstance(leaf, Tensor) and not batched and leaf.ndim != rank:
+            raise ValueError(
+                f"{name}.{path} has shape {tuple(leaf.shape)}: expected {rank} axes for one pair, "
+                f"or {rank + 1} with a leading batch axis"
+            )
+        axes.append(0 if batched else None)
+        if batched:
+            sizes[f"{name}.{path}" if path else name] = int(leaf.shape[0])
+    return tuple(axes), sizes
+
+
+def batch_size(sizes: dict[str, int]) -> int | None:
+    """The one size of all batch axes; None without any.  Raises ValueError where they differ."""
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise ValueError(f"leading batch axes differ ({told}): give every batched leaf the same length")
+    return next(iter(sizes.values()), None)
+
+
+def over_batch(function: Callable[..., Any], **arguments: tuple[Any, Any]) -> Any:
+    """Call `function` on trees by the rank rule: directly for one pair, under vmap where a leaf has a batch axis.
+
+    arguments : name = (tree, ranks); positional for `function` in this order, the names appear in errors
+    """
+    axes: list[Axes] = []
+    sizes: dict[str, int] = {}
+    for name, (tree, ranks) in arguments.items():
+        found, more = batch_axes(name, tree, ranks)
+        axes.append(found)
+        sizes |= more
+    trees = [tree for tree, _ in arguments.values()]
+    return function(*trees) if batch_size(sizes) is None else tree_vmap(function, axes, *trees)
+
+
+def tree_vmap(function: Callable[..., Any], axes: Sequence[Axes | None], *trees: Any) -> Any:
+    """`torch.func.vmap` over trees with the axes of each, as `batch_axes` gives them; None means all leaves batched."""
+    flat = [tree_flatten(tree) for tree in trees]
+    counts = [len(leaves) for leaves, _ in flat]
+    dims = [(0,) * n if a is None else a for a, n in zip(axes, counts, strict=True)]
+
+    def on_leaves(*leaves: Any) -> Any:
+        rest = iter(leaves)
+        parts = [tree_unflatten([next(rest) for _ in range(n)], spec) for n, (_, spec) in zip(counts, flat, strict=True)]
+        return function(*parts)
+
+    return torch.func.vmap(on_leaves, in_dims=tuple(sum(dims, ())))(*(leaf for leaves, _ in flat for leaf in leaves))
+
+
+def stack(items: Sequence[T]) -> T:
+    """Stack trees of one structure along a new leading axis, leaf by leaf."""
+    if not items:
+        raise ValueError("nothing to stack: give at least one item")
+    spec = tree_flatten(items[0])[1]
+    for number, item in enumerate(items):
+        if tree_flatten(item)[1] != spec:
+            raise ValueError(f"item {number} differs from item 0 in structure (grid size, channels or optional fields)")
+    return tree_map(lambda *leaves: torch.stack(leaves), items[0], *items[1:])
+
+
+def is_concrete(tensor: Tensor) -> bool:
+    """Whether the values can be looked at, which is not so inside vmap."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)
+    return not tensor.is_meta
+
+
+def is_transformed(*trees: Any) -> bool:
+    """Whether a leaf is inside a torch.func transform, or asks for a gradient."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    return any(
+        isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves(trees)
+    )

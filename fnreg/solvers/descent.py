@@ -1,0 +1,45 @@
+"""First-order solver: gradients of the step, updates by an optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from fnreg.optim import Adam, Optimizer, as_optimizer
+from fnreg.pytree import tree_map
+from fnreg.solvers.base import Taken, check_step, largest
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """s <- optimizer(gradient of energy(perturb(params, s)) at s = 0), params <- retract(params, s).
+
+    optimizer : of `fnreg.optim`, or a torchopt GradientTransformation; it sees steps only
+    limit : no entry of a step exceeds this many voxels; None does not limit
+    """
+
+    optimizer: Any = dataclasses.field(default_factory=Adam)
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "optimizer", as_optimizer(self.optimizer))
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"limit is {self.limit}: it must be positive")
+
+    def init(self, problem: Any, params: Any) -> Any:
+        """The optimizer's state."""
+        optimizer: Optimizer = self.optimizer
+        return optimizer.init(problem.zero_step())
+
+    def step(self, problem: Any, params: Any, carry: Any, progress: float) -> Taken:
+        """One update of every pair; the value is that before it."""
+        optimizer: Optimizer = self.optimizer
+        gradient, value = problem.gradient(params)
+        step, carry = optimizer.update(gradient, carry, progress)
+        check_step(gradient, step, type(optimizer).__name__)
+        if self.limit is not None:
+            step = tree_map(lambda leaf: leaf.clamp(-self.limit, self.limit), step)  # type: ignore[operator]
+        moved = largest(step)
+        return Taken(problem.retract(params, step), carry, value, moved, torch.zeros_like(moved, dtype=torch.bool))

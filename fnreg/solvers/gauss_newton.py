@@ -1,0 +1,69 @@
+"""Second-order solver for least-squares terms: Levenberg-Marquardt with a damping per pair."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fnreg.pytree import tree_flatten, tree_unflatten, tree_where
+from fnreg.solvers.base import Taken, largest
+
+
+class _Carry(NamedTuple):
+    damping: Tensor  # (B,)
+    value: Tensor  # (B,) |r|^2
+    slope: Tensor  # (B, P) J^T r
+    normal: Tensor  # (B, P, P) J^T J
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton:
+    """(J^T J + damping diag(J^T J)) s = -J^T r; a step that does not lower |r|^2 is undone and damped more.
+
+    J is the derivative of the residuals by the step.  Marquardt 1963, doi 10.1137/0111030.
+
+    damping : at the start; factor : by which it falls after a step that helped and rises after one that did not;
+    limit : voxels; a longer step is shortened
+    """
+
+    damping: float = 1e-3
+    factor: float = 10.0
+    limit: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not (self.damping > 0 and self.factor > 1 and self.limit > 0):
+            raise ValueError(f"{self!r}: expected damping > 0, factor > 1 and limit > 0")
+
+    def init(self, problem: Any, params: Any) -> _Carry:
+        """The normal equations where the level starts."""
+        value, slope, normal = problem.normal_equations(params)
+        return _Carry(torch.full_like(value, self.damping), value, slope, normal)
+
+    def step(self, problem: Any, params: Any, carry: _Carry, progress: float) -> Taken:
+        """One trial step of every pair; the value is that after it."""
+        diagonal = torch.diagonal(carry.normal, dim1=-2, dim2=-1)
+        # A parameter without influence has a zero row: a floor leaves it where it is.
+        floor = diagonal.amax(-1, keepdim=True).clamp(min=torch.finfo(diagonal.dtype).tiny) * 1e-12
+        damped = carry.normal + torch.diag_embed(carry.damping[:, None] * diagonal + floor)
+        flat = -torch.linalg.solve_ex(damped, carry.slope.unsqueeze(-1)).result.squeeze(-1)  # (B, P)
+        size = flat.abs().amax(-1, keepdim=True)
+        flat = flat * (self.limit / size.clamp(min=self.limit))
+        step = _split(flat, problem.zero_step())
+        trial = problem.retract(params, step)
+        value, slope, normal = problem.normal_equations(trial)
+        better = value <= carry.value
+        damping = torch.where(better, carry.damping / self.factor, carry.damping * self.factor).clamp(1e-12, 1e12)
+        fresh = _Carry(damping, value, slope, normal)
+        kept = tree_where(better, fresh, carry._replace(damping=damping))
+        moved = torch.where(better, largest(step), torch.inf)
+        return Taken(tree_where(better, trial, params), kept, kept.value, moved, damping >= 1e8)
+
+
+def _split(flat: Tensor, zero: Any) -> Any:
+    """A step from its entries side by side (B, P)."""
+    leaves, spec = tree_flatten(zero)
+    parts = flat.split([leaf[0].numel() for leaf in leaves], dim=1)
+    return tree_unflatten([p.reshape(leaf.shape).to(leaf.dtype) for p, leaf in zip(parts, leaves, strict=True)], spec)

@@ -1,0 +1,376 @@
+"""Transforms, mappings and warping.
+
+A transform is a frozen value of hyper-parameters with pure methods of (params, domain, ...); it maps world
+points of the fixed image to world points of the moving image.  A `Mapping` is a transform closed over its
+parameters and domain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fnreg.grid import Grid, apply_matrix, index_points
+from fnreg.image import Image
+from fnreg.pytree import (
+    over_batch,
+    pytree_dataclass,
+    static,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+)
+from fnreg.sampling import Mode, Padding, interpolate
+
+Params = Any
+Step = Any
+Domain = Any  # a Grid; for Sequential also a tuple with the domain of each part
+
+
+class Transform:
+    """What every transform offers.  Subclasses are frozen dataclasses without tensors.
+
+    A step is a pytree that is zero at no change; one unit moves points by about one voxel along the domain's own
+    axes, so one learning rate serves all parameters.
+    """
+
+    types: ClassVar[dict[str, type[Transform]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Transform.types[cls.__name__] = cls
+
+    def init(self, domain: Domain) -> Params:
+        """Parameters of the identity."""
+        raise NotImplementedError
+
+    def zero_step(self, domain: Domain) -> Step:
+        """The step of no change."""
+        return tree_map(torch.zeros_like, self.init(domain))
+
+    def retract(self, params: Params, step: Step, domain: Domain) -> Params:
+        """Parameters after a step; `retract(p, 0) = p`."""
+        raise NotImplementedError
+
+    def perturb(self, params: Params, step: Step, domain: Domain) -> Params:
+        """What the gradient goes through: `retract` unless there is something cheaper with the same derivative."""
+        return self.retract(params, step, domain)
+
+    def precondition(self, gradient: Step, domain: Domain) -> Step:
+        """The gradient as the optimizer sees it."""
+        return gradient
+
+    def project(self, params: Params, domain: Domain) -> Params:
+        """Parameters made admissible after a step."""
+        return params
+
+    def points(self, params: Params, domain: Domain, points: Tensor) -> Tensor:
+        """World points (N, D) to world points (N, D)."""
+        raise NotImplementedError
+
+    def displacement(self, params: Params, domain: Domain, grid: Grid | None = None) -> Tensor:
+        """T(p) - p at the voxels of a grid (default: the domain), world vectors (D, [Z,] Y, X)."""
+        where = first_domain(domain) if grid is None else grid
+        before = where.points()
+        return (self.points(params, domain, before) - before).mT.reshape(where.ndim, *where.shape)
+
+    def refine(self, params: Params, domain: Domain, finer: Domain) -> Params:
+        """The parameters of the same map over a finer domain."""
+        return params
+
+    def inverse(self, params: Params, domain: Domain) -> Mapping:
+        """The inverse map."""
+        raise NotImplementedError(f"{type(self).__name__} has no inverse")
+
+    def matrix(self, params: Params, domain: Domain) -> Tensor | None:
+        """The homogeneous world matrix (D + 1, D + 1) of a linear transform; None for any other."""
+        return None
+
+    def ranks(self, domain: Domain) -> Params:
+        """The rank of each parameter for one pair."""
+        return tree_map(lambda leaf: leaf.ndim, self.init(single(domain)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: `{"type": name, options...}`."""
+        options = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"type": type(self).__name__, **options}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Transform:
+        """The transform that `to_dict` wrote.  ValueError names unknown types and options."""
+        name = data.get("type")
+        if name not in Transform.types:
+            raise ValueError(f"unknown transform {name!r}: choose from {', '.join(sorted(Transform.types))}")
+        cls = Transform.types[name]
+        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = set(data) - known - {"type"}
+        if unknown:
+            raise ValueError(f"{name} has no option {sorted(unknown)}: its options are {sorted(known)}")
+        return cls(**{key: _lively(value) for key, value in data.items() if key != "type"})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Transform):
+        return value.to_dict()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _lively(value: Any) -> Any:
+    if isinstance(value, dict) and "type" in value:
+        return Transform.from_dict(value)
+    return tuple(_lively(item) for item in value) if isinstance(value, list) else value
+
+
+def first_domain(domain: Domain) -> Grid:
+    """The grid itself, or the first of the parts' domains."""
+    return domain if isinstance(domain, Grid) else first_domain(domain[0])
+
+
+def domain_ranks(domain: Domain) -> Any:
+    """The rank that each leaf of a domain has for one pair."""
+    return domain.ranks() if isinstance(domain, Grid) else tuple(domain_ranks(part) for part in domain)
+
+
+def single(domain: Domain) -> Domain:
+    """One pair's domain of a batch: its structure and shapes matter here, not its values."""
+    leaves, spec = tree_flatten(domain)
+    ranks = tree_flatten(domain_ranks(domain))[0]
+    return tree_unflatten([leaf[0] if leaf.ndim > r else leaf for leaf, r in zip(leaves, ranks, strict=True)], spec)
+
+
+@pytree_dataclass
+class Mapping:
+    """A transform with its parameters and domain: fixed world points to moving world points.
+
+    Leaves may carry a leading batch axis; then points are (B, N, D) and displacements (B, D, [Z,] Y, X).
+    """
+
+    params: Params
+    domain: Domain
+    transform: Transform = static()
+
+    def ranks(self) -> Mapping:
+        """The rank that each leaf has for one pair."""
+        ranks = (self.transform.ranks(self.domain), domain_ranks(self.domain))
+        return tree_unflatten(tree_flatten(ranks)[0], tree_flatten(self)[1])
+
+    def _each(self, function: Any, **more: tuple[Any, Any]) -> Any:
+        return over_batch(function, mapping=(self, self.ranks()), **more)
+
+    def map_points(self, points: Tensor) -> Tensor:
+        """Moving world points of fixed world points (N, D), or (B, N, D) for a batch.
+
+        This is the direction that resamples the moving image onto the fixed grid; to carry landmarks of the moving
+        image to the fixed one, map them by the inverse.
+        """
+        grid = first_domain(self.domain)
+        if points.shape[-1:] != (grid.ndim,):
+            raise ValueError(f"points have shape {tuple(points.shape)}: expected (N, {grid.ndim}) world points")
+
+        def one(mapping: Mapping, where: Tensor) -> Tensor:
+            return mapping.transform.points(mapping.params, mapping.domain, where)
+
+        return self._each(one, points=(points, 2))
+
+    def displacement(self, grid: Grid | None = None) -> Tensor:
+        """T(p) - p at the voxels of a grid (default: the domain), world vectors (D, [Z,] Y, X)."""
+
+        def one(mapping: Mapping, *where: Grid) -> Tensor:
+            return mapping.transform.displacement(mapping.params, mapping.domain, *where)
+
+        return self._each(one) if grid is None else self._each(one, grid=(grid, grid.ranks()))
+
+    def matrix(self) -> Tensor:
+        """The homogeneous world matrix (D + 1, D + 1) float64; ValueError for a transform that is not linear."""
+
+        def one(mapping: Mapping) -> Tensor:
+            matrix = mapping.transform.matrix(mapping.params, mapping.domain)
+            if matrix is None:
+                raise ValueError(f"{mapping.transform} is not linear: it has no matrix")
+            return matrix
+
+        return self._each(one)
+
+    def inverse(self) -> Mapping:
+        """The map from moving to fixed world points."""
+        return self._each(lambda mapping: mapping.transform.inverse(mapping.params, mapping.domain))
+
+    def __matmul__(self, first: Mapping) -> Mapping:
+        """Composition as of functions: `(a @ b)(p) = a(b(p))`."""
+        return Mapping(
+            (first.params, self.params),
+            (first.domain, self.domain),
+            Sequential((first.transform, self.transform)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequential(Transform):
+    """Transforms one after another; the first acts first on fixed points.
+
+    Parameters are a tuple, one entry per part; the domain is one grid for all or a tuple with one for each.
+    """
+
+    transforms: tuple[Transform, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "transforms", tuple(self.transforms))
+        if not self.transforms or not all(isinstance(t, Transform) for t in self.transforms):
+            raise TypeError(f"Sequential takes a tuple of transforms, got {self.transforms!r}")
+
+    def _parts(self, domain: Domain, *trees: Any) -> list[tuple[Any, ...]]:
+        count = len(self.transforms)
+        domains = (domain,) * count if isinstance(domain, Grid) else tuple(domain)
+        for tree in (domains, *trees):
+            if len(tree) != count:
+                raise ValueError(f"Sequential has {count} parts but was given {len(tree)} entries")
+        return list(zip(self.transforms, domains, *trees, strict=True))
+
+    def init(self, domain: Domain) -> Params:
+        return tuple(t.init(d) for t, d in self._parts(domain))
+
+    def zero_step(self, domain: Domain) -> Step:
+        return tuple(t.zero_step(d) for t, d in self._parts(domain))
+
+    def retract(self, params: Params, step: Step, domain: Domain) -> Params:
+        return tuple(t.retract(p, s, d) for t, d, p, s in self._parts(domain, params, step))
+
+    def perturb(self, params: Params, step: Step, domain: Domain) -> Params:
+        return tuple(t.perturb(p, s, d) for t, d, p, s in self._parts(domain, params, step))
+
+    def precondition(self, gradient: Step, domain: Domain) -> Step:
+        return tuple(t.precondition(g, d) for t, d, g in self._parts(domain, gradient))
+
+    def project(self, params: Params, domain: Domain) -> Params:
+        return tuple(t.project(p, d) for t, d, p in self._parts(domain, params))
+
+    def points(self, params: Params, domain: Domain, points: Tensor) -> Tensor:
+        for t, d, p in self._parts(domain, params):
+            points = t.points(p, d, points)
+        return points
+
+    def refine(self, params: Params, domain: Domain, finer: Domain) -> Params:
+        parts = zip(self._parts(domain, params), self._parts(finer), strict=True)
+        return tuple(t.refine(p, d, f) for (t, d, p), (_, f) in parts)
+
+    def matrix(self, params: Params, domain: Domain) -> Tensor | None:
+        total: Tensor | None = None
+        for t, d, p in self._parts(domain, params):
+            matrix = t.matrix(p, d)
+            if matrix is None:
+                return None
+            total = matrix if total is None else matrix @ total
+        return total
+
+    def inverse(self, params: Params, domain: Domain) -> Mapping:
+        parts = [t.inverse(p, d) for t, d, p in reversed(self._parts(domain, params))]
+        return Mapping(
+            tuple(part.params for part in parts),
+            tuple(part.domain for part in parts),
+            Sequential(tuple(part.transform for part in parts)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Held(Transform):
+    """A transform some of whose parameters stay as they are: they take no step.
+
+    transform : whose parameters are a dict, such as `Rigid()`
+    names : the parameters to hold, such as ("rotation",)
+    """
+
+    transform: Transform
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        names = (self.names,) if isinstance(self.names, str) else tuple(self.names)
+        object.__setattr__(self, "names", names)
+
+    def init(self, domain: Domain) -> Params:
+        return self.transform.init(domain)
+
+    def zero_step(self, domain: Domain) -> Step:
+        zero = self.transform.zero_step(domain)
+        unknown = [name for name in self.names if name not in zero]
+        if unknown:
+            raise ValueError(f"{self.transform} has no parameter {unknown}: hold some of {sorted(zero)}")
+        free = {name: leaf for name, leaf in zero.items() if name not in self.names}
+        if not free:
+            raise ValueError(f"all parameters of {self.transform} are held: nothing is left to optimise")
+        return free
+
+    def _whole(self, step: Step, domain: Domain) -> Step:
+        return self.transform.zero_step(domain) | step
+
+    def retract(self, params: Params, step: Step, domain: Domain) -> Params:
+        return self.transform.retract(params, self._whole(step, domain), domain)
+
+    def perturb(self, params: Params, step: Step, domain: Domain) -> Params:
+        return self.transform.perturb(params, self._whole(step, domain), domain)
+
+    def precondition(self, gradient: Step, domain: Domain) -> Step:
+        whole = self.transform.precondition(self._whole(gradient, domain), domain)
+        return {name: leaf for name, leaf in whole.items() if name not in self.names}
+
+    def project(self, params: Params, domain: Domain) -> Params:
+        return self.transform.project(params, domain)
+
+    def points(self, params: Params, domain: Domain, points: Tensor) -> Tensor:
+        return self.transform.points(params, domain, points)
+
+    def displacement(self, params: Params, domain: Domain, grid: Grid | None = None) -> Tensor:
+        return self.transform.displacement(params, domain, grid)
+
+    def refine(self, params: Params, domain: Domain, finer: Domain) -> Params:
+        return self.transform.refine(params, domain, finer)
+
+    def matrix(self, params: Params, domain: Domain) -> Tensor | None:
+        return self.transform.matrix(params, domain)
+
+    def inverse(self, params: Params, domain: Domain) -> Mapping:
+        return self.transform.inverse(params, domain)
+
+
+def moving_coords(mapping: Mapping, grid: Grid, moving: Grid, dtype: torch.dtype) -> Tensor:
+    """Voxel indices (D, N) in the moving grid of what the voxels of `grid` map to.
+
+    Linear maps are composed in float64 from index to index and cast at the end, so large world coordinates cost
+    no precision.
+    """
+    matrix = mapping.transform.matrix(mapping.params, mapping.domain)
+    if matrix is not None:
+        whole = moving.matrix("world", "index") @ matrix @ grid.affine
+        return whole[:-1].to(dtype) @ index_points(grid.size, dtype, whole.device)
+    points = mapping.transform.points(mapping.params, mapping.domain, grid.points())
+    return apply_matrix(moving.matrix("world", "index"), points).mT.to(dtype)
+
+
+def warp(
+    image: Image,
+    mapping: Mapping,
+    grid: Grid | None = None,
+    *,
+    mode: Mode = "linear",
+    padding: Padding = "zeros",
+) -> Image:
+    """The moving image seen through a mapping: value at p is image(T(p)), on `grid` (default: the domain).
+
+    Batches of images, mappings and grids go through together, by the rank rule.
+    """
+    where = first_domain(mapping.domain) if grid is None else grid
+    if where.ndim != image.grid.ndim:
+        raise ValueError(f"image has {image.grid.ndim} spatial axes but the mapping has {where.ndim}")
+
+    def one(source: Image, through: Mapping, target: Grid) -> Image:
+        dtype = source.data.dtype if source.data.is_floating_point() else torch.float64
+        coords = moving_coords(through, target, source.grid, dtype)
+        values = interpolate(source.data, coords, mode=mode, padding=padding)
+        return Image(values.reshape(-1, *target.shape), target)
+
+    data: Image = over_batch(
+        one, image=(image, image.ranks()), mapping=(mapping, mapping.ranks()), grid=(where, where.ranks())
+    )
+    return Image(data.data, where)
