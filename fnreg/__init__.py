@@ -86,8 +86,13 @@ _HOME = {
     ),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-_MODULES = {"data": "fnreg.data", "functional": "fnreg.losses.functional", "io": "fnreg.io"}
-_MODULES |= {"optim": "fnreg.optim", "plot": "fnreg.plot"}
+_MODULES = {
+    "data": "fnreg.data",
+    "functional": "fnreg.losses.functional",
+    "io": "fnreg.io",
+    "optim": "fnreg.optim",
+    "plot": "fnreg.plot",
+}
 
 __all__ = ["__version__", *sorted(_WHERE), *sorted(_MODULES)]  # pyright: ignore[reportUnsupportedDunderAll]
 

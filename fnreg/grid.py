@@ -125,7 +125,12 @@ class Grid:
             half = (torch.tensor(count, dtype=torch.float64, device=first.device) - 1) / 2
             centers = first + (directions @ (spacings * half).unsqueeze(-1)).squeeze(-1)
         _validate(spacings, centers, directions)
-        for name, value in (("size", count), ("center", centers), ("spacing", spacings), ("direction", directions)):
+        for name, value in (
+            ("size", count),
+            ("center", centers),
+            ("spacing", spacings),
+            ("direction", directions),
+        ):
             object.__setattr__(self, name, value)
 
     # -- what it is -------------------------------------------------------------------------------------------
@@ -334,7 +339,7 @@ class Grid:
         """
         if levels < 1:
             raise ValueError(f"levels is {levels}: a pyramid has at least one level")
-        grids = [self]
+        grids: list[Grid] = [self]
         while len(grids) < levels and grids[-1].downsample(min_size=min_size).size != grids[-1].size:
             grids.append(self.resize(grids[-1].downsample(min_size=min_size).size))
         return tuple(grids)

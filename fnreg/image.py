@@ -56,7 +56,12 @@ class Image:
         if grid is None:
             if not 2 <= data.ndim <= 4:
                 raise ValueError(f"data has shape {tuple(data.shape)}: expected (C, [Z,] Y, X) with a channel axis")
-            options: dict[str, Any] = {"spacing": spacing, "origin": origin, "center": center, "direction": direction}
+            options: dict[str, Any] = {
+                "spacing": spacing,
+                "origin": origin,
+                "center": center,
+                "direction": direction,
+            }
             grid = Grid(shape=data.shape[1:], device=data.device, **options)
         if data.ndim not in (grid.ndim + 1, grid.ndim + 2) or tuple(data.shape[-grid.ndim :]) != grid.shape:
             raise ValueError(
@@ -131,7 +136,7 @@ class Image:
 
     def pyramid(self, levels: int, *, min_size: int = 4) -> tuple[Image, ...]:
         """This image and up to `levels - 1` coarser ones over the same extent, finest first; see `Grid.pyramid`."""
-        images = [self]
+        images: list[Image] = [self]
         for grid in self.grid.pyramid(levels, min_size=min_size)[1:]:
             images.append(Image(filters.resize(images[-1].data, grid.size), grid))
         return tuple(images)
@@ -222,7 +227,9 @@ class Subject:
         grid = image.grid
         for name, value in (("mask", mask), ("labels", labels)):
             if value is not None and tuple(value.shape[-grid.ndim - 1 :]) != (1, *grid.shape):
-                raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (1, {str(grid.shape)[1:]} as the image")
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}: expected (1, {str(grid.shape)[1:]} as the image"
+                )
         if points is not None and points.shape[-1] != grid.ndim:
             raise ValueError(f"points have {points.shape[-1]} coordinates but the image has {grid.ndim} axes")
         if mask is not None and mask.dtype != image.data.dtype:

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fnreg.losses.terms import Objective
 from fnreg.problem import Level, Pair
 from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach
 from fnreg.sampling import Padding
-from fnreg.transforms.base import Mapping, Transform
+from fnreg.transforms.base import Domain, Mapping, Transform
 
 Input = Image | Subject | Sequence[Image]
 
@@ -61,26 +62,37 @@ class Inputs:
         return is_concrete(self.fixed[0].data) and is_concrete(self.moving[0].data)
 
     def level(
-        self, number: int, transform: Transform, objective: Objective, size: int, padding: Padding | None,
-        then: Mapping | None,
+        self,
+        number: int,
+        transform: Transform,
+        objective: Objective,
+        size: int,
+        padding: Padding | None,
+        then: Mapping | None = None,
+        domain: Domain | None = None,
     ) -> Level:
-        """The problem at level `number`, 0 the finest; the moving pyramid may be shorter."""
+        """The problem at level `number`, 0 the finest; the moving pyramid may be shorter.
+
+        then : acts after the optimised map; domain : of the transform where that is not the fixed grid of the level
+        """
         other = min(number, len(self.moving) - 1)
         fixed, moving = self.fixed[number], self.moving[other]
-        to_moving: Tensor | None = over_batch(_to_index, grid=(moving.grid, moving.grid.ranks()))
+        to_moving: Any = over_batch(_to_index, grid=(moving.grid, moving.grid.ranks()))
         if then is not None:
-            linear = over_batch(lambda m: m.transform.matrix(m.params, m.domain), then=(then, then.ranks()))
-            to_moving = None if linear is None else to_moving @ linear
+            to_moving = to_moving @ then.matrix() if then.transform.linear else None
         from_fixed = over_batch(_from_index, grid=(fixed.grid, fixed.grid.ranks()))
         masks = self.fixed_masks[number], self.moving_masks[other]
-        pairs = Pair(fixed, moving, objective, from_fixed, *masks, then, to_moving)
+        pairs = Pair(fixed, moving, objective, from_fixed, *masks, then, to_moving, domain)
         return Level(transform, pairs, batch_axes("pair", pairs, pairs.ranks())[0], size, padding)
 
     def faults(self) -> list[tuple[Tensor, str]]:
         """For each fault the pairs (B,) that have it, and what to tell."""
         count = self.batch or 1
         found: list[tuple[Tensor, str]] = []
-        sides = (("fixed", self.fixed[0], self.fixed_masks[0]), ("moving", self.moving[0], self.moving_masks[0]))
+        sides = (
+            ("fixed", self.fixed[0], self.fixed_masks[0]),
+            ("moving", self.moving[0], self.moving_masks[0]),
+        )
         for name, image, mask in sides:
             data = _batched(image.data, image.grid)
             high = low = data
@@ -135,7 +147,8 @@ def prepare(fixed: Input, moving: Input, then: Mapping | None, *, levels: int, m
 def _fit_together(fixed: Image, moving: Image) -> None:
     if fixed.grid.ndim != moving.grid.ndim:
         raise ValueError(
-            f"moving has {moving.grid.ndim} spatial axes but fixed has {fixed.grid.ndim}: register images of one dimension"
+            f"moving has {moving.grid.ndim} spatial axes but fixed has {fixed.grid.ndim}: "
+            "register images of one dimension"
         )
     if fixed.channels != moving.channels:
         raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -106,8 +107,7 @@ def parallel(call: Callable[[int, int], object], samples: int) -> None:
         call(0, samples)
         return
     waiting = [
-        _pool(torch.get_num_threads(), os.getpid()).submit(call, a, b)
-        for a, b in zip(bounds[1:-1], bounds[2:], strict=True)
+        _pool(torch.get_num_threads(), os.getpid()).submit(call, a, b) for a, b in itertools.pairwise(bounds[1:])
     ]
     call(bounds[0], bounds[1])
     for future in waiting:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, jacfwd, jvp, vmap
 
-from fnreg.grid import Grid, apply_matrix, index_points
+from fnreg.grid import apply_matrix, index_points
 from fnreg.image import Image
 from fnreg.losses.terms import Objective
 from fnreg.pytree import (
@@ -29,7 +29,7 @@ from fnreg.pytree import (
     tree_vmap,
 )
 from fnreg.sampling import Padding, sample
-from fnreg.transforms.base import Mapping, Transform, single
+from fnreg.transforms.base import Domain, Mapping, Transform, domain_ranks, single
 
 
 @pytree_dataclass
@@ -45,10 +45,12 @@ class Pair:
     then: Mapping | None = None  # acts after the optimised map
     to_moving: Tensor | None = None  # (D + 1, D + 1) world, before `then` where that is linear, to moving index
 
+    given_domain: Domain | None = None  # of the transform, where it is not the fixed grid
+
     @property
-    def domain(self) -> Grid:
-        """The fixed grid of this level."""
-        return self.fixed.grid
+    def domain(self) -> Domain:
+        """The transform's domain."""
+        return self.fixed.grid if self.given_domain is None else self.given_domain
 
     def ranks(self) -> Pair:
         """The rank that each leaf has for one pair."""
@@ -57,17 +59,17 @@ class Pair:
         parts += [rank] * ((self.fixed_mask is not None) + (self.moving_mask is not None))
         parts += [] if self.then is None else [self.then.ranks()]
         parts += [] if self.to_moving is None else [2]
+        parts += [] if self.given_domain is None else [domain_ranks(self.given_domain)]
         return tree_unflatten(tree_flatten(parts)[0], tree_flatten(self)[1])
 
 
 def _pair_coords(transform: Transform, params: Any, pair: Pair) -> Tensor:
     """Voxel indices (D, N) in the moving image of what the fixed voxels map to."""
-    dtype, grid = pair.fixed.data.dtype, pair.domain
-    matrix = transform.matrix(params, grid)
-    if matrix is not None and pair.to_moving is not None:
-        whole = pair.to_moving @ matrix @ pair.from_fixed
+    dtype, grid = pair.fixed.data.dtype, pair.fixed.grid
+    if transform.linear and pair.to_moving is not None:
+        whole = pair.to_moving @ transform.matrix(params, pair.domain) @ pair.from_fixed
         return whole[:-1].to(dtype) @ index_points(grid.size, dtype, whole.device)
-    points = transform.points(params, grid, grid.points())
+    points = transform.points(params, pair.domain, grid.points())
     if pair.to_moving is not None:
         return apply_matrix(pair.to_moving, points).mT.to(dtype)
     assert pair.then is not None
@@ -88,20 +90,25 @@ def _pair_weights(inside: Tensor, coords: Tensor, pair: Pair, padding: Padding |
 
 
 def _pair_found(
-    transform: Transform, params: Any, pair: Pair, warped: Tensor, weights: Tensor | None, needs: frozenset[str]
+    transform: Transform,
+    params: Any,
+    pair: Pair,
+    warped: Tensor,
+    weights: Tensor | None,
+    needs: frozenset[str],
 ) -> dict[str, Any]:
     """What terms may ask for, by name."""
-    grid = pair.domain
+    grid = pair.fixed.grid
     found: dict[str, Any] = {
         "warped": warped.reshape(pair.fixed.data.shape),
         "fixed": pair.fixed.data,
         "weights": None if weights is None else weights.reshape(1, *grid.shape),
         "params": params,
         "transform": transform,
-        "domain": grid,
+        "domain": pair.domain,
     }
     if "displacement" in needs:
-        found["displacement"] = transform.displacement(params, grid)
+        found["displacement"] = transform.displacement(params, pair.domain, grid)
     return found
 
 
@@ -183,7 +190,7 @@ class Level:
 
     @property
     def _domain_axes(self) -> Axes:
-        return batch_axes("domain", self.pairs.domain, self.pairs.domain.ranks())[0]
+        return batch_axes("domain", self.pairs.domain, domain_ranks(self.pairs.domain))[0]
 
     def take(self, index: Tensor) -> Level:
         """The same for some of the pairs, or for some of them several times."""
@@ -214,7 +221,7 @@ class Level:
     def retract(self, params: Any, step: Any) -> Any:
         """Parameters after a step."""
 
-        def one(before: Any, change: Any, domain: Grid) -> Any:
+        def one(before: Any, change: Any, domain: Domain) -> Any:
             return self.transform.project(self.transform.retract(before, change, domain), domain)
 
         return tree_vmap(one, (None, None, self._domain_axes), params, step, self.pairs.domain)

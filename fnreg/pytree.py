@@ -44,7 +44,10 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
 
     def flatten(value: Any) -> tuple[list[Any], Any]:
         present = tuple(name for name in dynamics if getattr(value, name) is not None)
-        return [getattr(value, name) for name in present], (present, tuple(getattr(value, n) for n in statics))
+        return [getattr(value, name) for name in present], (
+            present,
+            tuple(getattr(value, n) for n in statics),
+        )
 
     def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
         leaves, context = flatten(value)
@@ -164,14 +167,28 @@ def over_batch(function: Callable[..., Any], **arguments: tuple[Any, Any]) -> An
 
 
 def tree_vmap(function: Callable[..., Any], axes: Sequence[Axes | None], *trees: Any) -> Any:
-    """`torch.func.vmap` over trees with the axes of each, as `batch_axes` gives them; None means all leaves batched."""
+    """`torch.func.vmap` over trees with the axes of each, as `batch_axes` gives them; None means all leaves batched.
+
+    A batch of one is called directly, which spares the overhead of vmap.
+    """
     flat = [tree_flatten(tree) for tree in trees]
     counts = [len(leaves) for leaves, _ in flat]
     dims = [(0,) * n if a is None else a for a, n in zip(axes, counts, strict=True)]
+    lengths = [
+        leaf.shape[0]
+        for (leaves, _), d in zip(flat, dims, strict=True)
+        for leaf, a in zip(leaves, d, strict=True)
+        if a == 0
+    ]
+    if max(lengths, default=0) == min(lengths, default=1) == 1:
+        ones = [tree_take(tree, 0, d) for tree, d in zip(trees, dims, strict=True)]
+        return tree_map(lambda leaf: leaf.unsqueeze(0), function(*ones))
 
     def on_leaves(*leaves: Any) -> Any:
         rest = iter(leaves)
-        parts = [tree_unflatten([next(rest) for _ in range(n)], spec) for n, (_, spec) in zip(counts, flat, strict=True)]
+        parts = [
+            tree_unflatten([next(rest) for _ in range(n)], spec) for n, (_, spec) in zip(counts, flat, strict=True)
+        ]
         return function(*parts)
 
     return torch.func.vmap(on_leaves, in_dims=tuple(sum(dims, ())))(*(leaf for leaves, _ in flat for leaf in leaves))
@@ -201,6 +218,4 @@ def is_concrete(tensor: Tensor) -> bool:
 def is_transformed(*trees: Any) -> bool:
     """Whether a leaf is inside a torch.func transform, or asks for a gradient."""
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    return any(
-        isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves(trees)
-    )
+    return any(isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves(trees))

@@ -24,22 +24,18 @@ from fnreg.pytree import (
     batch_axes,
     batch_size,
     is_concrete,
-    over_batch,
     pytree_dataclass,
-    tree_detach,
     tree_flatten,
-    tree_leaves,
     tree_map,
     tree_take,
+    tree_unflatten,
 )
 from fnreg.sampling import Mode, Padding
 from fnreg.solvers.base import Status, Stop, run
 from fnreg.solvers.descent import Descent
 from fnreg.solvers.gauss_newton import GaussNewton
+from fnreg.starts import Start, begin, expand, initial_ranks, spread
 from fnreg.transforms.base import Mapping, Params, Transform, warp
-from fnreg.transforms.linear import Linear, Translation
-
-Start = Literal["header", "center", "moments"]
 
 
 class RegistrationError(ValueError):
@@ -78,7 +74,7 @@ class Stage:
     optimizer: Any = None
     levels: int | None = None
     steps: int | Sequence[int] | None = None
-    stop: Stop | None | Literal["inherit"] = "inherit"
+    stop: Stop | Literal["inherit"] | None = "inherit"
 
 
 @pytree_dataclass
@@ -144,7 +140,7 @@ def register(
     starts: Params | None = None,
     start: Start = "header",
     padding: Padding | None = None,
-    stop: Stop | None = Stop(),  # noqa: B008  (frozen)
+    stop: Stop | None = Stop(),
     progress: Callable[[Event], None] | None = None,
 ) -> Registration:
     """Find the transform that makes the moving image look like the fixed one: T minimises E(moving o T, fixed).
@@ -176,51 +172,47 @@ def register(
     >>> result.mapping.params["translation"].round().tolist()
     [2.0, 0.0]
     """
-    stages = [transform] if isinstance(transform, (Transform, Stage)) else list(transform)
-    if not stages:
+    default = Stage(Transform(), objective, solver, optimizer, levels, steps, stop)
+    given = [transform] if isinstance(transform, (Transform, Stage)) else list(transform)
+    if not given:
         raise ValueError("no transform: give one, or a sequence of stages")
-    whole = prepare(fixed, moving, then, levels=levels, min_size=min_size)
-    default = Stage(
-        Translation(), objective, solver, optimizer, levels=levels, steps=steps, stop=stop
-    )
-    traces: list[Trace] = []
-    taken: list[Tensor] = []
-    result: _Solution | None = None
-    for number, stage in enumerate(stages):
-        resolved = _resolve(stage, default)
-        last = number == len(stages) - 1
-        result = _run_stage(
-            whole,
-            resolved,
-            previous=result,
-            initial=initial if number == 0 else None,
-            starts=starts if number == 0 else None,
-            start=start if number == 0 else "header",
-            padding=padding,
-            report=_reporter(progress, number, len(stages)),
-            number=number,
-        )
-        traces += result.traces
-        taken += result.steps
-        if not last and whole.batch is None:
-            _raise_failed(result)
-    assert result is not None
-    if whole.batch is None:
-        _raise_failed(result)
+    stages = [_resolve(stage, default) for stage in given]
+    whole = prepare(fixed, moving, then, levels=max(stage.levels or 1 for stage in stages), min_size=min_size)
     single = whole.batch is None
+    done: list[_Solution] = []
+    for number, stage in enumerate(stages):
+        sizes = dict(whole.sizes) | batch_axes("objective", stage.objective, stage.objective.ranks())[1]
+        if number == 0 and initial is not None:
+            sizes |= batch_axes("initial", initial, initial_ranks(initial, stage.transform, whole.domain))[1]
+        size = batch_size(sizes) or 1
+        if single and sizes:
+            raise ValueError(
+                f"a batch of {size} needs a batch of images ({', '.join(sizes)}): or pass params as starts"
+            )
+        earlier = (done[-1].map(whole.domain), done[-1].then) if done else None
+        params, after = begin(
+            whole, stage.transform, size, earlier, None if done else initial, "header" if done else start
+        )
+        run_of = _Stage(whole, stage, size, after, padding, number, len(stages), progress)
+        failures = done[-1].failures if done else _Failures.at_start(whole, size)
+        done.append(run_of.solve(params, None if done else starts, failures, start))
+        if single:
+            done[-1].failures.raise_first()
+    last = done[-1]
 
-    def shaped(leaf: Tensor) -> Tensor:
-        return leaf[0] if single else leaf
+    def shaped(tree: Any) -> Any:
+        return tree_map(lambda leaf: leaf[0], tree) if single else tree
 
+    mapping = Mapping(shaped(last.params), whole.domain, stages[-1].transform)
     return Registration(
-        mapping=result.mapping(whole, single),
+        mapping=mapping if last.then is None else _one(last.then, single) @ mapping,
         fixed_grid=whole.domain,
         moving_grid=whole.moving[0].grid,
-        value=shaped(result.value),
-        terms={name: shaped(value) for name, value in result.terms.items()},
-        steps=shaped(torch.stack(taken, 1)),
-        status=shaped(result.status),
-        history=tuple(trace._replace(value=shaped(trace.value)) for trace in traces),
+        value=shaped(last.value),
+        terms=shaped(last.terms),
+        steps=shaped(torch.stack([n for part in done for n in part.steps], 1)),
+        status=shaped(last.status),
+        history=tuple(trace._replace(value=shaped(trace.value)) for part in done for trace in part.traces),
     )
 
 
@@ -238,66 +230,77 @@ def evaluate(
     """
     whole = prepare(fixed, moving, None, levels=1, min_size=1)
     total = as_objective(objective)
-    ranks = mapping.ranks().params
-    sizes = batch_axes("mapping", mapping, mapping.ranks())[1] | batch_axes("objective", total, total.ranks())[1]
+    ranks = mapping.ranks()
+    sizes = batch_axes("mapping", mapping, ranks)[1] | batch_axes("objective", total, total.ranks())[1]
     size = batch_size(whole.sizes | sizes)
-    level = whole.level(0, mapping.transform, total, size or 1, padding, None)
-    value, terms = level.value(_expand(mapping.params, ranks, size or 1))
-    if size is None:
-        return value[0], {name: term[0] for name, term in terms.items()}
-    return value, terms
+    level = whole.level(0, mapping.transform, total, size or 1, padding, domain=mapping.domain)
+    found = level.value(expand(mapping.params, ranks.params, size or 1))
+    return tree_map(lambda leaf: leaf[0], found) if size is None else found
 
 
-# -- stages -----------------------------------------------------------------------------------------------------
+# -- stages ------------------------------------------------------------------------------------------------------------
 
 
-def _resolve(stage: Stage | Transform, default: Stage) -> Stage:
-    given = Stage(stage) if isinstance(stage, Transform) else stage
-    if not isinstance(given, Stage):
-        raise TypeError(f"a stage is a Transform or a Stage, not {type(given).__name__}")
-    if not isinstance(given.transform, Transform):
-        raise TypeError(f"transform is {given.transform!r}: expected a value such as Rigid()")
-
-    def pick(name: str) -> Any:
-        value = getattr(given, name)
-        return getattr(default, name) if value is None else value
-
-    solver, optimizer = pick("solver"), pick("optimizer")
-    if given.solver is not None and given.optimizer is None:
-        optimizer = None
+def _resolve(given: Stage | Transform, default: Stage) -> Stage:
+    """A stage with everything that it leaves open taken from the call, its objective and solver made ready."""
+    stage = Stage(given) if isinstance(given, Transform) else given
+    if not isinstance(stage, Stage) or not isinstance(stage.transform, Transform):
+        raise TypeError(f"transform is {given!r}: expected a value such as Rigid(), a Stage, or a sequence of these")
+    solver, optimizer = stage.solver, stage.optimizer
+    if solver is None and optimizer is None:
+        solver, optimizer = default.solver, default.optimizer
     if optimizer is not None:
         if isinstance(solver, GaussNewton):
-            raise ValueError("GaussNewton has no optimizer: give one of solver and optimizer")
-        limit = solver.limit if isinstance(solver, Descent) else None
-        solver = Descent(optim.as_optimizer(optimizer), limit)
-    stop = default.stop if given.stop == "inherit" else given.stop
+            raise ValueError("GaussNewton has no optimizer: give either a solver or an optimizer")
+        solver = Descent(optim.as_optimizer(optimizer), solver.limit if isinstance(solver, Descent) else None)
     return Stage(
-        given.transform,
-        as_objective(pick("objective")),
+        stage.transform,
+        as_objective(default.objective if stage.objective is None else stage.objective),
         Descent() if solver is None else solver,
-        None,
-        pick("levels"),
-        pick("steps"),
-        stop,
+        levels=default.levels if stage.levels is None else stage.levels,
+        steps=default.steps if stage.steps is None else stage.steps,
+        stop=default.stop if stage.stop == "inherit" else stage.stop,
     )
 
 
-def _reporter(progress: Callable[[Event], None] | None, stage: int, stages: int) -> Any:
-    if progress is None:
-        return None
+def _one(then: Mapping, single: bool) -> Mapping:
+    """The map that acts after, without the batch axis that earlier stages gave it."""
+    if not single:
+        return then
+    leaves, spec = tree_flatten(then)
+    ranks = tree_flatten(then.ranks())[0]
+    return tree_unflatten([leaf[0] if leaf.ndim > r else leaf for leaf, r in zip(leaves, ranks, strict=True)], spec)
 
-    def level_reporter(level: int, levels: int, pairs: int) -> Callable[[int, int, int, float], None]:
-        def tell(step: int, steps: int, active: int, value: float) -> None:
-            progress(Event(stage, stages, level, levels, step, steps, active, pairs, value))
 
-        return tell
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Failures:
+    """Which pairs of a batch have failed, and why: masks (B,) with what to tell, first reason first."""
 
-    return level_reporter
+    reasons: tuple[tuple[Tensor, str], ...]
+    size: int
+
+    @staticmethod
+    def at_start(whole: Inputs, size: int) -> _Failures:
+        found = whole.faults() if whole.visible else []
+        return _Failures(tuple((pairs.expand(size), reason) for pairs, reason in found), size)
+
+    def add(self, pairs: Tensor, reason: str) -> _Failures:
+        return _Failures((*self.reasons, (pairs, reason)), self.size)
+
+    @property
+    def pairs(self) -> Tensor | None:
+        masks = [pairs for pairs, _ in self.reasons]
+        return torch.stack(masks).any(0) if masks else None
+
+    def raise_first(self) -> None:
+        for pairs, reason in self.reasons:
+            if is_concrete(pairs) and bool(pairs.any()):
+                raise RegistrationError(reason)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Solution:
-    """The outcome of a stage, batched."""
+    """The outcome of a stage; everything has the batch axis."""
 
     transform: Transform
     params: Params
@@ -307,229 +310,125 @@ class _Solution:
     status: Tensor
     steps: list[Tensor]
     traces: list[Trace]
-    reasons: list[tuple[Tensor, str]]
+    failures: _Failures
 
-    def mapping(self, whole: Inputs, single: bool) -> Mapping:
-        params = tree_map(lambda leaf: leaf[0], self.params) if single else self.params
-        found = Mapping(params, whole.domain, self.transform)
-        return found if self.then is None else self.then @ found
+    def map(self, domain: Grid) -> Mapping:
+        return Mapping(self.params, domain, self.transform)
 
 
-def _raise_failed(result: _Solution) -> None:
-    if not is_concrete(result.status) or int(result.status[0]) <= int(Status.CONVERGED):
-        return
-    for pairs, reason in result.reasons:
-        if bool(pairs[0]):
-            raise RegistrationError(reason)
-    raise RegistrationError(
-        "the registration diverged: the objective became infinite or not a number; "
-        "use a smaller learning rate, another start ('center', 'moments'), or stop=Stop() with fewer steps"
-    )
+_DIVERGED = (
+    "the registration diverged: the objective became infinite or not a number; "
+    "use a smaller learning rate, or start='center' or 'moments'"
+)
+_LOST = (
+    "the images lost their overlap on the way: use a smaller learning rate, fewer levels, or padding='border', "
+    "with which voxels outside count"
+)
+_APART = "the images do not overlap in world coordinates at the start: use {hint}"
 
 
-def _run_stage(
-    whole: Inputs,
-    stage: Stage,
-    *,
-    previous: _Solution | None,
-    initial: Any,
-    starts: Any,
-    start: Start,
-    padding: Padding | None,
-    report: Any,
-    number: int,
-) -> _Solution:
-    transform, total = stage.transform, stage.objective
-    levels = min(stage.levels or 1, len(whole.fixed))
-    counts = [stage.steps] * levels if isinstance(stage.steps, int) else [int(n) for n in stage.steps or ()]
-    if len(counts) == (stage.levels or 1) > levels:
-        counts = counts[-levels:]
-    if len(counts) != levels or min(counts) < 0:
-        raise ValueError(f"steps is {stage.steps} for {levels} levels: give one number, or one per level from coarse to fine")
-    if whole.wrapped and (stage.stop is not None or not _is_pure(stage.solver)):
-        raise ValueError(
-            "register inside vmap or grad needs stop=None and an optimizer of fnreg's own lines, adam(0.3, pure=True)"
-        )
-    domain = whole.domain
-    sizes = dict(whole.sizes) | batch_axes("objective", total, total.ranks())[1]
-    if initial is not None and not isinstance(initial, Mapping):
-        sizes |= batch_axes("initial", initial, transform.ranks(domain))[1]
-    size = batch_size(sizes) or 1
-    if size > 1 and whole.batch is None:
-        raise ValueError("a batch of initial parameters or weights needs a batch of images: use starts, or expand one image")
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stage:
+    """One stage of a registration of a batch of pairs."""
 
-    then = whole.then
-    params, then = _begin(whole, transform, size, previous, initial, start, then)
-    width = 1
-    pick: Tensor | None = None
-    if starts is not None:
-        params, width = _spread(starts, transform, domain, size)
-        pick = torch.arange(size, device=domain.center.device).repeat_interleave(width)
+    whole: Inputs
+    stage: Stage
+    size: int
+    then: Mapping | None
+    padding: Padding | None
+    number: int
+    stages: int
+    progress: Callable[[Event], None] | None
 
-    reasons = whole.faults() if previous is None and whole.visible else []
-    failed = previous.status > int(Status.CONVERGED) if previous is not None else None
-    for pairs, _ in reasons:
-        failed = pairs if failed is None else failed | pairs
-    frozen = None if failed is None else failed.expand(size)
+    def solve(self, params: Params, starts: Params | None, failures: _Failures, start: Start) -> _Solution:
+        """All levels, coarse to fine.  With starts, S of them run per pair, fewer on every finer level."""
+        whole, transform, stop = self.whole, self.stage.transform, self.stage.stop
+        assert stop != "inherit"
+        if whole.wrapped and (stop is not None or not _is_pure(self.stage.solver)):
+            raise ValueError(
+                "register inside vmap or grad needs stop=None and fnreg's own optimizer, such as adam(0.3, pure=True)"
+            )
+        counts = self._counts()
+        width = 1
+        if starts is not None:
+            params, width = spread(starts, transform, whole.domain, self.size)
+        device = whole.domain.center.device
+        status = torch.zeros(self.size, dtype=torch.int64, device=device)
+        steps: list[Tensor] = []
+        traces: list[Trace] = []
+        level: Level | None = None
+        for depth, count in zip(range(len(counts) - 1, -1, -1), counts, strict=True):
+            finer = whole.level(depth, transform, self.stage.objective, self.size, self.padding, self.then)
+            each = torch.arange(self.size, device=device).repeat_interleave(width)
+            work = finer if starts is None else finer.take(each)
+            if level is not None:
+                params = (level if starts is None else level.take(each)).refine(params, work)
+            elif whole.visible:
+                hint = "start='center' or 'moments'" if start == "header" else "an initial map, and check the headers"
+                apart = (work.overlap(params) <= 0).reshape(self.size, width).all(1)
+                failures = failures.add(apart, _APART.format(hint=hint))
+            level = finer
+            failed = failures.pairs
+            solved = run(
+                work,
+                params,
+                self.stage.solver,
+                steps=count,
+                stop=stop,
+                frozen=None if failed is None else failed[each],
+                progress=self._reporter(depth, len(counts)),
+            )
+            params, status, taken, history = solved.params, solved.status, solved.steps, solved.history
+            if starts is not None:
+                keep = 1 if depth == 0 else max(1, width // 2**whole.domain.ndim)
+                best, chosen = self._best(work, params, status, width, keep)
+                status, taken, history = status[best], taken[best], history[best]
+                params, width = tree_take(params, chosen), keep
+            if whole.visible:
+                failures = failures.add(status == int(Status.DIVERGED), _DIVERGED)
+            steps.append(taken)
+            traces.append(Trace(self.number, depth, history))
+        assert level is not None
+        value, terms = level.value(params)
+        if whole.visible:
+            failures = failures.add(level.overlap(params) <= 0, _LOST)
+            failed = failures.pairs
+            assert failed is not None
+            status = torch.where(failed, int(Status.DIVERGED), status)
+        return _Solution(transform, params, self.then, value, terms, status, steps, traces, failures)
 
-    steps_taken: list[Tensor] = []
-    traces: list[Trace] = []
-    status = torch.zeros(size, dtype=torch.int64, device=domain.center.device)
-    before: Level | None = None
-    for depth in range(levels - 1, -1, -1):
-        level = whole.level(depth, transform, total, size, padding, then)
-        if before is not None:
-            wide = before if pick is None else before.take(pick)
-            params = wide.refine(params, level if pick is None else level.take(pick))
-        before = level
-        work = level if pick is None else level.take(pick)
-        held = frozen if frozen is None or pick is None else frozen[pick]
-        if depth == levels - 1 and whole.visible:
-            lost = work.overlap(params) <= 0
-            lost = lost.reshape(size, width).all(1)
-            reasons = [*reasons, (lost, _no_overlap(start))]
-            frozen = lost if frozen is None else frozen | lost
-            held = frozen if pick is None else frozen[pick]
-        tell = None if report is None else report(depth, levels, size)
-        solved = run(
-            work, params, stage.solver, steps=counts[levels - 1 - depth], stop=stage.stop, frozen=held, progress=tell
-        )
-        params, status, history, taken = solved.params, solved.status, solved.history, solved.steps
-        if pick is not None:
-            keep = 1 if depth == 0 else max(1, width // 2**domain.ndim)
-            value = work.value(params)[0]
-            value = torch.where(torch.isfinite(value) & (status != int(Status.DIVERGED)), value, torch.inf)
-            value = torch.where(work.overlap(params) > 0, value, torch.inf)
-            order = value.reshape(size, width).sort(dim=1, stable=True).indices  # (B, S)
-            chosen = order[:, :keep] + width * torch.arange(size, device=order.device)[:, None]
-            best = chosen[:, 0]
-            params = tree_take(params, chosen.reshape(-1))
-            status, history, taken = status[best], history[best], taken[best]
-            pick = torch.arange(size, device=order.device).repeat_interleave(keep)
-            width = keep
-        if stage.stop is not None or whole.visible:
-            worse = status == int(Status.DIVERGED)
-            frozen = worse if frozen is None else frozen | worse
-        steps_taken.append(taken)
-        traces.append(Trace(number, depth, history))
-    assert before is not None
-    value, terms = before.value(params)
-    if frozen is not None:
-        status = torch.where(frozen, int(Status.DIVERGED), status)
-    if whole.visible:
-        empty = before.overlap(params) <= 0
-        status = torch.where(empty, int(Status.DIVERGED), status)
-        reasons = [*reasons, (empty, "the images lost their overlap on the way: use a smaller learning rate, fewer levels, or padding='border'")]
-    return _Solution(transform, params, then, value, terms, status, steps_taken, traces, reasons)
+    def _counts(self) -> list[int]:
+        """Steps per level, coarse to fine; a pyramid that ends early drops the coarsest."""
+        asked, steps = self.stage.levels or 1, self.stage.steps
+        levels = min(asked, len(self.whole.fixed))
+        counts = [steps] * asked if isinstance(steps, int) else [int(n) for n in steps or ()]
+        if len(counts) not in (asked, levels) or min(counts) < 0:
+            raise ValueError(
+                f"steps is {steps} for {asked} levels: give one number, or one per level from coarse to fine"
+            )
+        return counts[-levels:]
 
+    def _best(self, work: Level, params: Params, status: Tensor, width: int, keep: int) -> tuple[Tensor, Tensor]:
+        """Positions of each pair's best start (B,), and of its `keep` best (B keep,), among B width."""
+        value = work.value(params)[0]
+        useless = ~torch.isfinite(value) | (status == int(Status.DIVERGED)) | (work.overlap(params) <= 0)
+        value = torch.where(useless, torch.inf, value)
+        order = value.reshape(self.size, width).sort(dim=1, stable=True).indices[:, :keep]
+        chosen = order + width * torch.arange(self.size, device=order.device)[:, None]
+        return chosen[:, 0], chosen.reshape(-1)
 
-def _no_overlap(start: Start) -> str:
-    hint = "start='center' or start='moments'" if start == "header" else "an initial transform, and check the headers"
-    return f"the images do not overlap in world coordinates at the start: use {hint}"
+    def _reporter(self, level: int, levels: int) -> Callable[[int, int, int, float], None] | None:
+        progress = self.progress
+        if progress is None:
+            return None
+
+        def tell(step: int, steps: int, active: int, value: float) -> None:
+            progress(Event(self.number, self.stages, level, levels, step, steps, active, self.size, value))
+
+        return tell
 
 
 def _is_pure(solver: Any) -> bool:
     optimizer = getattr(solver, "optimizer", None)
     parts = optimizer.parts if isinstance(optimizer, optim.Chain) else (optimizer,)
     return all(part is None or isinstance(part, optim.Clip) or getattr(part, "pure", False) for part in parts)
-
-
-def _expand(params: Params, ranks: Any, size: int) -> Params:
-    return tree_map(lambda leaf, rank: leaf.expand(size, *leaf.shape) if leaf.ndim == rank else leaf, params, ranks)
-
-
-def _begin(
-    whole: Inputs, transform: Transform, size: int, previous: _Solution | None, initial: Any, start: Start,
-    then: Mapping | None,
-) -> tuple[Params, Mapping | None]:
-    """Start parameters (B, ...) and the map that acts after."""
-    domain = whole.domain
-    ranks = transform.ranks(domain)
-    if previous is not None:
-        before = Mapping(previous.params, domain, previous.transform)
-        if _holds(transform, previous.transform):
-            return _fit(transform, before, domain, size), previous.then
-        identity = over_batch(transform.init, domain=(domain, domain.ranks()))
-        return _expand(identity, ranks, size), before if previous.then is None else previous.then @ before
-    if isinstance(initial, Mapping):
-        if not isinstance(transform, Linear):
-            raise ValueError(f"initial is a Mapping but {transform} is not linear: pass it as then, or give parameters")
-        return _fit(transform, initial, domain, size), then
-    if initial is not None:
-        if tree_flatten(initial)[1] != tree_flatten(ranks)[1]:
-            raise ValueError(f"initial does not fit {transform}: expected the structure of {transform}.init(domain)")
-        initial = initial if whole.wrapped else tree_detach(initial)
-        return _expand(initial, ranks, size), then
-    if start == "header":
-        identity = over_batch(transform.init, domain=(domain, domain.ranks()))
-        return _expand(identity, ranks, size), then
-    if start not in ("center", "moments"):
-        raise ValueError(f"unknown start {start!r}: choose header, center or moments")
-    if not (isinstance(transform, Linear) and transform.translates):
-        raise ValueError(f"start={start!r} needs a transform that can shift; {transform} cannot: run Translation() first")
-    shift = over_batch(
-        _center_shift if start == "center" else _moment_shift,
-        fixed=(whole.fixed[0], whole.fixed[0].ranks()),
-        moving=(whole.moving[0], whole.moving[0].ranks()),
-    )
-    shift = shift.expand(size, domain.ndim)
-    moved = Mapping({"translation": shift}, domain, Translation())
-    return _fit(transform, moved, domain, size), then
-
-
-def _center_shift(fixed: Image, moving: Image) -> Tensor:
-    return moving.grid.center - fixed.grid.center
-
-
-def _moment_shift(fixed: Image, moving: Image) -> Tensor:
-    return _center_of_mass(moving) - _center_of_mass(fixed)
-
-
-def _center_of_mass(image: Image) -> Tensor:
-    """World centre of the intensities above their minimum; the grid's centre for a constant image."""
-    mass = image.data.to(torch.float64).sum(0).reshape(-1)
-    mass = torch.nan_to_num(mass)
-    mass = mass - mass.min()
-    total = mass.sum()
-    found = (mass / torch.where(total > 0, total, 1)) @ image.grid.points()
-    return torch.where(total > 0, found, image.grid.center)
-
-
-def _holds(transform: Transform, other: Transform) -> bool:
-    """Whether a linear family holds every map of another."""
-    if not (isinstance(transform, Linear) and isinstance(other, Linear)):
-        return False
-    if "matrix" in transform.parts:
-        return True
-    return set(other.parts) <= set(transform.parts) and (transform.translates or not other.translates)
-
-
-def _fit(transform: Linear | Transform, mapping: Mapping, domain: Grid, size: int) -> Params:
-    assert isinstance(transform, Linear)
-    fitted = over_batch(
-        lambda m, d: transform.fit(m.transform.matrix(m.params, m.domain), d),
-        mapping=(mapping, mapping.ranks()),
-        domain=(domain, domain.ranks()),
-    )
-    return _expand(fitted, transform.ranks(domain), size)
-
-
-def _spread(starts: Params, transform: Transform, domain: Grid, size: int) -> tuple[Params, int]:
-    """Starts (S, ...) or (B, S, ...) as a batch (B S, ...), pair after pair, and S."""
-    ranks = transform.ranks(domain)
-    if tree_flatten(starts)[1] != tree_flatten(ranks)[1]:
-        raise ValueError(f"starts do not fit {transform}: expected the structure of {transform}.init(domain)")
-    widths: set[int] = set()
-    for leaf, rank in zip(tree_leaves(starts), tree_leaves(ranks), strict=True):
-        if leaf.ndim not in (rank + 1, rank + 2) or (leaf.ndim == rank + 2 and leaf.shape[0] != size):
-            raise ValueError(f"starts have shape {tuple(leaf.shape)}: expected an axis of starts before {rank} axes")
-        widths.add(int(leaf.shape[-rank - 1]))
-    if len(widths) != 1:
-        raise ValueError(f"starts have different lengths {sorted(widths)}: give every parameter as many")
-    width = widths.pop()
-    flat = tree_map(
-        lambda leaf, rank: leaf.expand(size, *leaf.shape[-rank - 1 :]).reshape(size * width, *leaf.shape[leaf.ndim - rank :]),
-        tree_detach(starts),
-        ranks,
-    )
-    return flat, width

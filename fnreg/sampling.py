@@ -233,17 +233,23 @@ class _Linear(torch.autograd.Function):
         to_data: Tensor | None = None
         to_coords: Tensor | None = None
         if by_value is not None and coords_wanted:
-            to_coords = (by_value.unsqueeze(2) * gradient).sum(1) if gradient.shape[1] > 1 else by_value * gradient[:, 0]
+            to_coords = (
+                (by_value.unsqueeze(2) * gradient).sum(1) if gradient.shape[1] > 1 else by_value * gradient[:, 0]
+            )
         if data_wanted or by_gradient is not None:
 
             def both(d: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
                 return _batched(d, x, ctx.padding, ctx.div)[:2]
 
-            (value, slope), pull = torch.func.vjp(both, data, coords)
+            made: Any = torch.func.vjp(both, data, coords)
+            (value, slope), pull = made
             no_value, no_slope = torch.zeros_like(value), torch.zeros_like(slope)
             if data_wanted:
                 to_data = pull(
-                    (no_value if by_value is None else by_value, no_slope if by_gradient is None else by_gradient)
+                    (
+                        no_value if by_value is None else by_value,
+                        no_slope if by_gradient is None else by_gradient,
+                    )
                 )[0]
             if by_gradient is not None and coords_wanted:
                 more = pull((no_value, by_gradient))[1]
@@ -251,24 +257,23 @@ class _Linear(torch.autograd.Function):
         return to_data, to_coords, None, None
 
     @staticmethod
-    def jvp(ctx: Any, d_data: Tensor | None, d_coords: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, None]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor, None]:
         data, coords, gradient = ctx.saved_tensors
-        d_data = torch.zeros_like(data) if d_data is None else d_data
-        d_coords = torch.zeros_like(coords) if d_coords is None else d_coords
+        d_data = torch.zeros_like(data) if tangents[0] is None else tangents[0]
+        d_coords = torch.zeros_like(coords) if tangents[1] is None else tangents[1]
         # Forward mode does not nest in itself, so the slope's tangent is the transpose of its pull-back.
-        slope, pull = torch.func.vjp(lambda d, x: _batched(d, x, ctx.padding, ctx.div)[1], data, coords)
+        made: Any = torch.func.vjp(lambda d, x: _batched(d, x, ctx.padding, ctx.div)[1], data, coords)
+        slope, pull = made
         d_gradient = torch.func.vjp(pull, torch.zeros_like(slope))[1]((d_data, d_coords))[0]
         by_data = _Linear.apply(d_data, coords, _without_fill(ctx.padding), ctx.div)[0]  # type: ignore[no-untyped-call]
         return by_data + (gradient * d_coords.unsqueeze(1)).sum(2), d_gradient, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], data: Tensor, coords: Tensor, padding: Padding, div: int) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        data, coords, padding, div = args
         size = info.batch_size
         data_dim, coords_dim = in_dims[0], in_dims[1]
-        if coords_dim is None:
-            coords = coords.expand(size, *coords.shape)
-        else:
-            coords = coords.movedim(coords_dim, 0)
+        coords = coords.expand(size, *coords.shape) if coords_dim is None else coords.movedim(coords_dim, 0)
         batch = coords.shape[1]
         if data_dim is not None:
             data = data.movedim(data_dim, 0)  # (V, I, C, *shape)

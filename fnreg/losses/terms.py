@@ -7,6 +7,7 @@ tree, so they can be batched and differentiated; all else is static.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -150,7 +151,7 @@ def objective(value: Any) -> Objective:
     raise TypeError(f"an objective is a Term, a sum of terms or a callable, not {type(value).__name__}")
 
 
-def term(function: Callable[..., Tensor], residuals: Callable[..., Tensor] | None = None) -> Term:
+def term(function: Callable[..., Any], residuals: Callable[..., Any] | None = None) -> Term:
     """A term of weight one from an equation; raises TypeError where it asks for an unknown name."""
     _needs(function)
     return Term(torch.ones((), dtype=torch.float64), function, (), residuals)
@@ -160,6 +161,7 @@ def _scalar(value: float | Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
 
 
+@functools.lru_cache(maxsize=1024)
 def _needs(function: Callable[..., Tensor]) -> tuple[str, ...]:
     found: list[str] = []
     for name, parameter in inspect.signature(function).parameters.items():

@@ -139,7 +139,9 @@ def run(
         row = torch.where(running & finite, taken.value, torch.nan)
         rows.append(row if index is None else row.new_full((total,), torch.nan).index_copy(0, index, row))
         count = running.to(torch.int64)
-        taken_steps = taken_steps + (count if index is None else torch.zeros_like(taken_steps).index_copy(0, index, count))
+        taken_steps = taken_steps + (
+            count if index is None else torch.zeros_like(taken_steps).index_copy(0, index, count)
+        )
         ended = torch.where(lost, Status.DIVERGED.value, -1)
         if stop is not None:
             assert best is not None and stall is not None

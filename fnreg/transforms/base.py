@@ -8,6 +8,7 @@ parameters and domain.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -85,9 +86,14 @@ class Transform:
         """The inverse map."""
         raise NotImplementedError(f"{type(self).__name__} has no inverse")
 
-    def matrix(self, params: Params, domain: Domain) -> Tensor | None:
-        """The homogeneous world matrix (D + 1, D + 1) of a linear transform; None for any other."""
-        return None
+    @property
+    def linear(self) -> bool:
+        """Whether every map of this transform is linear, and so has a `matrix`."""
+        return False
+
+    def matrix(self, params: Params, domain: Domain) -> Tensor:
+        """The homogeneous world matrix (D + 1, D + 1) of a linear transform."""
+        raise ValueError(f"{self} is not linear: it has no matrix")
 
     def ranks(self, domain: Domain) -> Params:
         """The rank of each parameter for one pair."""
@@ -186,13 +192,7 @@ class Mapping:
     def matrix(self) -> Tensor:
         """The homogeneous world matrix (D + 1, D + 1) float64; ValueError for a transform that is not linear."""
 
-        def one(mapping: Mapping) -> Tensor:
-            matrix = mapping.transform.matrix(mapping.params, mapping.domain)
-            if matrix is None:
-                raise ValueError(f"{mapping.transform} is not linear: it has no matrix")
-            return matrix
-
-        return self._each(one)
+        return self._each(lambda mapping: mapping.transform.matrix(mapping.params, mapping.domain))
 
     def inverse(self) -> Mapping:
         """The map from moving to fixed world points."""
@@ -256,14 +256,13 @@ class Sequential(Transform):
         parts = zip(self._parts(domain, params), self._parts(finer), strict=True)
         return tuple(t.refine(p, d, f) for (t, d, p), (_, f) in parts)
 
-    def matrix(self, params: Params, domain: Domain) -> Tensor | None:
-        total: Tensor | None = None
-        for t, d, p in self._parts(domain, params):
-            matrix = t.matrix(p, d)
-            if matrix is None:
-                return None
-            total = matrix if total is None else matrix @ total
-        return total
+    @property
+    def linear(self) -> bool:
+        return all(t.linear for t in self.transforms)
+
+    def matrix(self, params: Params, domain: Domain) -> Tensor:
+        matrices = [t.matrix(p, d) for t, d, p in self._parts(domain, params)]
+        return functools.reduce(lambda total, matrix: matrix @ total, matrices)
 
     def inverse(self, params: Params, domain: Domain) -> Mapping:
         parts = [t.inverse(p, d) for t, d, p in reversed(self._parts(domain, params))]
@@ -327,7 +326,11 @@ class Held(Transform):
     def refine(self, params: Params, domain: Domain, finer: Domain) -> Params:
         return self.transform.refine(params, domain, finer)
 
-    def matrix(self, params: Params, domain: Domain) -> Tensor | None:
+    @property
+    def linear(self) -> bool:
+        return self.transform.linear
+
+    def matrix(self, params: Params, domain: Domain) -> Tensor:
         return self.transform.matrix(params, domain)
 
     def inverse(self, params: Params, domain: Domain) -> Mapping:
@@ -340,8 +343,8 @@ def moving_coords(mapping: Mapping, grid: Grid, moving: Grid, dtype: torch.dtype
     Linear maps are composed in float64 from index to index and cast at the end, so large world coordinates cost
     no precision.
     """
-    matrix = mapping.transform.matrix(mapping.params, mapping.domain)
-    if matrix is not None:
+    if mapping.transform.linear:
+        matrix = mapping.transform.matrix(mapping.params, mapping.domain)
         whole = moving.matrix("world", "index") @ matrix @ grid.affine
         return whole[:-1].to(dtype) @ index_points(grid.size, dtype, whole.device)
     points = mapping.transform.points(mapping.params, mapping.domain, grid.points())

@@ -192,6 +192,10 @@ class Linear(Transform):
             return moved
         return moved | {"translation": params["translation"] + grid.direction @ (grid.spacing * step["translation"])}
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def matrix(self, params: Params, domain: Domain) -> Tensor:
         grid = first_domain(domain)
         linear = torch.eye(grid.ndim, dtype=torch.float64, device=grid.center.device)
@@ -263,7 +267,10 @@ class Linear(Transform):
             return params
         part = (number + 0.5) / count
         inner, outer = part.sqrt(), (1 - part).sqrt()
-        first, second = 2 * math.pi * (number + 0.5) / math.sqrt(2), 2 * math.pi * (number + 0.5) / 1.533751168755204
+        first, second = (
+            2 * math.pi * (number + 0.5) / math.sqrt(2),
+            2 * math.pi * (number + 0.5) / 1.533751168755204,
+        )
         columns = (inner * first.sin(), inner * first.cos(), outer * second.sin(), outer * second.cos())
         quaternions = torch.stack(columns, 1)
         params["rotation"] = torch.cat([self.init(grid)["rotation"].unsqueeze(0), quaternions[1:]])
@@ -407,7 +414,10 @@ def decompose(matrix: Tensor) -> tuple[Tensor, Factors]:
 
 
 def nearest_rotation(linear: Tensor) -> Tensor:
-    """The proper rotation nearest to a matrix (D, D) in the Frobenius norm.  Kabsch 1976, doi 10.1107/S0567739476001873."""
+    """The proper rotation nearest to a matrix (D, D) in the Frobenius norm.
+
+    Kabsch 1976, doi 10.1107/S0567739476001873.
+    """
     left, _, right = torch.linalg.svd(linear)
     sign = torch.sign(torch.linalg.det(left @ right))
     last = torch.ones(linear.shape[-1], dtype=linear.dtype, device=linear.device)

@@ -1,0 +1,139 @@
+"""Where a registration starts: parameters of the identity, of a given or earlier map, of aligned centres, or many."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fnreg.grid import Grid
+from fnreg.image import Image
+from fnreg.inputs import Inputs
+from fnreg.pytree import over_batch, tree_detach, tree_flatten, tree_leaves, tree_map
+from fnreg.transforms.base import Mapping, Params, Transform
+from fnreg.transforms.linear import Linear, Translation
+
+Start = Literal["header", "center", "moments"]
+
+
+def expand(params: Params, ranks: Any, size: int) -> Params:
+    return tree_map(lambda leaf, rank: leaf.expand(size, *leaf.shape) if leaf.ndim == rank else leaf, params, ranks)
+
+
+def initial_ranks(initial: Any, transform: Transform, domain: Grid) -> Any:
+    """The rank of each leaf of start parameters or of a start mapping; ValueError where they do not fit."""
+    if isinstance(initial, Mapping):
+        if not isinstance(transform, Linear):
+            raise ValueError(f"initial is a Mapping but {transform} is not linear: pass it as then, or give parameters")
+        return initial.ranks()
+    ranks = transform.ranks(domain)
+    if tree_flatten(initial)[1] != tree_flatten(ranks)[1]:
+        raise ValueError(f"initial does not fit {transform}: expected the structure of {transform}.init(domain)")
+    return ranks
+
+
+def begin(
+    whole: Inputs,
+    transform: Transform,
+    size: int,
+    previous: tuple[Mapping, Mapping | None] | None,
+    initial: Any,
+    start: Start,
+) -> tuple[Params, Mapping | None]:
+    """Start parameters (B, ...) and the map that acts after.
+
+    previous : the map of the stage before and what acts after that; a transform that can hold the map goes on from
+        it, for any other the map acts after the new one
+    """
+    domain = whole.domain
+    ranks = transform.ranks(domain)
+    if previous is not None:
+        before, after = previous
+        if holds(transform, before.transform):
+            return fit(transform, before, domain, size), after
+        identity = over_batch(transform.init, domain=(domain, domain.ranks()))
+        return expand(identity, ranks, size), before if after is None else after @ before
+    then = whole.then
+    if isinstance(initial, Mapping):
+        return fit(transform, initial, domain, size), then
+    if initial is not None:
+        initial = initial if whole.wrapped else tree_detach(initial)
+        return expand(initial, ranks, size), then
+    if start == "header":
+        identity = over_batch(transform.init, domain=(domain, domain.ranks()))
+        return expand(identity, ranks, size), then
+    if start not in ("center", "moments"):
+        raise ValueError(f"unknown start {start!r}: choose header, center or moments")
+    if not (isinstance(transform, Linear) and transform.translates):
+        raise ValueError(
+            f"start={start!r} needs a transform that can shift; {transform} cannot: run Translation() first"
+        )
+    shift = over_batch(
+        _center_shift if start == "center" else _moment_shift,
+        fixed=(whole.fixed[0], whole.fixed[0].ranks()),
+        moving=(whole.moving[0], whole.moving[0].ranks()),
+    )
+    shift = shift.expand(size, domain.ndim)
+    moved = Mapping({"translation": shift}, domain, Translation())
+    return fit(transform, moved, domain, size), then
+
+
+def _center_shift(fixed: Image, moving: Image) -> Tensor:
+    return moving.grid.center - fixed.grid.center
+
+
+def _moment_shift(fixed: Image, moving: Image) -> Tensor:
+    return _center_of_mass(moving) - _center_of_mass(fixed)
+
+
+def _center_of_mass(image: Image) -> Tensor:
+    """World centre of the intensities above their minimum; the grid's centre for a constant image."""
+    mass = image.data.to(torch.float64).sum(0).reshape(-1)
+    mass = torch.nan_to_num(mass)
+    mass = mass - mass.min()
+    total = mass.sum()
+    found = (mass / torch.where(total > 0, total, 1)) @ image.grid.points()
+    return torch.where(total > 0, found, image.grid.center)
+
+
+def holds(transform: Transform, other: Transform) -> bool:
+    """Whether a linear family holds every map of another."""
+    if not (isinstance(transform, Linear) and isinstance(other, Linear)):
+        return False
+    if "matrix" in transform.parts:
+        return True
+    return set(other.parts) <= set(transform.parts) and (transform.translates or not other.translates)
+
+
+def fit(transform: Linear | Transform, mapping: Mapping, domain: Grid, size: int) -> Params:
+    assert isinstance(transform, Linear)
+    fitted = over_batch(
+        lambda m, d: transform.fit(m.transform.matrix(m.params, m.domain), d),
+        mapping=(mapping, mapping.ranks()),
+        domain=(domain, domain.ranks()),
+    )
+    return expand(fitted, transform.ranks(domain), size)
+
+
+def spread(starts: Params, transform: Transform, domain: Grid, size: int) -> tuple[Params, int]:
+    """Starts (S, ...) or (B, S, ...) as a batch (B S, ...), pair after pair, and S."""
+    ranks = transform.ranks(domain)
+    if tree_flatten(starts)[1] != tree_flatten(ranks)[1]:
+        raise ValueError(f"starts do not fit {transform}: expected the structure of {transform}.init(domain)")
+    widths: set[int] = set()
+    for leaf, rank in zip(tree_leaves(starts), tree_leaves(ranks), strict=True):
+        if leaf.ndim not in (rank + 1, rank + 2) or (leaf.ndim == rank + 2 and leaf.shape[0] != size):
+            raise ValueError(f"starts have shape {tuple(leaf.shape)}: expected an axis of starts before {rank} axes")
+        widths.add(int(leaf.shape[-rank - 1]))
+    if len(widths) != 1:
+        raise ValueError(f"starts have different lengths {sorted(widths)}: give every parameter as many")
+    width = widths.pop()
+    flat = tree_map(
+        lambda leaf, rank: leaf.expand(size, *leaf.shape[-rank - 1 :]).reshape(
+            size * width, *leaf.shape[leaf.ndim - rank :]
+        ),
+        tree_detach(starts),
+        ranks,
+    )
+    return flat, width
