@@ -1,5 +1,7 @@
 """Sphinx configuration: pages in MyST Markdown, executed where they hold code cells, without the network."""
 
+import re
+
 import fnreg
 
 project = "fnreg"
@@ -33,3 +35,44 @@ autodoc_member_order = "bysource"
 
 # pytest runs the examples in docstrings; here only the `{doctest}` and `{testcode}` blocks of the pages run.
 doctest_test_doctest_blocks = ""
+
+
+# Docstrings are plain text with `code` in single backticks; nothing else in them is markup.
+default_role = "code"
+ARGUMENT = re.compile(r"^(\s*)([a-z_]\w*(?:, [a-z_]\w*)*) : (.*)$")
+
+
+def plain(line):
+    """Escape what reStructuredText would take for markup, outside of backticks."""
+    if line.lstrip().startswith((">>>", "...")):
+        return line
+    parts = line.split("`")
+    for number in range(0, len(parts), 2):
+        parts[number] = re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", parts[number])
+        if number and re.match(r"\w", parts[number]):
+            parts[number] = "\\ " + parts[number]
+    return "`".join(parts)
+
+
+def setup(app):
+    """Turn the lines `name : meaning` of a docstring into a field list."""
+
+    def arguments(app, what, name, obj, options, lines):
+        made = []
+        inside = False
+        for line in map(plain, lines):
+            found = ARGUMENT.match(line)
+            if found and not line.lstrip().startswith(">>>"):
+                if not inside and made and made[-1].strip():
+                    made.append("")
+                indent, names, meaning = found.groups()
+                made.append(f"{indent}:{names}: {meaning}")
+                inside = True
+            else:
+                inside = inside and bool(line.strip()) and line.startswith(" ")
+                if made and made[-1].lstrip().startswith(":") and line.strip() and not line.startswith(" "):
+                    made.append("")
+                made.append(line)
+        lines[:] = made
+
+    app.connect("autodoc-process-docstring", arguments)

@@ -33,7 +33,7 @@ class Optimizer(Protocol):
         ...
 
 
-def _scale(step: Any, factor: Rate) -> Any:
+def scale(step: Any, factor: Rate) -> Any:
     """Multiply by a number, or by one per pair."""
     if isinstance(factor, Tensor) and factor.ndim:
         return tree_map(lambda leaf: leaf * factor.to(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)), step)
@@ -107,7 +107,7 @@ class Adam:
         else:
             steps, inner = self._inner().update(leaves, state.inner, inplace=False)
             state = _TorchoptState(inner)
-        return _scale(tree_unflatten(steps, spec), self.lr * self.decay**progress), state
+        return scale(tree_unflatten(steps, spec), self.lr * self.decay**progress), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ class SGD:
         else:
             steps, inner = self._inner().update(leaves, state.inner, inplace=False)
             state = _TorchoptState(inner)
-        return _scale(tree_unflatten(steps, spec), self.lr * self.decay**progress), state
+        return scale(tree_unflatten(steps, spec), self.lr * self.decay**progress), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Clip:
     def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
         squares = sum(leaf.square().flatten(1).sum(1) for leaf in tree_leaves(gradient))
         size = torch.as_tensor(squares).sqrt()
-        return _scale(gradient, self.norm / size.clamp(min=self.norm)), state
+        return scale(gradient, self.norm / size.clamp(min=self.norm)), state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from fnreg.pytree import (
     batch_axes,
     batch_size,
     is_concrete,
+    is_transformed,
     pytree_dataclass,
     tree_flatten,
     tree_map,
@@ -178,6 +179,9 @@ def register(
         raise ValueError("no transform: give one, or a sequence of stages")
     stages = [_resolve(stage, default) for stage in given]
     whole = prepare(fixed, moving, then, levels=max(stage.levels or 1 for stage in stages), min_size=min_size)
+    extras = ([stage.objective for stage in stages], initial, starts)
+    if is_transformed(extras):
+        whole = dataclasses.replace(whole, wrapped=True)
     single = whole.batch is None
     done: list[_Solution] = []
     for number, stage in enumerate(stages):

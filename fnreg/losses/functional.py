@@ -52,12 +52,12 @@ def ncc(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
     The mean over channels.  An image that does not vary correlates with nothing: its value is 1, its gradient 0.
     Lewis 1995, "Fast normalized cross-correlation".
     """
-    a, b, known = _standardise(warped, fixed, weights)
-    return torch.where(known, 1 - (a * b).sum(1), 1.0).mean()
+    a, b, share, known = _standardise(warped, fixed, weights)
+    return torch.where(known, 1 - (share * a * b).sum(1), 1.0).mean()
 
 
-def _standardise(warped: Tensor, fixed: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (C, N) with weighted mean 0 and unit norm, weights folded in by their roots; which channels vary."""
+def _standardise(warped: Tensor, fixed: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images (C, N) with weighted mean 0 and variance 1, the weights as shares of one, and which channels vary."""
     channels = fixed.shape[0]
     share = torch.ones_like(fixed[:1]) if weights is None else weights
     share = share.reshape(1, -1)
@@ -66,14 +66,14 @@ def _standardise(warped: Tensor, fixed: Tensor, weights: Tensor | None) -> tuple
     varies: list[Tensor] = []
     for image in (warped, fixed):
         values = image.reshape(channels, -1)
-        center = (values * share).sum(1, keepdim=True)
-        moment = ((values - center).square() * share).sum(1, keepdim=True)
+        away = values - (values * share).sum(1, keepdim=True)
+        variance = (away.square() * share).sum(1, keepdim=True)
         # Variance below rounding of the values themselves is no variance.
-        enough = moment > 1e-12 * center.detach().square() + torch.finfo(values.dtype).tiny
-        units.append((values - center) * (share / torch.where(enough, moment, 1)).sqrt())
+        enough = variance > 1e-12 * (values.square() * share).sum(1, keepdim=True) + torch.finfo(values.dtype).tiny
+        units.append(away / torch.where(enough, variance, 1).sqrt())
         varies.append(enough)
     known = varies[0] & varies[1]  # (C, 1)
-    return torch.where(known, units[0], 0), torch.where(known, units[1], 0), known.squeeze(1)
+    return torch.where(known, units[0], 0), torch.where(known, units[1], 0), share, known.squeeze(1)
 
 
 # -- residuals, for Gauss-Newton --------------------------------------------------------------------------------
@@ -88,6 +88,6 @@ def mse_residuals(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) 
 
 
 def ncc_residuals(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Half the difference of the standardised images, (a - b) / sqrt(2 C): squares sum to `ncc` where both vary."""
-    a, b, _ = _standardise(warped, fixed, weights)
-    return (a - b) * (0.5 / fixed.shape[0]) ** 0.5
+    """sqrt(w / (2 C sum w)) (a - b) of the standardised images: squares sum to `ncc` where both vary."""
+    a, b, share, _ = _standardise(warped, fixed, weights)
+    return (a - b) * (share * (0.5 / fixed.shape[0])).sqrt()

@@ -29,14 +29,20 @@ class Status(enum.IntEnum):
 class Stop:
     """When a pair is done.
 
-    relative : converged after `patience` steps without the value falling by this part of itself
+    A pair whose value has not fallen by the part `relative` of itself for `patience` steps goes back to the best
+    parameters seen, with steps `shrink` times as long; it has converged once they would be shorter than `shortest` of
+    the solver's own.  A solver without a step length (`GaussNewton`) has converged at once.  The best parameters
+    seen are the result.
+
     step : converged when no parameter moves by more than this many voxels in a step; 0 never
     every : how often, in steps, the host looks whether all are done, and drops finished pairs from the batch
     compact : whether finished pairs are dropped from the batch as it runs
     """
 
     relative: float = 1e-4
-    patience: int = 20
+    patience: int = 10
+    shrink: float = 0.3
+    shortest: float = 0.05
     step: float = 1e-4
     every: int = 10
     compact: bool = True
@@ -44,6 +50,8 @@ class Stop:
     def __post_init__(self) -> None:
         if self.relative < 0 or self.step < 0 or self.patience < 1 or self.every < 1:
             raise ValueError(f"{self!r}: expected relative and step >= 0, patience and every >= 1")
+        if not (0 < self.shrink < 1 and 0 < self.shortest <= 1):
+            raise ValueError(f"{self!r}: expected shrink in (0, 1) and shortest in (0, 1]")
 
 
 class Problem(Protocol):
@@ -63,12 +71,14 @@ class Problem(Protocol):
 class Solver(Protocol):
     """How parameters are improved."""
 
+    scales: bool  # whether `step` heeds a step length
+
     def init(self, problem: Any, params: Any) -> Any:
         """What the solver carries from step to step: tensors with a leading batch axis, or shared scalars."""
         ...
 
-    def step(self, problem: Any, params: Any, carry: Any, progress: float) -> Taken:
-        """One step for every pair."""
+    def step(self, problem: Any, params: Any, carry: Any, progress: float, length: Tensor | None) -> Taken:
+        """One step for every pair; `length` (B,) multiplies it."""
         ...
 
 
@@ -77,7 +87,8 @@ class Taken(NamedTuple):
 
     params: Any
     carry: Any
-    value: Tensor  # (B,) of the objective, before the step or after it as the solver says
+    value: Tensor  # (B,) of the objective
+    at: Any  # the parameters with this value
     moved: Tensor  # (B,) voxels, the largest change of a parameter
     settled: Tensor  # (B,) bool: the solver itself sees no way down
 
@@ -111,79 +122,112 @@ def run(
     """
     device = tree_leaves(params)[0].device
     total = problem.size
-    dtype: torch.dtype | None = None
     running = torch.ones(total, dtype=torch.bool, device=device) if frozen is None else ~frozen
     status = torch.where(running, Status.STEPS.value, Status.DIVERGED.value)
     taken_steps = torch.zeros(total, dtype=torch.int64, device=device)
-    rows: list[Tensor] = []
     if steps == 0:
         return Solved(params, taken_steps, status, torch.empty(total, 0, device=device))
-
-    # All of the following may be of fewer pairs than `total` once some are dropped: `index` says which.
+    rows: list[Tensor] = []
+    # From here on all is of the pairs `index` only, once some are dropped; `final` holds what the dropped ones reached.
     index: Tensor | None = None
     final = params
-    previous = params
-    carry = solver.init(problem, params)
-    best = stall = None
+    now = _Now(params, params, solver.init(problem, params), running)
+    marks = None if stop is None else _Marks.start(params, running)
     for number in range(steps):
-        taken = solver.step(problem, params, carry, number / steps)
-        dtype = taken.value.dtype
-        if best is None:
-            best = torch.full_like(taken.value, torch.inf)
-            stall = torch.zeros_like(taken.value, dtype=torch.int64)
+        length = marks.length if marks is not None and solver.scales else None
+        taken = solver.step(problem, now.params, now.carry, number / steps, length)
         finite = torch.isfinite(taken.value)
         for leaf in tree_leaves(taken.params):
             finite = finite & torch.isfinite(leaf).flatten(1).all(1)
-        lost = running & ~finite
-        after = tree_where(running & finite, taken.params, tree_where(lost, previous, params))
-        row = torch.where(running & finite, taken.value, torch.nan)
+        lost, going = now.running & ~finite, now.running & finite
+        after = tree_where(going, taken.params, tree_where(lost, now.previous, now.params))
+        row = torch.where(going, taken.value, torch.nan)
         rows.append(row if index is None else row.new_full((total,), torch.nan).index_copy(0, index, row))
-        count = running.to(torch.int64)
-        taken_steps = taken_steps + (
-            count if index is None else torch.zeros_like(taken_steps).index_copy(0, index, count)
-        )
+        taken_steps = _add(taken_steps, index, now.running.to(torch.int64))
         ended = torch.where(lost, Status.DIVERGED.value, -1)
-        if stop is not None:
-            assert best is not None and stall is not None
-            better = taken.value < best - stop.relative * best.abs().nan_to_num(posinf=0)
-            best = torch.where(better, taken.value, best)
-            stall = torch.where(better, 0, stall + 1)
-            done = (stall >= stop.patience) | (taken.moved <= stop.step) | taken.settled
-            ended = torch.where(running & finite & done, Status.CONVERGED.value, ended)
-        changed = torch.where(ended >= 0, ended, status if index is None else status[index])
+        if stop is not None and marks is not None:
+            marks, after, done = marks.update(taken, after, going, stop, solver.scales)
+            ended = torch.where(done, Status.CONVERGED.value, ended)
+        before = status if index is None else status[index]
+        changed = torch.where(ended >= 0, ended, before)
         status = changed if index is None else status.index_copy(0, index, changed)
-        running = running & (ended < 0)
-        previous, params, carry = params, after, taken.carry
+        now = _Now(after, now.params, taken.carry, now.running & (ended < 0))
         look = stop is not None and (number + 1) % stop.every == 0
-        if progress is not None and (look or number + 1 == steps or stop is None):
+        if progress is not None and (look or stop is None or number + 1 == steps):
             shown = row[torch.isfinite(row)]
-            progress(number + 1, steps, int(running.sum()), float(shown.mean()) if len(shown) else float("nan"))
+            progress(number + 1, steps, int(now.running.sum()), float(shown.mean()) if len(shown) else float("nan"))
         if not look:
             continue
-        left = int(running.sum())
+        left = int(now.running.sum())
         if left == 0:
             break
-        assert stop is not None
-        if stop.compact and left <= problem.size // 2:
-            final = params if index is None else _put(final, index, params)
-            keep = running.nonzero().squeeze(1)
+        if stop is not None and marks is not None and stop.compact and left <= problem.size // 2:
+            final = _put(final, index, marks.best_params)
+            keep = now.running.nonzero().squeeze(1)
             index = keep if index is None else index[keep]
-            problem = problem.take(keep)
-            width = running.shape[0]
-            params, previous, best, stall, running = tree_take((params, previous, best, stall, running), keep)
-            carry = tree_map(lambda leaf: leaf[keep] if _batched(leaf, width) else leaf, carry)  # noqa: B023
-    final = params if index is None else _put(final, index, params)
+            width = problem.size
+            problem, marks = problem.take(keep), tree_take(marks, keep)
+            carry = tree_map(lambda leaf: leaf[keep] if _batched(leaf, width) else leaf, now.carry)  # noqa: B023
+            now = _Now(*tree_take((now.params, now.previous), keep), carry, now.running[keep])
+    final = _put(final, index, now.params if marks is None else marks.best_params)
     history = torch.stack(rows, 1)
     if history.shape[1] < steps:
         history = torch.cat([history, history.new_full((total, steps - history.shape[1]), torch.nan)], 1)
-    return Solved(final, taken_steps, status, history.to(dtype))
+    return Solved(final, taken_steps, status, history)
+
+
+class _Now(NamedTuple):
+    """Where the loop is."""
+
+    params: Any
+    previous: Any  # one step before: known to have a finite value
+    carry: Any
+    running: Tensor
+
+
+class _Marks(NamedTuple):
+    """What stopping remembers, per pair."""
+
+    best: Tensor  # lowest value seen
+    best_params: Any
+    mark: Tensor  # the value from which a fall counts
+    stall: Tensor  # steps since then
+    length: Tensor  # part of the solver's own step
+
+    @staticmethod
+    def start(params: Any, running: Tensor) -> _Marks:
+        one = torch.ones(running.shape, dtype=torch.float64, device=running.device)
+        return _Marks(one * torch.inf, params, one * torch.inf, torch.zeros_like(running, dtype=torch.int64), one)
+
+    def update(self, taken: Taken, after: Any, going: Tensor, stop: Stop, scales: bool) -> tuple[_Marks, Any, Tensor]:
+        """The next marks, the parameters to go on from, and which pairs are done."""
+        value = taken.value.detach().to(self.best.dtype)
+        lower = going & (value < self.best)
+        best = torch.where(lower, value, self.best)
+        best_params = tree_where(lower, taken.at, self.best_params)
+        fallen = going & (value < self.mark - stop.relative * self.mark.abs().nan_to_num(posinf=0))
+        mark = torch.where(fallen, value, self.mark)
+        stall = torch.where(fallen, 0, self.stall + 1)
+        stuck = stall >= stop.patience
+        length = torch.where(stuck, self.length * stop.shrink, self.length) if scales else self.length
+        short = length < stop.shortest if scales else stuck
+        done = going & ((stuck & short) | (taken.moved <= stop.step) | taken.settled)
+        if scales:
+            after = tree_where(going & stuck, best_params, after)
+        return _Marks(best, best_params, mark, torch.where(stuck, 0, stall), length), after, done
+
+
+def _add(whole: Tensor, index: Tensor | None, part: Tensor) -> Tensor:
+    return whole + (part if index is None else torch.zeros_like(whole).index_copy(0, index, part))
 
 
 def _batched(leaf: Any, width: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == width
 
 
-def _put(whole: Any, index: Tensor, part: Any) -> Any:
+def _put(whole: Any, index: Tensor | None, part: Any) -> Any:
+    if index is None:
+        return part
     return tree_map(lambda a, b: a.index_copy(0, index, b), whole, part)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from fnreg.optim import Adam, Optimizer, as_optimizer
+from fnreg.optim import Adam, Optimizer, as_optimizer, scale
 from fnreg.pytree import tree_map
 from fnreg.solvers.base import Taken, check_step, largest
 
@@ -23,6 +24,8 @@ class Descent:
     optimizer: Any = dataclasses.field(default_factory=Adam)
     limit: float | None = None
 
+    scales: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "optimizer", as_optimizer(self.optimizer))
         if self.limit is not None and not self.limit > 0:
@@ -33,13 +36,16 @@ class Descent:
         optimizer: Optimizer = self.optimizer
         return optimizer.init(problem.zero_step())
 
-    def step(self, problem: Any, params: Any, carry: Any, progress: float) -> Taken:
+    def step(self, problem: Any, params: Any, carry: Any, progress: float, length: Tensor | None) -> Taken:
         """One update of every pair; the value is that before it."""
         optimizer: Optimizer = self.optimizer
         gradient, value = problem.gradient(params)
         step, carry = optimizer.update(gradient, carry, progress)
         check_step(gradient, step, type(optimizer).__name__)
+        if length is not None:
+            step = scale(step, length)
         if self.limit is not None:
             step = tree_map(lambda leaf: leaf.clamp(-self.limit, self.limit), step)  # type: ignore[operator]
         moved = largest(step)
-        return Taken(problem.retract(params, step), carry, value, moved, torch.zeros_like(moved, dtype=torch.bool))
+        settled = torch.zeros_like(moved, dtype=torch.bool)
+        return Taken(problem.retract(params, step), carry, value, params, moved, settled)

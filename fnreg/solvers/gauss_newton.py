@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class GaussNewton:
     factor: float = 10.0
     limit: float = 4.0
 
+    scales: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not (self.damping > 0 and self.factor > 1 and self.limit > 0):
             raise ValueError(f"{self!r}: expected damping > 0, factor > 1 and limit > 0")
@@ -42,7 +44,7 @@ class GaussNewton:
         value, slope, normal = problem.normal_equations(params)
         return _Carry(torch.full_like(value, self.damping), value, slope, normal)
 
-    def step(self, problem: Any, params: Any, carry: _Carry, progress: float) -> Taken:
+    def step(self, problem: Any, params: Any, carry: _Carry, progress: float, length: Tensor | None) -> Taken:
         """One trial step of every pair; the value is that after it."""
         diagonal = torch.diagonal(carry.normal, dim1=-2, dim2=-1)
         # A parameter without influence has a zero row: a floor leaves it where it is.
@@ -59,7 +61,8 @@ class GaussNewton:
         fresh = _Carry(damping, value, slope, normal)
         kept = tree_where(better, fresh, carry._replace(damping=damping))
         moved = torch.where(better, largest(step), torch.inf)
-        return Taken(tree_where(better, trial, params), kept, kept.value, moved, damping >= 1e8)
+        found = tree_where(better, trial, params)
+        return Taken(found, kept, kept.value, found, moved, damping >= 1e8)
 
 
 def _split(flat: Tensor, zero: Any) -> Any:

@@ -40,9 +40,10 @@ class Transform:
 
     types: ClassVar[dict[str, type[Transform]]] = {}
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, *, abstract: bool = False, **options: Any) -> None:
         super().__init_subclass__(**options)
-        Transform.types[cls.__name__] = cls
+        if not abstract:
+            Transform.types[cls.__name__] = cls
 
     def init(self, domain: Domain) -> Params:
         """Parameters of the identity."""
@@ -106,15 +107,19 @@ class Transform:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Transform:
-        """The transform that `to_dict` wrote.  ValueError names unknown types and options."""
+        """The transform that `to_dict` wrote.  ValueError names unknown types, and options unknown or missing."""
         name = data.get("type")
-        if name not in Transform.types:
+        if not isinstance(name, str) or name not in Transform.types:
             raise ValueError(f"unknown transform {name!r}: choose from {', '.join(sorted(Transform.types))}")
         cls = Transform.types[name]
-        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        known = {f.name for f in fields}
         unknown = set(data) - known - {"type"}
         if unknown:
             raise ValueError(f"{name} has no option {sorted(unknown)}: its options are {sorted(known)}")
+        missing = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING} - set(data)
+        if missing:
+            raise ValueError(f"{name} lacks the option {sorted(missing)}: its options are {sorted(known)}")
         return cls(**{key: _lively(value) for key, value in data.items() if key != "type"})
 
 
@@ -293,6 +298,8 @@ class Held(Transform):
 
     def zero_step(self, domain: Domain) -> Step:
         zero = self.transform.zero_step(domain)
+        if not isinstance(zero, dict):
+            raise ValueError(f"{self.transform} has no parameters of its own: hold those of its parts")
         unknown = [name for name in self.names if name not in zero]
         if unknown:
             raise ValueError(f"{self.transform} has no parameter {unknown}: hold some of {sorted(zero)}")

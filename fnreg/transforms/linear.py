@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,7 +169,7 @@ _PARTS: dict[str, Any] = {
 }
 
 
-class Linear(Transform):
+class Linear(Transform, abstract=True):
     """A product of parts in the order of `parts` (the last acts first), then the translation where it has one."""
 
     parts: ClassVar[tuple[str, ...]] = ()
@@ -380,8 +380,7 @@ def linear_mapping(matrix: Tensor, domain: Grid) -> Mapping:
 # -- decomposition ----------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """A linear map as rotation, shear and scale: A = R (I + U) diag(s), U strictly upper triangular."""
 
     rotation: Tensor  # (D, D)
