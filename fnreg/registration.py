@@ -84,8 +84,10 @@ class Registration:
 
     For a batch all leaves but the grids' shared ones have a leading axis.
 
-    mapping : the map; fixed_grid, moving_grid : the images' grids
-    value : the objective on the finest level after the last step; terms : each term's unweighted value
+    mapping : the map
+    fixed_grid, moving_grid : the images' grids
+    value : the objective on the finest level under the mapping
+    terms : each term's unweighted value
     steps : steps taken per level, coarse to fine, stage after stage, (L,) or (B, L)
     status : a `Status` per pair
     history : one `Trace` per level, coarse to fine, stage after stage
@@ -150,10 +152,12 @@ def register(
     transform : what is optimised; a sequence of transforms or `Stage`s runs one after another: a linear one starts
         where the last ended if it can hold that map, else the last one's map acts after it
     objective : a term, a sum of terms, or a callable on the names of `losses.terms.NAMES`
-    optimizer : for the solver `Descent`; solver : `Descent(...)` (default) or `GaussNewton(...)`
+    optimizer : for the solver `Descent`, such as `adam(0.3)`
+    solver : `Descent(...)` (default) or `GaussNewton(...)`
     levels : images per pyramid, fewer where they become smaller than `min_size` voxels (a warning tells)
     steps : per level, or a sequence from coarse to fine
-    then : a mapping that acts after the optimised one; initial : parameters, or a linear Mapping, to start from
+    then : a mapping that acts after the optimised one
+    initial : parameters, or a linear `Mapping`, to start from
     starts : parameters with an axis of starts, (S, ...) or (B, S, ...) per pair; all run on the coarsest level, the
         best part of them goes on to each finer one, the best one is the result
     start : "header" trusts the world coordinates; "center" aligns the grids' centres, "moments" the centres of mass

@@ -117,8 +117,10 @@ def run(
 ) -> Solved:
     """Iterate a solver on all pairs of a problem.
 
-    steps : at most so many; stop : None takes all of them, and then nothing depends on values, so the loop may
-    itself run inside vmap or grad; frozen : (B,) pairs that stay as they are.
+    steps : at most so many
+    stop : None takes all of them, and then nothing depends on values: the loop may itself run inside vmap or grad
+    frozen : (B,) pairs that stay as they are
+    progress : told now and then
     """
     device = tree_leaves(params)[0].device
     total = problem.size

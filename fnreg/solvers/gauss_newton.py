@@ -25,7 +25,8 @@ class GaussNewton:
 
     J is the derivative of the residuals by the step.  Marquardt 1963, doi 10.1137/0111030.
 
-    damping : at the start; factor : by which it falls after a step that helped and rises after one that did not;
+    damping : at the start
+    factor : by which the damping falls after a step that helped and rises after one that did not
     limit : voxels; a longer step is shortened
     """
 
