@@ -7,12 +7,11 @@ processing", 1999, doi 10.1109/79.799930.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from fnreg.filters import along
+from fnreg.pytree import constant
 
 
 def weights(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -21,18 +20,17 @@ def weights(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return g**3 / 6, (4 - 6 * f**2 + 3 * f**3) / 6, (4 - 6 * g**2 + 3 * g**3) / 6, f**3 / 6
 
 
-@functools.lru_cache(maxsize=32)
+@constant
 def _inverse(n: int, device: torch.device) -> Tensor:
     """The matrix (n, n) from samples to coefficients of the spline mirrored about its end points."""
-    with torch.inference_mode(False):
-        if n == 1:
-            return torch.ones(1, 1, dtype=torch.float64, device=device)
-        row = torch.arange(n, device=device)
-        matrix = torch.zeros(n, n, dtype=torch.float64, device=device)
-        matrix[row, row] = 4 / 6
-        matrix[row[1:], row[1:] - 1] = matrix[row[:-1], row[:-1] + 1] = 1 / 6
-        matrix[0, 1] = matrix[-1, -2] = 2 / 6
-        return torch.linalg.inv(matrix)
+    if n == 1:
+        return torch.ones(1, 1, dtype=torch.float64, device=device)
+    row = torch.arange(n, device=device)
+    matrix = torch.zeros(n, n, dtype=torch.float64, device=device)
+    matrix[row, row] = 4 / 6
+    matrix[row[1:], row[1:] - 1] = matrix[row[:-1], row[:-1] + 1] = 1 / 6
+    matrix[0, 1] = matrix[-1, -2] = 2 / 6
+    return torch.linalg.inv(matrix)
 
 
 def prefilter(data: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ constant up to its borders, and weights may depend on batched values without a c
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fnreg.pytree import constant
 
 FWHM = 2 * math.sqrt(2 * math.log(2))  # full width at half maximum of a Gaussian with unit standard deviation
 
@@ -54,7 +55,7 @@ def gaussian(data: Tensor, sigma: float | Sequence[float] | Tensor) -> Tensor:
     return along(data, [gaussian_matrix(n, s).to(data.dtype) for n, s in zip(data.shape[:0:-1], sigmas, strict=True)])
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def resize_matrix(n: int, m: int, device: torch.device) -> Tensor:
     """From n samples to m over the same extent, (m, n) float64: smooth to the new voxel's width, then linear.
 
@@ -62,13 +63,12 @@ def resize_matrix(n: int, m: int, device: torch.device) -> Tensor:
     into one of a new voxel, sqrt((n / m)^2 - 1) / 2.355 old voxels.  Cardoso et al. 2015, "Scale factor point
     spread function matching", doi 10.1007/978-3-319-24571-3_81.
     """
-    with torch.inference_mode(False):
-        position = ((torch.arange(m, dtype=torch.float64, device=device) + 0.5) * (n / m) - 0.5).clamp(0, n - 1)
-        linear = (1 - (position[:, None] - torch.arange(n, dtype=torch.float64, device=device)).abs()).clamp(min=0)
-        if m >= n:
-            return linear
-        sigma = torch.tensor(math.sqrt((n / m) ** 2 - 1) / FWHM, dtype=torch.float64, device=device)
-        return linear @ gaussian_matrix(n, sigma)
+    position = ((torch.arange(m, dtype=torch.float64, device=device) + 0.5) * (n / m) - 0.5).clamp(0, n - 1)
+    linear = (1 - (position[:, None] - torch.arange(n, dtype=torch.float64, device=device)).abs()).clamp(min=0)
+    if m >= n:
+        return linear
+    sigma = torch.tensor(math.sqrt((n / m) ** 2 - 1) / FWHM, dtype=torch.float64, device=device)
+    return linear @ gaussian_matrix(n, sigma)
 
 
 def resize(data: Tensor, size: Sequence[int]) -> Tensor:

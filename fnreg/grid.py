@@ -11,15 +11,15 @@ which may carry a leading batch axis under `torch.func.vmap`.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_map, tree_unflatten
+from fnreg.pytree import constant, is_concrete, pytree_dataclass, static, tree_flatten, tree_map, tree_unflatten
 
 Axes = Literal["index", "cube", "corners", "world"]
 Scalars = float | Sequence[float] | Tensor
@@ -28,14 +28,13 @@ Integers = int | Sequence[int]
 AXES: tuple[Axes, ...] = ("index", "cube", "corners", "world")
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def index_points(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Voxel indices of a grid and a row of ones, shape (D + 1, N), x fastest: ready for one matrix product."""
-    with torch.inference_mode(False):
-        axes = [torch.arange(n, dtype=dtype, device=device) for n in reversed(size)]
-        mesh = torch.meshgrid(*axes, indexing="ij")[::-1]
-        rows = [axis.reshape(-1) for axis in mesh]
-        return torch.stack([*rows, torch.ones_like(rows[0])])
+    axes = [torch.arange(n, dtype=dtype, device=device) for n in reversed(size)]
+    mesh = torch.meshgrid(*axes, indexing="ij")[::-1]
+    rows = [axis.reshape(-1) for axis in mesh]
+    return torch.stack([*rows, torch.ones_like(rows[0])])
 
 
 def homogeneous(linear: Tensor, offset: Tensor) -> Tensor:
@@ -48,14 +47,17 @@ def homogeneous(linear: Tensor, offset: Tensor) -> Tensor:
 
 
 def apply_matrix(matrix: Tensor, points: Tensor, *, vectors: bool = False) -> Tensor:
-    """x -> A x + b for points, x -> A x for vectors (..., D), in float64, returned in the dtype of the points."""
+    """x -> A x + b for points, x -> A x for vectors (..., D), in float64, returned in the dtype of the points.
+
+    Integer points, such as voxel indices, give float64.
+    """
     dimension = points.shape[-1]
     if matrix.shape[-1] != dimension + 1:
         raise ValueError(f"points have {dimension} coordinates but the map has {matrix.shape[-1] - 1} dimensions")
     result = points.to(matrix.dtype) @ matrix[..., :dimension, :dimension].mT
     if not vectors:
         result = result + matrix[..., :dimension, dimension]
-    return result.to(points.dtype)
+    return result.to(points.dtype) if points.is_floating_point() else result
 
 
 @pytree_dataclass
@@ -96,7 +98,7 @@ class Grid:
             raise ValueError("give either size, in (x, y[, z]) order, or shape, in tensor order ([z,] y, x)")
         if origin is not None and center is not None:
             raise ValueError("give either origin, the first voxel's position, or center, not both")
-        count = tuple(int(n) for n in (size if size is not None else reversed(list(shape or ()))))
+        count = _whole("size", size if size is not None else reversed(list(shape or ())))
         dimension = len(count)
         if not 1 <= dimension <= 3 or min(count) < 1:
             raise ValueError(f"size is {count}: expected one to three axes of at least one voxel")
@@ -104,7 +106,7 @@ class Grid:
             device = next((v.device for v in (spacing, origin, center, direction) if isinstance(v, Tensor)), None)
 
         def vector(name: str, value: Scalars) -> Tensor:
-            tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
+            tensor = _float64(value, device)
             if tensor.ndim == 0:
                 tensor = tensor.expand(dimension)
             if tensor.shape[-1] != dimension:
@@ -115,7 +117,7 @@ class Grid:
         if direction is None:
             directions = torch.eye(dimension, dtype=torch.float64, device=device)
         else:
-            directions = torch.as_tensor(direction, dtype=torch.float64, device=device)
+            directions = _float64(direction, device)
         if directions.shape[-2:] != (dimension, dimension):
             raise ValueError(f"direction has shape {tuple(directions.shape)}: expected ({dimension}, {dimension})")
         if center is not None:
@@ -232,7 +234,10 @@ class Grid:
         if axes == "index":
             return torch.eye(self.ndim + 1, dtype=torch.float64, device=middle.device)
         if axes == "world":
-            linear = self.direction.mT / self.spacing.unsqueeze(-1)
+            # A direction from a file is orthonormal to the file's precision: one Newton step from the transpose
+            # gives its inverse to that precision squared.
+            transpose = self.direction.mT
+            linear = (2 * transpose - transpose @ self.direction @ transpose) / self.spacing.unsqueeze(-1)
             return homogeneous(linear, middle - (linear @ self.center.unsqueeze(-1)).squeeze(-1))
         return homogeneous(torch.diag(self._half(axes)), middle)
 
@@ -294,7 +299,7 @@ class Grid:
         return grid
 
     def _integers(self, name: str, value: Integers) -> tuple[int, ...]:
-        values = (value,) * self.ndim if isinstance(value, int) else tuple(int(v) for v in value)
+        values = (int(value),) * self.ndim if isinstance(value, int | Integral) else _whole(name, value)
         if len(values) != self.ndim:
             raise ValueError(f"{name} has {len(values)} values but the grid has {self.ndim} axes")
         return values
@@ -310,13 +315,14 @@ class Grid:
 
         Under vmap the size cannot depend on values: give it.
         """
-        spacings = torch.as_tensor(spacing, dtype=torch.float64, device=self.center.device)
+        spacings = _float64(spacing, self.center.device)
         spacings = spacings.expand(self.ndim) if spacings.ndim == 0 else spacings
+        if spacings.shape[-1] != self.ndim:
+            raise ValueError(f"spacing has {spacings.shape[-1]} values but the grid has {self.ndim} axes")
+        _validate(spacings, self.center, self.direction)
         if size is None:
             if not (is_concrete(spacings) and is_concrete(self.spacing)):
                 raise ValueError("inside vmap give resample(spacing, size=...): a size cannot depend on batched values")
-            if not bool((spacings > 0).all()):
-                raise ValueError(f"spacing is {spacings.tolist()}: it must be positive")
             size = [max(1, math.ceil(round(v, 6))) for v in (self.extent / spacings).tolist()]
         return self._with(self._integers("size", size), spacings, self.center)
 
@@ -375,10 +381,25 @@ class Grid:
         return self.roi([-((m - n) // 2) for n, m in zip(self.size, sizes, strict=True)], sizes)
 
 
+def _float64(value: Any, device: torch.device | str | None) -> Tensor:
+    """Numbers as a float64 tensor: a tensor keeps its history, anything else is copied."""
+    make = torch.as_tensor if isinstance(value, Tensor) else torch.tensor
+    return make(value, dtype=torch.float64, device=device)
+
+
+def _whole(name: str, values: Iterable[Any]) -> tuple[int, ...]:
+    given = tuple(values)
+    whole = tuple(int(n) for n in given)
+    if whole != given:
+        raise ValueError(f"{name} is {given}: expected whole numbers")
+    return whole
+
+
 def _validate(spacing: Tensor, center: Tensor, direction: Tensor) -> None:
     if not all(is_concrete(leaf) for leaf in (spacing, center, direction)):
         return
-    for name, leaf in (("spacing", spacing), ("center or origin", center), ("direction", direction)):
+    spacing, center, direction = spacing.detach(), center.detach(), direction.detach()
+    for name, leaf in (("spacing", spacing), ("direction", direction), ("center or origin", center)):
         if not bool(torch.isfinite(leaf).all()):
             raise ValueError(f"{name} is not finite: {leaf.tolist()}")
     if not bool((spacing > 0).all()):

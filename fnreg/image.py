@@ -164,24 +164,28 @@ class Image:
             minimum and maximum, "zscore" makes mean 0 and standard deviation 1
         mask : (1, [Z,] Y, X); only where it is positive do voxels count for the statistics
 
-        A channel without variation becomes 0.
+        A channel without variation, or with nothing in the mask, becomes 0; NaN among the voxels that count gives NaN.
         """
         values = self.data.flatten(1)  # (C, N)
-        inside = torch.ones_like(values[:1]) if mask is None else (mask > 0).to(values.dtype).flatten(1)
+        inside = torch.ones_like(values[:1], dtype=torch.bool) if mask is None else (mask > 0).flatten(1)
         if method == "zscore":
             total = inside.sum().clamp(min=1)
-            offset = torch.where(inside > 0, values, 0).sum(1, keepdim=True) / total
-            variance = torch.where(inside > 0, values - offset, 0).square().sum(1, keepdim=True) / total
-            scale = variance.sqrt()
+            offset = torch.where(inside, values, 0).sum(1, keepdim=True) / total
+            variance = torch.where(inside, values - offset, 0).square().sum(1, keepdim=True) / total
+            # The mean of a constant differs from it by rounding, so the standard deviation does not tell.
+            varies = torch.where(inside, values, -torch.inf).amax(1, keepdim=True) != torch.where(
+                inside, values, torch.inf
+            ).amin(1, keepdim=True)
+            scale = torch.where(varies, variance.sqrt(), 0)
         elif method in ("percentile", "range"):
             bounds = (low, high) if method == "percentile" else (0.0, 1.0)
             if not 0 <= bounds[0] < bounds[1] <= 1:
                 raise ValueError(f"percentiles are {bounds}: expected 0 <= low < high <= 1")
             offset, top = (_quantile(values, inside, q) for q in bounds)
-            scale = top - offset
+            scale = torch.where(inside.any(), top - offset, 0)
         else:
             raise ValueError(f"unknown method {method!r}: choose percentile, range or zscore")
-        flat = torch.where(scale > 0, (values - offset) / torch.where(scale > 0, scale, 1), 0)
+        flat = torch.where(scale == 0, 0, (values - offset) / torch.where(scale == 0, 1, scale))
         return Image(flat.reshape(self.data.shape), self.grid)
 
 
@@ -193,13 +197,14 @@ def _from_dlpack(array: Any) -> Tensor:
 
 
 def _quantile(values: Tensor, inside: Tensor, q: float) -> Tensor:
-    """The quantile of each row (C, N) over the entries whose weight is 1, by linear interpolation, (C, 1)."""
-    order = torch.where(inside > 0, values, torch.inf).sort(1).values
-    position = q * (inside.sum() - 1).clamp(min=0)
+    """The quantile of each row (C, N) over the entries inside, by linear interpolation, (C, 1)."""
+    order = torch.where(inside, values, torch.inf).sort(1).values
+    position = q * (inside.sum() - 1).clamp(min=0).to(torch.float64)  # exact where float32 no longer counts
     floor = position.floor()
     lower = order.gather(1, floor.long().expand(order.shape[0], 1))
     upper = order.gather(1, position.ceil().long().expand(order.shape[0], 1))
-    return lower + (upper - lower) * (position - floor)
+    lost = (inside & values.isnan()).any(1, keepdim=True)
+    return torch.where(lost, torch.nan, lower + (upper - lower) * (position - floor).to(values.dtype))
 
 
 @pytree_dataclass

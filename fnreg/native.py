@@ -1,18 +1,21 @@
 """The C kernels: compiled once with the machine's own compiler, kept in the user's cache, loaded by ctypes.
 
-A cold build takes some tenths of a second, a warm load none to speak of.  Where there is no compiler, or
+A cold build takes a second or two, a warm load none to speak of.  Where there is no compiler, or
 `FNREG_NATIVE=0` is set, `load` gives None and the callers take their plain torch path, which computes the same.
-`FNREG_CACHE` names another folder for the cache.
+`FNREG_CACHE` names another folder for the cache.  A cached file carries the hash of its content in its name, and
+one that does not match is built anew: loading a damaged library can end the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import itertools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,14 +66,30 @@ def _folder() -> Path:
     return folder / "fnreg"
 
 
-def _build(target: Path, compiler: str, unit: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
+
+
+def _cached(folder: Path, key: str) -> Path | None:
+    """A library for `key` that this user, or root, built and nothing has damaged."""
+    for path in sorted(folder.glob(f"kernels-{key}-*.so")):
+        with contextlib.suppress(OSError):  # gone in between, or not to be read
+            # somebody else's file in a shared cache is not run
+            mine = not hasattr(os, "getuid") or path.stat().st_uid in (os.getuid(), 0)
+            if mine and path.stem.endswith(_digest(path.read_bytes())):
+                return path
+    return None
+
+
+def _build(folder: Path, key: str, compiler: list[str], unit: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         source, built = Path(scratch) / "kernels.c", Path(scratch) / "kernels.so"
         source.write_text(unit, encoding="utf-8")
-        command = [compiler, *FLAGS, str(source), "-o", str(built), "-lm"]
+        command = [*compiler, *FLAGS, str(source), "-o", str(built), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
-        built.replace(target)  # atomic: two processes may build at once
+        target = folder / f"kernels-{key}-{_digest(built.read_bytes())}.so"
+        return built.replace(target)  # atomic: two processes may build at once
 
 
 @functools.cache
@@ -78,19 +97,15 @@ def load() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had."""
     if os.environ.get("FNREG_NATIVE", "1") == "0":
         return None
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or ""
     try:
-        unit = _unit()
-        told = "\n".join((unit, *FLAGS, _machine(), compiler or ""))
-        target = _folder() / f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:20]}.so"
-        if not target.exists():
-            if compiler is None:
-                return None
-            _build(target, compiler, unit)
-        elif hasattr(os, "getuid") and target.stat().st_uid not in (os.getuid(), 0):
-            return None  # somebody else's file in a shared cache is not run
-        return ctypes.CDLL(str(target))
-    except (OSError, RuntimeError, subprocess.SubprocessError):
+        unit, folder = _unit(), _folder()
+        key = _digest("\n".join((unit, *FLAGS, _machine(), compiler)).encode())
+        library = _cached(folder, key)
+        if library is None and compiler:
+            library = _build(folder, key, shlex.split(compiler), unit)
+        return None if library is None else ctypes.CDLL(str(library))
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
         return None
 
 

@@ -11,12 +11,13 @@ Learning rates are in voxels of the level; a tensor (B,) is one rate per pair.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fnreg.pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from fnreg.pytree import is_concrete, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 Rate = float | Tensor
 
@@ -44,8 +45,17 @@ def _per_pair(values: Tensor, leaf: Tensor) -> Tensor:
     return values.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
-class _TorchoptState(NamedTuple):
+class _State(NamedTuple):
     inner: Any
+    rate: Rate = 1.0  # (B,) where pairs have their own: it is dropped with a pair that is done
+    method: Any = None  # torchopt's; some of them remember that they have been called, so every run makes its own
+
+
+def _rates(rate: Rate, step: list[Tensor]) -> Rate:
+    if isinstance(rate, Tensor) and rate.ndim and tuple(rate.shape) != tuple(step[0].shape[:1]):
+        pairs = step[0].shape[0]
+        raise ValueError(f"lr has shape {tuple(rate.shape)} for {pairs} pairs: give one rate, or one per pair")
+    return rate
 
 
 def _torchopt(factory: str, **options: Any) -> Any:
@@ -79,21 +89,20 @@ class Adam:
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 < self.decay <= 1 and self.eps >= 0):
             raise ValueError(f"{self!r}: expected b1 and b2 in [0, 1), decay in (0, 1] and eps >= 0")
 
-    def _inner(self) -> Any:
-        return _torchopt("adam", lr=1.0, betas=(self.b1, self.b2), eps=self.eps)
-
     def init(self, step: Any) -> Any:
         leaves, _ = tree_flatten(step)
+        rate = _rates(self.lr, leaves)
         if not self.pure:
-            return _TorchoptState(self._inner().init(leaves))
+            method = _torchopt("adam", lr=1.0, betas=(self.b1, self.b2), eps=self.eps)
+            return _State(method.init(leaves), rate, method)
         zero = [torch.zeros_like(leaf) for leaf in leaves]
         count = torch.zeros(leaves[0].shape[0], dtype=leaves[0].dtype, device=leaves[0].device)
-        return (zero, zero, count)
+        return _State((zero, zero, count), rate)
 
     def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(gradient)
         if self.pure:
-            m, v, count = state
+            m, v, count = state.inner
             count = count + 1
             m = [self.b1 * a + (1 - self.b1) * g for a, g in zip(m, leaves, strict=True)]
             v = [self.b2 * a + (1 - self.b2) * g * g for a, g in zip(v, leaves, strict=True)]
@@ -103,11 +112,10 @@ class Adam:
                 / ((b / (1 - self.b2 ** _per_pair(count, b)) + 1e-30).sqrt() + self.eps)
                 for a, b in zip(m, v, strict=True)
             ]
-            state = (m, v, count)
+            inner = (m, v, count)
         else:
-            steps, inner = self._inner().update(leaves, state.inner, inplace=False)
-            state = _TorchoptState(inner)
-        return scale(tree_unflatten(steps, spec), self.lr * self.decay**progress), state
+            steps, inner = state.method.update(leaves, state.inner, inplace=False)
+        return scale(tree_unflatten(steps, spec), state.rate * self.decay**progress), state._replace(inner=inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,22 +135,22 @@ class SGD:
         if not (0 <= self.momentum < 1 and 0 < self.decay <= 1):
             raise ValueError(f"{self!r}: expected momentum in [0, 1) and decay in (0, 1]")
 
-    def _inner(self) -> Any:
-        return _torchopt("sgd", lr=1.0, momentum=self.momentum)
-
     def init(self, step: Any) -> Any:
         leaves, _ = tree_flatten(step)
-        return [torch.zeros_like(leaf) for leaf in leaves] if self.pure else _TorchoptState(self._inner().init(leaves))
+        rate = _rates(self.lr, leaves)
+        if not self.pure:
+            method = _torchopt("sgd", lr=1.0, momentum=self.momentum)
+            return _State(method.init(leaves), rate, method)
+        return _State([torch.zeros_like(leaf) for leaf in leaves], rate)
 
     def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(gradient)
         if self.pure:
-            state = [self.momentum * v + g for v, g in zip(state, leaves, strict=True)]
-            steps = [-v for v in state]
+            inner = [self.momentum * v + g for v, g in zip(state.inner, leaves, strict=True)]
+            steps = [-v for v in inner]
         else:
-            steps, inner = self._inner().update(leaves, state.inner, inplace=False)
-            state = _TorchoptState(inner)
-        return scale(tree_unflatten(steps, spec), self.lr * self.decay**progress), state
+            steps, inner = state.method.update(leaves, state.inner, inplace=False)
+        return scale(tree_unflatten(steps, spec), state.rate * self.decay**progress), state._replace(inner=inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,16 +169,14 @@ class Torchopt:
         if not callable(getattr(torchopt, self.factory, None)):
             raise ValueError(f"torchopt has no optimizer {self.factory!r}: try adam, sgd, rmsprop, adagrad or radam")
 
-    def _inner(self) -> Any:
-        return _torchopt(self.factory, **dict(self.options))
-
     def init(self, step: Any) -> Any:
-        return _TorchoptState(self._inner().init(tree_flatten(step)[0]))
+        method = _torchopt(self.factory, **dict(self.options))
+        return _State(method.init(tree_flatten(step)[0]), method=method)
 
     def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(gradient)
-        steps, inner = self._inner().update(leaves, state.inner, inplace=False)
-        return tree_unflatten(steps, spec), _TorchoptState(inner)
+        steps, inner = state.method.update(leaves, state.inner, inplace=False)
+        return tree_unflatten(steps, spec), state._replace(inner=inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +186,12 @@ class _Given:
     inner: Any
 
     def init(self, step: Any) -> Any:
-        return _TorchoptState(self.inner.init(tree_flatten(step)[0]))
+        return _State(self.inner.init(tree_flatten(step)[0]))
 
     def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(gradient)
         steps, inner = self.inner.update(leaves, state.inner, inplace=False)
-        return tree_unflatten(steps, spec), _TorchoptState(inner)
+        return tree_unflatten(steps, spec), _State(inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +207,10 @@ class Clip:
         return ()
 
     def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
-        squares = sum(leaf.square().flatten(1).sum(1) for leaf in tree_leaves(gradient))
-        size = torch.as_tensor(squares).sqrt()
-        return scale(gradient, self.norm / size.clamp(min=self.norm)), state
+        squares = torch.as_tensor(sum(leaf.square().flatten(1).sum(1) for leaf in tree_leaves(gradient)))
+        # The root of no gradient at all has no derivative: it is not taken.
+        size = squares.clamp(min=self.norm**2).sqrt()
+        return scale(gradient, torch.where(squares > self.norm**2, self.norm / size, 1.0)), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,20 +237,30 @@ clip = Clip
 
 def chain(*parts: Any) -> Chain:
     """`chain(clip(1.0), adam(0.3))`: optimizers one after another."""
-    return Chain(tuple(as_optimizer(part) for part in parts))
+    return Chain(tuple(_part(part) for part in parts))
 
 
 def as_optimizer(value: Any) -> Optimizer:
-    """An optimizer of this module, or a torchopt GradientTransformation."""
-    if isinstance(value, (Adam, SGD, Torchopt, Clip, Chain, _Given)):
-        return value
-    if hasattr(value, "init") and hasattr(value, "update"):
-        return _Given(value)
-    raise TypeError(
-        f"optimizer is {type(value).__name__}: expected one of fnreg.optim, such as adam(0.3), or a torchopt one"
-    )
+    """An optimizer of this module, a torchopt GradientTransformation, or anything with the methods of `Optimizer`."""
+    made = _part(value)
+    if not _descends(made):
+        raise ValueError(f"{made} only passes the gradient on, and a step along it climbs: chain(clip(1.0), adam(0.3))")
+    return made
+
+
+def _part(value: Any) -> Any:
+    if isinstance(value, type) or not (hasattr(value, "init") and hasattr(value, "update")):
+        name = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"optimizer is {name}: expected one of fnreg.optim, such as adam(0.3), or a torchopt one")
+    given = type(value).__module__.partition(".")[0] == "torchopt"
+    return _Given(value) if given else value
+
+
+def _descends(part: Any) -> bool:
+    return any(_descends(p) for p in part.parts) if isinstance(part, Chain) else not isinstance(part, Clip)
 
 
 def _positive(name: str, value: Rate) -> None:
-    if not isinstance(value, Tensor) and not value > 0:
-        raise ValueError(f"{name} is {value}: it must be positive")
+    known = is_concrete(value) if isinstance(value, Tensor) else True
+    if known and not bool(torch.as_tensor((value > 0) & (value < math.inf)).all()):
+        raise ValueError(f"{name} is {value}: it must be positive and finite")

@@ -89,6 +89,11 @@ def _pair_weights(inside: Tensor, coords: Tensor, pair: Pair, padding: Padding |
     return weights
 
 
+def _seen(value: Tensor, weights: Tensor | None) -> Tensor:
+    """Infinity where no voxel counts: a map that moves the image out of sight is no good map."""
+    return value if weights is None else torch.where((weights > 0).any(), value, torch.inf)
+
+
 def _pair_found(
     transform: Transform,
     params: Any,
@@ -119,7 +124,8 @@ def _pair_energy(
     coords = _pair_coords(transform, params, pair)
     seen = sample(pair.moving.data, coords, padding="border" if padding is None else padding)
     weights = _pair_weights(seen.inside, coords, pair, padding)
-    return pair.objective.value(_pair_found(transform, params, pair, seen.value, weights, pair.objective.needs))
+    total, terms = pair.objective.value(_pair_found(transform, params, pair, seen.value, weights, pair.objective.needs))
+    return _seen(total, weights), terms
 
 
 def _pair_gradient(transform: Transform, padding: Padding | None, params: Any, pair: Pair) -> tuple[Any, Tensor]:
@@ -160,7 +166,7 @@ def _pair_normal_equations(
     residuals = residuals_of(seen.value)
     jacobian = vmap(lambda tangent: jvp(residuals_of, (seen.value,), (tangent,))[1])(tangents)  # (P, R)
     value = (residuals * residuals).sum().to(torch.float64)
-    return value, (jacobian @ residuals).to(torch.float64), (jacobian @ jacobian.mT).to(torch.float64)
+    return _seen(value, weights), (jacobian @ residuals).to(torch.float64), (jacobian @ jacobian.mT).to(torch.float64)
 
 
 def _pair_overlap(transform: Transform, padding: Padding | None, params: Any, pair: Pair) -> Tensor:

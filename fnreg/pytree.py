@@ -12,6 +12,7 @@ batch axis.  `batch_axes` reads this off and gives the `in_dims` of `torch.func.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
@@ -114,7 +115,12 @@ def same_structure(a: Any, b: Any) -> bool:
     """Whether two trees have one structure and leaves of one shape."""
     leaves_a, spec_a = tree_flatten(a)
     leaves_b, spec_b = tree_flatten(b)
-    return spec_a == spec_b and all(x.shape == y.shape for x, y in zip(leaves_a, leaves_b, strict=True))
+    return spec_a == spec_b and all(_shape(x) == _shape(y) for x, y in zip(leaves_a, leaves_b, strict=True))
+
+
+def _shape(leaf: Any) -> tuple[int, ...] | None:
+    """None for a leaf that is None; a plain number counts as a tensor of rank 0."""
+    return None if leaf is None else tuple(getattr(leaf, "shape", ()))
 
 
 def batch_axes(name: str, tree: T, ranks: T) -> tuple[Axes, dict[str, int]]:
@@ -131,15 +137,16 @@ def batch_axes(name: str, tree: T, ranks: T) -> tuple[Axes, dict[str, int]]:
     axes: list[int | None] = []
     sizes: dict[str, int] = {}
     for path, leaf, rank in zip(tree_paths(tree), leaves, tree_flatten(ranks)[0], strict=True):
+        told = f"{name}.{path}" if path else name
         batched = isinstance(leaf, Tensor) and leaf.ndim == rank + 1
         if isinstance(leaf, Tensor) and not batched and leaf.ndim != rank:
             raise ValueError(
-                f"{name}.{path} has shape {tuple(leaf.shape)}: expected {rank} axes for one pair, "
+                f"{told} has shape {tuple(leaf.shape)}: expected {rank} axes for one pair, "
                 f"or {rank + 1} with a leading batch axis"
             )
         axes.append(0 if batched else None)
         if batched:
-            sizes[f"{name}.{path}" if path else name] = int(leaf.shape[0])
+            sizes[told] = int(leaf.shape[0])
     return tuple(axes), sizes
 
 
@@ -198,11 +205,29 @@ def stack(items: Sequence[T]) -> T:
     """Stack trees of one structure along a new leading axis, leaf by leaf."""
     if not items:
         raise ValueError("nothing to stack: give at least one item")
-    spec = tree_flatten(items[0])[1]
     for number, item in enumerate(items):
-        if tree_flatten(item)[1] != spec:
-            raise ValueError(f"item {number} differs from item 0 in structure (grid size, channels or optional fields)")
+        if not same_structure(items[0], item):
+            raise ValueError(f"item {number} differs from item 0 in structure (size, channels or optional fields)")
     return tree_map(lambda *leaves: torch.stack(leaves), items[0], *items[1:])
+
+
+def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Cache a function of hashable arguments that builds a tensor.
+
+    What is cached is a plain tensor, whichever transform or mode asks first: built inside `grad` it would be a
+    wrapper without storage for ever, built in inference mode it could not be differentiated.
+    """
+
+    @functools.lru_cache(maxsize=64)
+    def build(*arguments: Any) -> Tensor:
+        with torch.inference_mode(False), torch._C._DisableFuncTorch():  # type: ignore[attr-defined]
+            return function(*arguments)
+
+    @functools.wraps(function)
+    def cached(*arguments: Any) -> Tensor:
+        return function(*arguments) if torch.compiler.is_compiling() else build(*arguments)
+
+    return cached
 
 
 def is_concrete(tensor: Tensor) -> bool:

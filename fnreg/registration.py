@@ -325,7 +325,7 @@ class _Solution:
 
 
 _DIVERGED = (
-    "the registration diverged: the objective became infinite or not a number; "
+    "the registration diverged: the objective became infinite or not a number, or the images lost their overlap; "
     "use a smaller learning rate, or start='center' or 'moments'"
 )
 _LOST = (

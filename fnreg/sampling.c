@@ -2,7 +2,8 @@
  *
  * Compiled once per scalar type and dimension (REAL, DIM, NAME are defined by the build).  Coordinates are
  * voxel indices in planar layout: coords[b][k][p] with k = 0 for x.  The image of item b is data item
- * (b / div) % items.  Beside value and gradient it tells which points lie within the grid's borders.  The caller splits the samples between threads: [begin, end) of batch * points.
+ * (b / div) % items.  Beside value and gradient it tells which points lie within the grid's borders.  The caller
+ * splits the samples between threads: [begin, end) of batch * points.
  *
  * Samples go through in blocks: corner offsets and fractions first, then the corners, both in loops that the
  * compiler turns into vector instructions.  Only samples on a knot take a second look: the two one-sided
@@ -23,7 +24,7 @@ enum { BORDER = 0, CONSTANT = 1, REFLECTION = 2, BLOCK = 128 };
 #define JOIN(a, b) JOIN2(a, b)
 #define INDEX JOIN(NAME, _index)
 #define CELLS JOIN(NAME, _cells)
-#define CORNERS (1 << DIM)
+#define PICK JOIN(NAME, _pick)
 #define LERP(a, b, f) ((a) + ((b) - (a)) * (f))
 
 /* Offsets of the lower and upper corner along one axis, whether each is known, and the fraction between. */
@@ -79,6 +80,11 @@ static int INDEX(JOIN(NAME, _block) *restrict s, int k, const REAL *restrict x, 
     return special;
 }
 
+/* Both values are at hand, so this is a blend, not a branch about a load. */
+static inline __attribute__((always_inline)) REAL PICK(REAL known, REAL value, REAL fill) {
+    return known > 0 ? value : fill;
+}
+
 #define SIDE(k, up) ((up) ? s->upper[k][p] : s->lower[k][p])
 #define KNOWN(k, up) ((up) ? s->up_known[k][p] : s->low_known[k][p])
 #if DIM == 1
@@ -91,7 +97,7 @@ static int INDEX(JOIN(NAME, _block) *restrict s, int k, const REAL *restrict x, 
 #define AT(i, j, l) data[SIDE(0, i) + SIDE(1, j) + SIDE(2, l)]
 #define HAVE(i, j, l) (KNOWN(0, i) * KNOWN(1, j) * KNOWN(2, l))
 #endif
-#define VOXEL(i, j, l) (constant ? fill + HAVE(i, j, l) * (AT(i, j, l) - fill) : AT(i, j, l))
+#define VOXEL(i, j, l) (constant ? PICK(HAVE(i, j, l), AT(i, j, l), fill) : AT(i, j, l))
 
 /* Value and gradient over the cells of a block. */
 static inline __attribute__((always_inline)) void CELLS(const JOIN(NAME, _block) *restrict s, const REAL *restrict data,
@@ -174,6 +180,7 @@ void NAME(const REAL *data, const REAL *coords, REAL *value, REAL *gradient, REA
 
 #undef INDEX
 #undef CELLS
+#undef PICK
 #undef SIDE
 #undef KNOWN
 #undef AT

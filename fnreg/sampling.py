@@ -67,8 +67,10 @@ class Sampled(NamedTuple):
 def sample(data: Tensor, coords: Tensor, *, padding: Padding = "border") -> Sampled:
     """Linear interpolation, its derivative by the coordinates, and what lies inside, in one pass.
 
-    data : (C, [Z,] Y, X) floating; coords : (D, N) voxel indices.  Value and gradient can be differentiated
-    to any order, in reverse and in forward mode.
+    data : (C, [Z,] Y, X) floating
+    coords : (D, N) voxel indices
+
+    Value and gradient can be differentiated to any order, in reverse and in forward mode.
     """
     _check(data, coords, "linear", padding)
     found = _Linear.apply(data.unsqueeze(0), coords.to(data.dtype).unsqueeze(0), padding, 1)  # type: ignore[no-untyped-call]
@@ -86,8 +88,11 @@ def _check(data: Tensor, coords: Tensor, mode: str, padding: Padding) -> None:
         raise ValueError(f"unknown interpolation {mode!r}: choose from {', '.join(MODES)}")
     if isinstance(padding, str) and padding not in PADDINGS:
         raise ValueError(f"unknown padding {padding!r}: choose from {', '.join(PADDINGS)}, or a number")
-    if not data.is_floating_point() and mode != "nearest":
-        raise TypeError(f"data are {data.dtype}: only mode 'nearest' samples integers; convert to float first")
+    if not data.is_floating_point():
+        if mode != "nearest":
+            raise TypeError(f"data are {data.dtype}: only mode 'nearest' samples integers; convert to float first")
+        if not _fill(padding).is_integer():
+            raise ValueError(f"padding is {padding} but data are {data.dtype}: give a whole number or convert to float")
 
 
 # -- indices ----------------------------------------------------------------------------------------------------
@@ -122,7 +127,11 @@ def _lookup(data: Tensor, indices: list[Tensor], padding: Padding) -> Tensor:
         flat = flat + folded * step
         step *= n
     values = data.reshape(data.shape[0], -1)[:, flat]
-    return values if known is None else torch.where(known, values, _fill(padding))
+    if known is None:
+        return values
+    # In the dtype of the data: beside integers a Python float would make float32 of them.
+    fill = _fill(padding) if values.is_floating_point() else values.new_full((), int(_fill(padding)))
+    return torch.where(known, values, fill)
 
 
 def _nearest(data: Tensor, coords: Tensor, padding: Padding) -> Tensor:
@@ -183,6 +192,8 @@ def _batched(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sample
 def _compiled(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sampled | None:
     """The same by the C kernel; None where it cannot serve."""
     if data.device.type != "cpu" or data.dtype not in KNOT or torch.compiler.is_compiling():
+        return None
+    if math.prod(data.shape[2:]) >= 2**31:  # offsets within a channel have 32 bits
         return None
     library = native.load()
     if library is None:

@@ -83,7 +83,7 @@ def digit_pairs(count: int) -> tuple[Image, Image]:
 
 
 def brain() -> tuple[Image, Image]:
-    """Two slices of a brain, 221 x 257 pixels of 1 mm, values 0..1: fixed, and moving rotated by 10 degrees and shifted.
+    """Two slices of a brain, 221 x 257 pixels of 1 mm, values 0..1: fixed, and moving, which is rotated and shifted.
 
     What maps the one to the other is `brain_truth`.
 
@@ -98,7 +98,9 @@ def brain() -> tuple[Image, Image]:
 
 
 def brain_truth() -> Mapping:
-    """The map between the slices of `brain`: T(p) = R (p - c) + c + t, 10 degrees about (110.5, 128.5), t = (13, 16) mm.
+    """The map between the slices of `brain`, T(p) = R (p - c) + c + t.
+
+    R turns by 10 degrees, about c = (110.5, 128.5) mm, and t = (13, 16) mm.
 
     >>> import fnreg
     >>> fnreg.data.brain_truth().matrix()[:2, 2].round(decimals=2).tolist()

@@ -69,7 +69,8 @@ def _standardise(warped: Tensor, fixed: Tensor, weights: Tensor | None) -> tuple
         away = values - (values * share).sum(1, keepdim=True)
         variance = (away.square() * share).sum(1, keepdim=True)
         # Variance below rounding of the values themselves is no variance.
-        enough = variance > 1e-12 * (values.square() * share).sum(1, keepdim=True) + torch.finfo(values.dtype).tiny
+        rounding = (16 * torch.finfo(values.dtype).eps) ** 2 * (values.square() * share).sum(1, keepdim=True)
+        enough = variance > rounding + torch.finfo(values.dtype).tiny
         units.append(away / torch.where(enough, variance, 1).sqrt())
         varies.append(enough)
     known = varies[0] & varies[1]  # (C, 1)

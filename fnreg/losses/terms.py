@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fnreg.losses import functional
-from fnreg.pytree import pytree_dataclass, static, tree_flatten, tree_unflatten
+from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_unflatten
 
 NAMES = ("warped", "fixed", "weights", "displacement", "params", "transform", "domain")
 
@@ -76,7 +76,8 @@ class Term:
 
     def __repr__(self) -> str:
         told = ", ".join(f"{name}={value!r}" for name, value in self.options)
-        scale = "" if not isinstance(self.weight, Tensor) or self.weight.ndim else f"{float(self.weight):g} * "
+        known = isinstance(self.weight, Tensor) and self.weight.ndim == 0 and is_concrete(self.weight)
+        scale = f"{float(self.weight):g} * " if known else ""
         return f"{'' if scale == '1 * ' else scale}{self.name}" + (f"({told})" if told else "")
 
 
@@ -112,7 +113,10 @@ class Objective:
             if not isinstance(value, Tensor) or value.ndim != 0:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{term.name} returned {shape}: an objective returns a scalar tensor")
-            name = term.name if term.name not in values else f"{term.name}_{len(values)}"
+            name, number = term.name, 1
+            while name in values:
+                number += 1
+                name = f"{term.name}_{number}"
             values[name] = value
             weighted = term.weight.to(value.dtype) * value
             total = weighted if total is None else total + weighted

@@ -130,6 +130,7 @@ def run(
     if steps == 0:
         return Solved(params, taken_steps, status, torch.empty(total, 0, device=device))
     rows: list[Tensor] = []
+    shown = float("nan")
     # From here on all is of the pairs `index` only, once some are dropped; `final` holds what the dropped ones reached.
     index: Tensor | None = None
     final = params
@@ -156,8 +157,9 @@ def run(
         now = _Now(after, now.params, taken.carry, now.running & (ended < 0))
         look = stop is not None and (number + 1) % stop.every == 0
         if progress is not None and (look or stop is None or number + 1 == steps):
-            shown = row[torch.isfinite(row)]
-            progress(number + 1, steps, int(now.running.sum()), float(shown.mean()) if len(shown) else float("nan"))
+            found = row[torch.isfinite(row)]
+            shown = float(found.mean()) if len(found) else shown
+            progress(number + 1, steps, int(now.running.sum()), shown)
         if not look:
             continue
         left = int(now.running.sum())

@@ -234,14 +234,12 @@ class Linear(Transform, abstract=True):
         else:
             found = _factors(grid.direction.mT @ linear @ grid.direction)
             if "rotation" in self.parts:
-                rotation = _along(grid, nearest_rotation(grid.direction.mT @ linear @ grid.direction))
-                whole = found.scale.numel() == dimension and {"shear", "log_scale"} <= set(self.parts)
-                turn = _along(grid, found.rotation) if whole else rotation
+                turn = nearest_rotation(linear)
                 params["rotation"] = matrix_to_angle(turn) if dimension == 2 else matrix_to_quaternion(turn)
             if "shear" in self.parts:
                 params["shear"] = found.shear
             if "log_scale" in self.parts:
-                params["log_scale"] = found.scale.log()
+                params["log_scale"] = found.scale.abs().log()
             if "log_size" in self.parts:
                 params["log_size"] = (torch.linalg.det(linear).abs().log() / dimension).reshape(1)
         if self.translates:

@@ -1,0 +1,241 @@
+"""The command line.  Commands import what they need when they run, so `fnreg --help` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import Parameter
+
+from fnreg import __version__
+from fnreg.settings import OPTIMIZERS, PADDINGS, SAVES, SIMILARITIES, TRANSFORMS, Settings, SettingsError
+
+OK, FAILED, USAGE, REFUSED, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+app = cyclopts.App(
+    name="fnreg",
+    help="Image registration as pure functions on PyTorch.",
+    help_epilogue=(
+        "A transform maps fixed points to moving points: that resamples the moving image onto the fixed grid.\n\n"
+        "Exit codes: 0 all ok; 1 finished but the pair failed; 2 usage; 3 input or output refused; 4 environment; "
+        "130 interrupted."
+    ),
+    version=__version__,
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(negative="", show_default=False),
+)
+
+
+def _option(text: str, *names: str) -> Any:
+    return Parameter(help=text, name=names or None)
+
+
+_Output = Annotated[Path, _option("Folder for the results; it must not hold anything yet.", "--output", "-o")]
+_Verbose = Annotated[bool, _option("Say more, and show where an error came from.", "--verbose", "-v")]
+_Json = Annotated[bool, _option("Print the record as JSON instead of text.")]
+
+
+@app.command
+def register(
+    fixed: Path,
+    moving: Path,
+    /,
+    *,
+    output: _Output,
+    transform: Annotated[
+        str | None, _option(f"Stages joined by +, of: {', '.join(TRANSFORMS)}. [default: rigid]")
+    ] = None,
+    similarity: Annotated[
+        str | None, _option(f"One of {', '.join(SIMILARITIES)}; options as huber:delta=0.1. [default: mse]")
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        _option(
+            f"One of {', '.join(OPTIMIZERS)}; options as adam:lr=0.3. [default: adam:lr=0.3]", "--optimizer", "--solver"
+        ),
+    ] = None,
+    levels: Annotated[int | None, _option("Images of the pyramid. [default: 3]")] = None,
+    steps: Annotated[
+        str | None,
+        _option("Per level, coarse to fine, as 100x50x10; one number serves all. [default: 100]", "--steps", "-n"),
+    ] = None,
+    fixed_mask: Annotated[Path | None, _option("Picture; pixels of the fixed image count where it is above 0.")] = None,
+    moving_mask: Annotated[Path | None, _option("The same for the moving image.")] = None,
+    init: Annotated[
+        str | None, _option("Start: header, center, moments, search (36 angles) or a transform file. [default: header]")
+    ] = None,
+    padding: Annotated[
+        str | None,
+        _option(
+            f"Outside of the moving image: {', '.join(PADDINGS)} or a number; none counts nothing. [default: none]"
+        ),
+    ] = None,
+    save: Annotated[
+        str | None, _option(f"What to write, joined by +, of: {', '.join(SAVES)}. [default: all but inverse]")
+    ] = None,
+    seed: Annotated[int | None, _option("Of random numbers. [default: 0]")] = None,
+    threads: Annotated[int | None, _option("Of torch. [default: as torch chooses]")] = None,
+    device: Annotated[str | None, _option("Of torch, as cuda:0. [default: cpu]")] = None,
+    settings: Annotated[Path | None, _option("TOML file with these options by name; options given here win.")] = None,
+    overwrite: Annotated[bool, _option("Replace results in a folder that holds some.")] = False,
+    dry_run: Annotated[bool, _option("Check everything, say what would be done, write nothing.")] = False,
+    as_json: Annotated[bool, _option("Print the record as JSON instead of text.", "--json")] = False,
+    verbose: _Verbose = False,
+) -> int:
+    """Register a pair of images.
+
+    Parameters
+    ----------
+    fixed
+        Image whose grid the result has: PNG, JPEG or TIFF.
+    moving
+        Image that is to look like it.
+    """
+    given = {
+        "transform": transform, "similarity": similarity, "optimizer": optimizer, "levels": levels, "steps": steps,
+        "init": init, "padding": padding, "save": save, "seed": seed, "threads": threads, "device": device,
+    }  # fmt: skip
+    chosen = Settings.gather(given, settings)
+    from fnreg import results, run
+    from fnreg.output import OutputFolder
+    from fnreg.progress import Bars
+
+    files = run.Files(fixed, moving, output, fixed_mask, moving_mask)
+    folder = OutputFolder(output, overwrite=overwrite, known=results.KNOWN)
+    folder.check()
+    plan = run.prepare(files, chosen)
+    if dry_run:
+        _print_plan(plan.record(), as_json)
+        return OK
+    with folder, Bars() as bars:
+        record = run.execute(plan, folder, bars.add(chosen.transform))
+    for note in record["warnings"]:
+        print(f"fnreg: warning: {note}", file=sys.stderr)
+    print(json.dumps(record, indent=2) if as_json else _summary(record, verbose))
+    return OK
+
+
+def _print_plan(record: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(record, indent=2))
+        return
+    print(f"would register {record['inputs']['moving']['path']} to {record['inputs']['fixed']['path']}")
+    for name, value in record["settings"].items():
+        print(f"  {name:<12} {value}")
+    print(f"  {'output':<12} {record['output']}; nothing was written")
+
+
+def _summary(record: dict[str, Any], verbose: bool) -> str:
+    lines = [f"{record['settings']['transform']}: {record['status']} after {record['seconds']:.1f} s, "
+             f"{sum(record['steps'])} steps on {len(record['steps'])} levels"]  # fmt: skip
+    for name, value in record["terms_after"].items():
+        lines.append(f"  {name:<12} {record['terms_before'][name]:.6g} before, {value:.6g} after")
+    if "rotation_degrees" in record:
+        lines.append(f"  {'rotation':<12} {record['rotation_degrees']:.3f} degrees")
+    told = ", ".join(f"{value:.3f}" for value in record["translation_of_center"])
+    lines.append(f"  {'shift':<12} ({told}) at the middle of the fixed image")
+    lines.append(f"  {'written':<12} {record['output']}: {', '.join(record['written'])}")
+    if verbose:
+        lines.append(f"  {'memory':<12} {record['peak_mb']:.0f} MB at most")
+        lines += [f"  {'matrix' if not row else '':<12} {values}" for row, values in enumerate(record["matrix"])]
+    return "\n".join(lines)
+
+
+@app.command
+def info(
+    file: Path, /, *, as_json: Annotated[bool, _option("Print JSON.", "--json")] = False, verbose: _Verbose = False
+) -> int:
+    """Tell what an image or a transform file holds.
+
+    Parameters
+    ----------
+    file
+        Image (PNG, JPEG, TIFF) or transform (.safetensors).
+    """
+    from fnreg.info import describe
+
+    _print_table(describe(file), as_json)
+    return OK
+
+
+@app.command
+def doctor(*, as_json: Annotated[bool, _option("Print JSON.", "--json")] = False, verbose: _Verbose = False) -> int:
+    """Tell versions, devices, whether the compiled kernels are in use, and which extras are present."""
+    from fnreg.doctor import report
+
+    _print_table(report(), as_json)
+    return OK
+
+
+@app.command
+def demo(
+    *,
+    output: Annotated[Path, _option("Folder for the figures. [default: fnreg-demo]", "--output", "-o")] = Path(
+        "fnreg-demo"
+    ),
+    verbose: _Verbose = False,
+) -> int:
+    """Search, descend, and register one pair and a hundred; needs less than a minute and the extra plot."""
+    from fnreg.demo import run_demo
+
+    run_demo(output)
+    return OK
+
+
+def _print_table(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:<{width}}  {value}")
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+def _code(error: BaseException) -> int | None:
+    """The exit code of an error that is the user's to mend; None for one that is ours."""
+    if isinstance(error, (cyclopts.CycloptsError, SettingsError)):
+        return USAGE
+    from fnreg.extras import MissingExtraError
+
+    if isinstance(error, MissingExtraError):
+        return ENVIRONMENT
+    from fnreg.registration import RegistrationError
+    from fnreg.run import DeviceError
+
+    if isinstance(error, DeviceError):
+        return ENVIRONMENT
+    if isinstance(error, RegistrationError):
+        return FAILED
+    return REFUSED if isinstance(error, (OSError, ValueError)) else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.  Errors are one line on standard error, unless -v is given."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        done = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        return done if isinstance(done, int) else OK
+    except KeyboardInterrupt:
+        print("fnreg: interrupted, nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if "-v" in tokens or "--verbose" in tokens:
+            traceback.print_exc()
+        code = _code(error)
+        told = " ".join(str(error).split()) or type(error).__name__
+        if code is None:
+            told = f"internal error, {type(error).__name__}: {told}; run it again with -v and report this"
+        print(f"fnreg: error: {told}", file=sys.stderr)
+        return FAILED if code is None else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

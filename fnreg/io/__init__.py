@@ -1,0 +1,21 @@
+"""Images and transforms to and from files.  Every write is atomic; no file can run code."""
+
+from fnreg.io.files import ImageReadError as ImageReadError
+from fnreg.io.files import TransformReadError as TransformReadError
+from fnreg.io.files import WriteError as WriteError
+from fnreg.io.image import read_image as read_image
+from fnreg.io.image import write_image as write_image
+from fnreg.io.itk import write_itk as write_itk
+from fnreg.io.transform import read_transform as read_transform
+from fnreg.io.transform import write_transform as write_transform
+
+__all__ = [
+    "ImageReadError",
+    "TransformReadError",
+    "WriteError",
+    "read_image",
+    "read_transform",
+    "write_image",
+    "write_itk",
+    "write_transform",
+]

@@ -1,0 +1,78 @@
+"""Files as a whole: reading all bytes, writing all or nothing, and errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+PathLike = str | os.PathLike[str]
+
+
+class ImageReadError(OSError, ValueError):
+    """An image file is missing, damaged, or not of a supported kind."""
+
+
+class TransformReadError(OSError, ValueError):
+    """A transform file is missing, damaged, or not of a supported kind."""
+
+
+class WriteError(OSError):
+    """A file could not be written; nothing was left under its name."""
+
+
+def read_bytes(path: PathLike, error: Callable[[str], Exception]) -> bytes:
+    """All bytes of a file; `error` of one clear line where it is missing, a folder, unreadable or empty."""
+    place = Path(path)
+    if not place.exists():
+        raise error(f"{place} does not exist: check the path")
+    if place.is_dir():
+        raise error(f"{place} is a folder: expected a file")
+    try:
+        data = place.read_bytes()
+    except OSError as problem:
+        raise error(f"{place} cannot be read: {problem.strerror or problem}") from problem
+    if not data:
+        raise error(f"{place} is empty: it holds no bytes")
+    return data
+
+
+def write_bytes(path: PathLike, data: bytes) -> None:
+    """Write a file so that under its name there is all of it or what was there before, even if the process dies.
+
+    The bytes go to a temporary name in the same folder and to the disk, then take the name.  Raises WriteError.
+    """
+    place = Path(path)
+    if place.is_dir():
+        raise WriteError(f"{place} is a folder: give the name of a file")
+    if not place.parent.is_dir():
+        what = "is not a folder" if place.parent.exists() else "does not exist"
+        raise WriteError(f"{place} cannot be written: {place.parent} {what}")
+    scratch = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(scratch, place)
+        except BaseException:
+            with suppress(OSError):
+                scratch.unlink()
+            raise
+        _sync_folder(place.parent)
+    except OSError as problem:
+        raise WriteError(f"{place} cannot be written: {problem.strerror or problem}") from problem
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name durable; some file systems do not offer this for folders."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,465 @@
+"""The command line: what it leaves, what it refuses, in one line, with which code, and that nothing is left."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fnreg
+from fnreg import cli, extras, io
+from fnreg.output import OutputError, OutputFolder
+from fnreg.progress import Bars, fraction
+from fnreg.settings import Settings, SettingsError
+
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+
+SHORT = ["--levels", "2", "--steps", "8x4"]
+QUICK = [*SHORT, "--save", "params+xfm+warped"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with two nines, bytes as a scanner would store them."""
+    monkeypatch.chdir(tmp_path)
+    for name, image in zip(("fixed.png", "moving.png"), fnreg.data.digits(9), strict=True):
+        io.write_image(name, image, window=(0, 1))
+    return tmp_path
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, arguments: list[str], code: int, told: str) -> None:
+    """The command ends with this code and one clear line, and the folder is as it was."""
+    before = listing(folder)
+    assert cli.main(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("fnreg: error: ") and err.count("\n") == 1
+    assert told in err
+    assert listing(folder) == before
+
+
+# -- what a run leaves ----------------------------------------------------------------------------------------------
+
+
+def test_register_leaves_all_it_promises(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "register",
+        "fixed.png",
+        "moving.png",
+        "-o",
+        "made/out",
+        "--levels",
+        "2",
+        "-n",
+        "20",
+        "--init",
+        "search",
+    ]
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "rigid: ok" in out and "mse" in out and "made/out" in out and err == ""
+    files = ["run.json", "transform.safetensors", "transform.tfm", "warped.png", "warped.tif"]
+    figures = [f"figures/{name}.png" for name in ("checkerboard", "losses", "overview")]
+    assert listing(folder / "made" / "out") == sorted(["figures", *figures, *files])
+
+    record = json.loads((folder / "made" / "out" / "run.json").read_text())
+    assert record["status"] == "ok" and record["settings"]["transform"] == "rigid" and record["warnings"] == []
+    assert record["value_after"] < record["value_before"] and set(record["terms_after"]) == {"mse"}
+    assert record["inputs"]["fixed"]["sha256"] == hashlib.sha256((folder / "fixed.png").read_bytes()).hexdigest()
+    assert sorted(record["written"]) == sorted([*figures, *files])
+    assert len(record["history"]) == 2 and record["history"][0]["level"] == 1
+    assert record["seconds"] > 0 and record["peak_mb"] > 0 and record["versions"]["torch"]
+
+    # What was written is one and the same map, and it makes the picture that lies beside it.
+    mapping = io.read_transform("made/out/transform.safetensors")
+    assert mapping.matrix().tolist() == record["matrix"]
+    warped = fnreg.warp(io.read_image("moving.png"), mapping)
+    assert torch.equal(io.read_image("made/out/warped.tif").data, warped.data)
+    np.testing.assert_allclose(io.read_image("made/out/warped.png").numpy(), warped.numpy(), atol=0.51)
+    tfm = (folder / "made" / "out" / "transform.tfm").read_text()
+    assert tfm.startswith("#Insight Transform File V1.0")
+
+
+def test_json_on_standard_output_is_the_record(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", "--json", *QUICK]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((folder / "out" / "run.json").read_text())
+
+
+def test_the_same_run_gives_the_same_bytes(folder: Path) -> None:
+    for name in ("a", "b"):
+        assert cli.main(["register", "fixed.png", "moving.png", "-o", name, *QUICK]) == 0
+    for name in ("transform.safetensors", "transform.tfm", "warped.tif", "warped.png"):
+        assert (folder / "a" / name).read_bytes() == (folder / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--transform", "translation+rigid+affine", "--similarity", "ncc"],
+        ["--similarity", "huber:delta=20", "--optimizer", "adam:lr=0.1,decay=1"],
+        ["--solver", "gauss-newton", "--padding", "zeros"],
+        ["--optimizer", "sgd:lr=1e-3", "--init", "moments", "--padding", "7"],
+        ["--transform", "isotropic-scaling", "--seed", "3", "--device", "cpu"],
+    ],
+)
+def test_options(folder: Path, options: list[str]) -> None:
+    assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", *QUICK, *options]) == 0
+
+
+def test_stages_and_a_start_from_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["register", "fixed.png", "moving.png", "--json", "--levels", "2", "--save", "params"]
+    assert cli.main([*base, "-o", "a", "--transform", "rigid+affine", "-n", "8x4"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert len(first["steps"]) == 4 and first["stages"] == ["Rigid()", "Affine()"]
+    start = ["--init", "a/transform.safetensors", "--transform", "affine", "-n", "0"]
+    assert cli.main([*base, "-o", "b", *start]) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert second["matrix"] == first["matrix"] and second["value_before"] == pytest.approx(first["value_after"])
+    assert second["inputs"]["init"]["path"] == "a/transform.safetensors"
+
+
+def test_masks_count(folder: Path) -> None:
+    mask = torch.zeros(1, 28, 28)
+    mask[..., 4:24, 4:24] = 1
+    io.write_image("mask.png", fnreg.Image(mask))
+    masks = ["--fixed-mask", "mask.png", "--moving-mask", "mask.png"]
+    assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", *QUICK, *masks]) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    assert {"fixed_mask", "moving_mask"} <= set(record["inputs"])
+
+
+def test_images_of_different_depth_and_size(folder: Path) -> None:
+    io.write_image("moving.tif", fnreg.Image(io.read_image("moving.png").data[..., :20] / 255))
+    options = ["--similarity", "ncc", "--save", "inverse"]
+    assert cli.main(["register", "fixed.png", "moving.tif", "-o", "out", *SHORT, *options]) == 0
+    assert listing(folder / "out") == ["inverse.safetensors", "inverse.tfm", "run.json"]
+
+
+def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = listing(folder)
+    assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", "--dry-run"]) == 0
+    assert "would register moving.png to fixed.png" in capsys.readouterr().out
+    assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["levels"] == 3
+    assert listing(folder) == before
+
+
+def test_overwrite_replaces_results_and_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["register", "fixed.png", "moving.png", "-o", "out", *SHORT]
+    assert cli.main([*base, "--save", "xfm+warped"]) == 0
+    (folder / "out" / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    refused(capsys, folder, base, 3, "out is not empty: give another folder, or --overwrite")
+    assert cli.main([*base, "--overwrite", "--save", "params"]) == 0
+    assert listing(folder / "out") == ["notes.txt", "run.json", "transform.safetensors"]
+
+
+def test_an_empty_folder_is_taken(folder: Path) -> None:
+    (folder / "out").mkdir()
+    assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", *QUICK]) == 0
+    assert "run.json" in listing(folder / "out") and not [name for name in listing(folder) if "partial" in name]
+
+
+def test_settings_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("s.toml").write_text('transform = "affine"\nsteps = [6, 3]\nsimilarity = "ncc"\nsave = "params"\n')
+    arguments = ["register", "fixed.png", "moving.png", "-o", "out", "--settings", "s.toml", "--similarity", "mse"]
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["settings"]
+    assert (found["transform"], found["steps"], found["levels"]) == ("affine", "6x3", 2)
+    assert found["similarity"] == "mse"
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+def put(name: str, data: bytes) -> None:
+    Path(name).write_bytes(data)
+
+
+BAD_FILES: dict[str, tuple[Callable[[], Any], str]] = {
+    "missing": (lambda: None, "does not exist"),
+    "empty": (lambda: put("bad.png", b""), "is empty"),
+    "truncated": (lambda: put("bad.png", Path("fixed.png").read_bytes()[:100]), "damaged"),
+    "text": (lambda: put("bad.png", b"Dear reader,\nthis is no picture.\n"), "not a PNG, JPEG or TIFF"),
+    "folder": (lambda: Path("bad.png").mkdir(), "is a folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+@pytest.mark.parametrize("place", ["fixed", "moving", "mask"])
+def test_bad_inputs(folder: Path, capsys: pytest.CaptureFixture[str], case: str, place: str) -> None:
+    make, told = BAD_FILES[case]
+    make()
+    fixed, moving = ("bad.png" if place == name else f"{name}.png" for name in ("fixed", "moving"))
+    mask = ["--fixed-mask", "bad.png"] if place == "mask" else []
+    refused(capsys, folder, ["register", fixed, moving, "-o", "a/b/out", *mask], 3, told)
+
+
+def test_unknown_suffix_is_told_what_is_known(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put("scan.nii.gz", b"?")
+    refused(capsys, folder, ["register", "scan.nii.gz", "moving.png", "-o", "out"], 3, "readable are .png, .jpg")
+
+
+USAGE = {
+    "transform": (["--transform", "rigit"], "unknown transform 'rigit': did you mean rigid? choose from translation"),
+    "second stage": (["--transform", "rigid+warp"], "unknown transform 'warp': choose from translation, rotation"),
+    "option of a transform": (["--transform", "rigid:stride=4"], "no option 'stride'"),
+    "similarity": (["--similarity", "mutual"], "unknown similarity 'mutual': choose from mse, mae, huber, ncc"),
+    "option of a similarity": (["--similarity", "huber:gamma=1"], "no option 'gamma': its options are delta"),
+    "value of an option": (["--similarity", "huber:delta=-1"], "delta must be positive"),
+    "optimizer": (["--optimizer", "newton"], "choose from adam, sgd, gauss-newton"),
+    "option of an optimizer": (["--optimizer", "adam:rate=1"], "no option 'rate': its options are lr"),
+    "rate": (["--optimizer", "adam:lr=-1"], "it must be positive"),
+    "specification": (["--optimizer", "adam:lr"], "expected NAME or NAME:option=number"),
+    "squares": (["--optimizer", "gauss-newton", "--similarity", "mae"], "choose mse or ncc"),
+    "levels": (["--levels", "0"], "expected at least 1"),
+    "levels, no number": (["--levels", "many"], "levels"),
+    "steps": (["--steps", "10y5"], "joined by x, from coarse to fine"),
+    "steps for levels": (["--steps", "10x5", "--levels", "3"], "has 2 numbers for 3 levels"),
+    "init": (["--init", "centre"], "did you mean center?"),
+    "search": (["--init", "search", "--transform", "translation"], "does not begin with a rotation"),
+    "center": (["--init", "center", "--transform", "rotation"], "does not begin with a shift"),
+    "padding": (["--padding", "black"], "choose from none, zeros, border, reflection"),
+    "save": (["--save", "params+jacobian"], "unknown save 'jacobian'"),
+    "unknown option": (["--levles", "3"], "--levles"),
+    "too many": (["third.png"], "third.png"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_usage(folder: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    options, told = USAGE[case]
+    refused(capsys, folder, ["register", "fixed.png", "moving.png", "-o", "out", *options], 2, told)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["register", "fixed.png", "moving.png"], ["register", "fixed.png", "-o", "out"], ["regster"], ["info"]],
+)
+def test_incomplete(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    refused(capsys, folder, arguments, 2, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("transfrom = 'rigid'", "did you mean transform?"),
+        ("levels = 'three'", "levels in s.toml is 'three': expected a number"),
+        ("levels = ", "is not valid TOML"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_settings_file(folder: Path, capsys: pytest.CaptureFixture[str], text: str | None, told: str) -> None:
+    if text is not None:
+        Path("s.toml").write_text(text)
+    arguments = ["register", "fixed.png", "moving.png", "-o", "out", "--settings", "s.toml"]
+    refused(capsys, folder, arguments, 2, told)
+
+
+def test_output_in_the_way(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put("file", b"in the way")
+    base = ["register", "fixed.png", "moving.png", "-o"]
+    refused(capsys, folder, [*base, "file"], 3, "file is a file: give a folder")
+    refused(capsys, folder, [*base, "file/out"], 3, "file is not a folder")
+    refused(capsys, folder, [*base, "file/a/b"], 3, "file is not a folder")
+    refused(capsys, folder, [*base, "."], 3, "is not empty")
+
+
+def test_masks_that_do_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    io.write_image("small.png", fnreg.Image(torch.rand(1, 20, 28)))
+    io.write_image("zero.png", fnreg.Image(torch.zeros(1, 28, 28)))
+    base = ["register", "fixed.png", "moving.png", "-o", "out", "--moving-mask"]
+    refused(capsys, folder, [*base, "small.png"], 3, "28 x 20 pixels but moving.png has 28 x 28")
+    refused(capsys, folder, [*base, "zero.png"], 3, "zero everywhere")
+
+
+def test_starts_that_do_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = fnreg.Grid((5, 4, 3))
+    io.write_transform("solid.safetensors", fnreg.Mapping(fnreg.Rigid().init(grid), grid, fnreg.Rigid()))
+    put("broken.safetensors", b"?")
+    base = ["register", "fixed.png", "moving.png", "-o", "out", "--init"]
+    refused(capsys, folder, [*base, "solid.safetensors"], 3, "expected one map of 2 axes")
+    refused(capsys, folder, [*base, "broken.safetensors"], 3, "not a transform of fnreg")
+    refused(capsys, folder, [*base, "none.safetensors"], 3, "does not exist")
+
+
+def test_tiny_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    io.write_image("tiny.png", fnreg.Image(torch.rand(1, 2, 2)))
+    refused(capsys, folder, ["register", "tiny.png", "moving.png", "-o", "out"], 3, "at least 4 voxels")
+
+
+def test_a_pair_that_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    io.write_image("flat.png", fnreg.Image(torch.full((1, 28, 28), 3.0)))
+    refused(capsys, folder, ["register", "fixed.png", "flat.png", "-o", "a/out"], 1, "moving is constant")
+
+
+def test_devices_that_are_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cuda:99", "abacus"):
+        arguments = ["register", "fixed.png", "moving.png", "-o", "out", "--device", device]
+        refused(capsys, folder, arguments, 4, f"device '{device}' cannot be used")
+
+
+def test_missing_extra(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(module: str, extra: str, purpose: str) -> Any:
+        raise extras.MissingExtraError(f'{purpose} needs {module}: run pip install "fnreg[{extra}]"')
+
+    monkeypatch.setattr("fnreg.io.picture.require", missing)
+    refused(capsys, folder, ["register", "fixed.png", "moving.png", "-o", "out"], 4, 'pip install "fnreg[plot]"')
+
+
+def test_without_matplotlib_the_rest_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extras, "present", lambda _: {"matplotlib": False, "PIL": True})
+    assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", "-n", "4x2"]) == 0
+    assert 'pip install "fnreg[plot]"' in capsys.readouterr().err
+    assert "figures" not in listing(folder / "out") and "warped.png" in listing(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "told"),
+    [
+        (OSError(28, "No space left on device"), 3, "No space left"),
+        (KeyboardInterrupt(), 130, "interrupted, nothing was written"),
+        (ZeroDivisionError("a bug"), 1, "internal error, ZeroDivisionError: a bug"),
+    ],
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_fault_on_the_way_leaves_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    fault: BaseException, code: int, told: str, before: bool,
+) -> None:  # fmt: skip
+    if before:
+        (folder / "out").mkdir()
+        put("out/run.json", b"{}")
+    kept = listing(folder)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr("fnreg.results.io.write_itk", fail)
+    arguments = ["register", "fixed.png", "moving.png", "-o", "out" if before else "a/out", "--overwrite", *QUICK]
+    assert cli.main(arguments) == code
+    err = capsys.readouterr().err
+    assert err.startswith("fnreg: ") and told in err and err.count("\n") == 1
+    assert listing(folder) == kept
+
+
+def test_verbose_shows_where_an_error_came_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["register", "none.png", "moving.png", "-o", "out", "-v"]) == 3
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1].startswith("fnreg: error: none.png does not exist")
+
+
+# -- the parts ------------------------------------------------------------------------------------------------------
+
+
+def test_output_folder_without_commit_leaves_nothing(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "a" / "b") as place:
+        (place.scratch / "x").write_text("x")
+    assert listing(tmp_path) == []
+    with pytest.raises(OutputError, match="not a folder"):
+        (tmp_path / "file").write_text("")
+        OutputFolder(tmp_path / "file" / "b").check()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="cannot be written"):
+        OutputFolder(tmp_path / "out").check()
+    tmp_path.chmod(0o700)
+
+
+def test_settings_take_the_defaults_of_register() -> None:
+    made = Settings.gather({})
+    assert repr(made.transforms()) == "[Rigid()]" and repr(made.objective()) == "mse"
+    assert made.solver() == fnreg.Descent() and made.counts() == [100] and made.outside() is None
+    with pytest.raises(SettingsError, match="steps"):
+        Settings.gather({"steps": "-3"})
+
+
+def test_progress_rises_to_the_end() -> None:
+    seen: list[float] = []
+    fixed, moving = fnreg.data.digits(9)
+    stages = [fnreg.Translation(), fnreg.Rigid()]
+    fnreg.register(fixed, moving, stages, levels=2, steps=10, stop=None, progress=lambda e: seen.append(fraction(e)))
+    assert seen == sorted(seen) and seen[0] > 0 and seen[-1] == 1
+
+
+def test_bars_are_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+    fixed, moving = fnreg.data.digits(9)
+    for shown in (None, True):
+        with Bars(shown) as bars:
+            report = bars.add("two nines")
+            assert (report is None) == (shown is None)
+            fnreg.register(fixed, moving, fnreg.Rotation(), levels=1, steps=3, progress=report)
+        assert ("two nines" in capsys.readouterr().err) == bool(shown)
+
+
+def test_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "fixed.png"]) == 0
+    assert "28 x 28" in capsys.readouterr().out
+    io.write_transform("t.safetensors", fnreg.data.brain_truth())
+    assert cli.main(["info", "t.safetensors", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["transform"] == "Homogeneous()" and found["rotation in degrees"] == pytest.approx(10)
+    refused(capsys, folder, ["info", "none.png"], 3, "does not exist")
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert fnreg.__version__ in out and "compiled kernels" in out and "extra plot" in out
+    monkeypatch.setenv("FNREG_NATIVE", "0")
+    assert cli.main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["compiled kernels"] == "not in use: switched off by FNREG_NATIVE=0"
+
+
+def test_demo_where_it_cannot_write(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put("file", b"in the way")
+    refused(capsys, folder, ["demo", "-o", "file"], 3, "file cannot be made")
+
+
+def test_the_demo_tells_the_truth_about_the_nines() -> None:
+    from fnreg.demo import Story
+
+    story = Story(Bars(shown=False))
+    story.nines()
+    search, plain, coarse, many = story.rows
+    assert plain.after > 1.5 * search.after and plain.after < plain.before
+    assert coarse.after < 1.01 * search.after and many.after < 1.01 * search.after
+    assert {"nines-search", "nines"} == set(story.figures)
+
+
+@pytest.mark.slow
+def test_demo(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "-o", "shown"]) == 0
+    out = capsys.readouterr().out
+    assert "100 pairs of digits" in out and "shown/brain.png" in out
+    assert len(list((folder / "shown").glob("*.png"))) >= 9
+
+
+def test_help_and_import_are_quick() -> None:
+    code = (
+        "import sys, fnreg, fnreg.cli\n"
+        "assert fnreg.cli.main(['--help']) == 0 and fnreg.cli.main(['register', '--help']) == 0\n"
+        "assert fnreg.cli.main(['--version']) == 0\n"
+        "assert fnreg.cli.main(['register', 'a', 'b', '-o', 'c', '--transform', 'd']) == 2\n"
+        "loaded = {'torch', 'matplotlib', 'numpy', 'PIL', 'torchopt'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: fnreg COMMAND" in done.stdout and fnreg.__version__ in done.stdout

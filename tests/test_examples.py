@@ -1,0 +1,32 @@
+"""The examples run, from anywhere, on small inputs, and leave their figures where they are told to."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SMALL = {
+    "one_pair": ["--steps", "10"],
+    "grid_search": ["--starts", "6"],
+    "thousand_pairs": ["--count", "20"],
+}
+
+
+def test_every_example_is_run() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SMALL)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_example(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = EXAMPLES / f"{name}.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(path), "shown", *SMALL[name]])
+    runpy.run_path(str(path), run_name="__main__")
+    figures = list((tmp_path / "shown").glob("*.png"))
+    assert len(figures) >= 2 and all(figure.stem.startswith(name) for figure in figures)
+    assert "shown" in capsys.readouterr().out
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
