@@ -88,7 +88,9 @@ class Image:
         if not isinstance(array, Tensor):
             if hasattr(array, "dtype") and hasattr(array.dtype, "isnative") and not array.dtype.isnative:
                 array = array.astype(array.dtype.newbyteorder("="))
-            if hasattr(array, "strides") and any(step < 0 for step in (array.strides or ())):
+            backward = hasattr(array, "strides") and any(step < 0 for step in (array.strides or ()))
+            # A tensor knows no read-only memory: to write into it would end the process.
+            if backward or not getattr(getattr(array, "flags", None), "writeable", True):
                 array = array.copy()
             array = torch.as_tensor(array) if not hasattr(array, "__dlpack__") else _from_dlpack(array)
         data = array.unsqueeze(0) if channel_axis is None else array.movedim(channel_axis, 0)
@@ -172,11 +174,10 @@ class Image:
             total = inside.sum().clamp(min=1)
             offset = torch.where(inside, values, 0).sum(1, keepdim=True) / total
             variance = torch.where(inside, values - offset, 0).square().sum(1, keepdim=True) / total
-            # The mean of a constant differs from it by rounding, so the standard deviation does not tell.
-            varies = torch.where(inside, values, -torch.inf).amax(1, keepdim=True) != torch.where(
-                inside, values, torch.inf
-            ).amin(1, keepdim=True)
-            scale = torch.where(varies, variance.sqrt(), 0)
+            # The mean of a constant differs from it by rounding, so the variance does not tell.
+            lowest = torch.where(inside, values, torch.inf).amin(1, keepdim=True)
+            constant = torch.where(inside, values, -torch.inf).amax(1, keepdim=True) <= lowest
+            scale = torch.where(constant, 0, torch.where(constant, 1, variance).sqrt())
         elif method in ("percentile", "range"):
             bounds = (low, high) if method == "percentile" else (0.0, 1.0)
             if not 0 <= bounds[0] < bounds[1] <= 1:
@@ -192,7 +193,7 @@ class Image:
 def _from_dlpack(array: Any) -> Tensor:
     try:
         return torch.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError):  # read-only or a type that DLPack does not carry
+    except (BufferError, RuntimeError, TypeError):  # a type or strides that DLPack does not carry
         return torch.as_tensor(array.copy())
 
 

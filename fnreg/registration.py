@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -102,10 +102,13 @@ class Registration:
     status: Tensor
     history: tuple[Trace, ...]
 
-    def warp(self, image: Image | Subject, mode: Mode = "linear", *, padding: Padding = "zeros") -> Image:
-        """The moving image, or one on the same place, resampled onto the fixed grid."""
-        source = image.image if isinstance(image, Subject) else image
-        return warp(source, self.mapping, self.fixed_grid, mode=mode, padding=padding)
+    @overload
+    def warp(self, image: Image, mode: Mode = "linear", *, padding: Padding = "zeros") -> Image: ...
+    @overload
+    def warp(self, image: Subject, mode: Mode = "linear", *, padding: Padding = "zeros") -> Subject: ...
+    def warp(self, image: Image | Subject, mode: Mode = "linear", *, padding: Padding = "zeros") -> Image | Subject:
+        """The moving image or subject, or one in the same place, resampled onto the fixed grid; see `fnreg.warp`."""
+        return warp(image, self.mapping, self.fixed_grid, mode=mode, padding=padding)
 
     def map_points(self, points: Tensor) -> Tensor:
         """Moving world points of fixed world points (N, D), or (B, N, D)."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 
 from fnreg.grid import Grid, apply_matrix, index_points
-from fnreg.image import Image
+from fnreg.image import Image, Subject
 from fnreg.pytree import (
     over_batch,
     pytree_dataclass,
@@ -358,29 +358,50 @@ def moving_coords(mapping: Mapping, grid: Grid, moving: Grid, dtype: torch.dtype
     return apply_matrix(moving.matrix("world", "index"), points).mT.to(dtype)
 
 
+@overload
 def warp(
-    image: Image,
+    image: Image, mapping: Mapping, grid: Grid | None = None, *, mode: Mode = "linear", padding: Padding = "zeros"
+) -> Image: ...
+@overload
+def warp(
+    image: Subject, mapping: Mapping, grid: Grid | None = None, *, mode: Mode = "linear", padding: Padding = "zeros"
+) -> Subject: ...
+def warp(
+    image: Image | Subject,
     mapping: Mapping,
     grid: Grid | None = None,
     *,
     mode: Mode = "linear",
     padding: Padding = "zeros",
-) -> Image:
+) -> Image | Subject:
     """The moving image seen through a mapping: value at p is image(T(p)), on `grid` (default: the domain).
 
-    Batches of images, mappings and grids go through together, by the rank rule.
+    Batches of images, mappings and grids go through together, by the rank rule.  Of a `Subject` the mask is warped
+    along by linear interpolation and the labels by nearest neighbours, both 0 outside; labels stay the integers that
+    they are.  Points are left out: they move the other way, by the inverse mapping.
     """
     where = first_domain(mapping.domain) if grid is None else grid
-    if where.ndim != image.grid.ndim:
-        raise ValueError(f"image has {image.grid.ndim} spatial axes but the mapping has {where.ndim}")
+    plain = image.image if isinstance(image, Subject) else image
+    if where.ndim != plain.grid.ndim:
+        raise ValueError(f"image has {plain.grid.ndim} spatial axes but the mapping has {where.ndim}")
 
-    def one(source: Image, through: Mapping, target: Grid) -> Image:
-        dtype = source.data.dtype if source.data.is_floating_point() else torch.float64
-        coords = moving_coords(through, target, source.grid, dtype)
-        values = interpolate(source.data, coords, mode=mode, padding=padding)
-        return Image(values.reshape(-1, *target.shape), target)
+    def through(data: Tensor, mode: Mode, padding: Padding) -> Tensor:
+        def one(values: Tensor, source: Grid, by: Mapping, target: Grid) -> Tensor:
+            dtype = values.dtype if values.is_floating_point() else torch.float64
+            coords = moving_coords(by, target, source, dtype)
+            return interpolate(values, coords, mode=mode, padding=padding).reshape(-1, *target.shape)
 
-    data: Image = over_batch(
-        one, image=(image, image.ranks()), mapping=(mapping, mapping.ranks()), grid=(where, where.ranks())
-    )
-    return Image(data.data, where)
+        return over_batch(
+            one,
+            data=(data, plain.grid.ndim + 1),
+            grid=(plain.grid, plain.grid.ranks()),
+            mapping=(mapping, mapping.ranks()),
+            target=(where, where.ranks()),
+        )
+
+    warped = Image(through(plain.data, mode, padding), where)
+    if not isinstance(image, Subject):
+        return warped
+    mask = None if image.mask is None else through(image.mask, "linear", "zeros")
+    labels = None if image.labels is None else through(image.labels, "nearest", "zeros")
+    return Subject(warped, mask, labels)
