@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
+from fnreg.filters import gaussian, resize
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject, subject
 from fnreg.losses.terms import Objective
 from fnreg.problem import Level, Pair
 from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach
 from fnreg.sampling import Padding
-from fnreg.transforms.base import Domain, Mapping, Transform
+from fnreg.transforms.base import Domain, Mapping, Transform, first_domain
 
 Input = Image | Subject | Sequence[Image]
 
@@ -115,23 +115,22 @@ def prepare(fixed: Input, moving: Input, then: Mapping | None, *, levels: int, m
     sizes: dict[str, int] = {}
     sides: list[tuple[tuple[Image, ...], tuple[Tensor | None, ...]]] = []
     for name, given in (("fixed", fixed), ("moving", moving)):
+        known = [subject(item) for item in given] if isinstance(given, Sequence) else [subject(given)]
+        if not known:
+            raise ValueError(f"{name} is an empty pyramid: give at least one image")
+        if max(known[0].image.grid.size) < 4:
+            raise ValueError(f"{name} has size {known[0].image.grid.size}: expected at least 4 voxels along some axis")
+        for item in known:
+            sizes |= batch_axes(name, item, item.ranks())[1]
+        known = [_fill(item if wrapped else tree_detach(item)) for item in known]
         if isinstance(given, Sequence):
-            images = tuple(subject(item).image for item in given)
-            if not images:
-                raise ValueError(f"{name} is an empty pyramid: give at least one image")
-            for image in images:
-                sizes |= batch_axes(name, image, image.ranks())[1]
-            sides.append((images if wrapped else tree_detach(images), (None,) * len(images)))
-            continue
-        known = subject(given)
-        if max(known.image.grid.size) < 4:
-            raise ValueError(f"{name} has size {known.image.grid.size}: expected at least 4 voxels along some axis")
-        sizes |= batch_axes(name, known, known.ranks())[1]
-        sides.append(_pyramid(_fill(known if wrapped else tree_detach(known)), levels, min_size))
+            sides.append((tuple(item.image for item in known), tuple(item.mask for item in known)))
+        else:
+            sides.append(_pyramid(known[0], levels, min_size))
         made = len(sides[-1][0])
-        if name == "fixed" and made < levels:
+        if name == "fixed" and made < levels and not isinstance(given, Sequence):
             warnings.warn(
-                f"{levels} levels were asked for but a fixed image of size {known.image.grid.size} gives {made}: "
+                f"{levels} levels were asked for but a fixed image of size {known[0].image.grid.size} gives {made}: "
                 f"no axis may fall below {min_size} voxels",
                 stacklevel=3,
             )
@@ -140,6 +139,8 @@ def prepare(fixed: Input, moving: Input, then: Mapping | None, *, levels: int, m
         then = then if wrapped else tree_detach(then)
     (fixed_images, fixed_masks), (moving_images, moving_masks) = sides
     _fit_together(fixed_images[0], moving_images[0])
+    if then is not None:
+        check_dimension("then", then, fixed_images[0].grid)
     batch_size(sizes)
     return Inputs(fixed_images, moving_images, fixed_masks, moving_masks, then, sizes, wrapped)
 
@@ -173,34 +174,55 @@ def _batched(data: Tensor, grid: Grid) -> Tensor:
     return (data if data.ndim > grid.ndim + 1 else data.unsqueeze(0)).flatten(2)
 
 
+def check_dimension(name: str, mapping: Mapping, grid: Grid) -> None:
+    """A mapping acts on points of the images' dimension."""
+    found = first_domain(mapping.domain).ndim
+    if found != grid.ndim:
+        raise ValueError(f"{name} maps points of {found} dimensions but the images have {grid.ndim}")
+
+
 def _fill(known: Subject) -> Subject:
-    """Voxels without weight that are not finite become the mean of the others: they must not spread."""
-    data, mask = known.image.data, known.mask
-    if mask is None or not is_concrete(data) or bool(torch.isfinite(data).all()):
+    """Voxels without weight get values of their surroundings: what a mask hides must have no influence.
+
+    A Gaussian of one voxel over the voxels that count, normalised by how many these are; far from them their mean.
+    """
+    if known.mask is None:
         return known
-    counts, finite = mask > 0, torch.isfinite(data)
-    good = finite & counts
-    axes = tuple(range(-known.image.grid.ndim, 0))
-    mean = torch.where(good, data, 0).sum(axes, keepdim=True) / good.sum(axes, keepdim=True).clamp(min=1)
-    filled = Image(torch.where(finite | counts, data, mean), known.image.grid)
-    return Subject(filled, mask, known.labels, known.points)
+    grid = known.image.grid
+
+    def one(data: Tensor, mask: Tensor) -> Tensor:
+        counts = mask > 0
+        seen = torch.where(counts, data, 0)
+        share = gaussian(counts.to(data.dtype), 1.0)
+        near = gaussian(seen, 1.0) / torch.where(share > 1e-3, share, 1)
+        axes = tuple(range(1, data.ndim))
+        mean = seen.sum(axes, keepdim=True) / counts.sum(axes, keepdim=True).clamp(min=1)
+        return torch.where(counts, data, torch.where(share > 1e-3, near, mean))
+
+    rank = grid.ndim + 1
+    filled = over_batch(one, image=(known.image.data, rank), mask=(known.mask, rank))
+    return Subject(Image(filled, grid), known.mask, known.labels, known.points)
 
 
 def _pyramid(known: Subject, levels: int, min_size: int) -> tuple[tuple[Image, ...], tuple[Tensor | None, ...]]:
-    """Images and masks, finest first."""
+    """Images and masks, finest first; within a mask, smoothing is normalised by the smoothed mask."""
     grid = known.image.grid
-
-    def over(data: Tensor) -> list[Tensor]:
-        def one(values: Tensor) -> list[Tensor]:
-            return [image.data for image in Image(values).pyramid(levels, min_size=min_size)]
-
-        return vmap(one)(data) if data.ndim > grid.ndim + 1 else one(data)
-
-    data = over(known.image.data)
-    masks: list[Tensor | None] = [None] * len(data) if known.mask is None else [*over(known.mask)]
-    images = [known.image]
-    for values in data[1:]:
-        size = tuple(values.shape[: -grid.ndim - 1 : -1])
+    rank = grid.ndim + 1
+    images, masks = [known.image], [known.mask]
+    for size in [level.size for level in Grid(grid.size).pyramid(levels, min_size=min_size)][1:]:
+        data, mask = images[-1].data, masks[-1]
+        if mask is None:
+            data = over_batch(lambda d: resize(d, size), image=(data, rank))  # noqa: B023
+        else:
+            data, mask = over_batch(lambda d, m: _resize_within(d, m, size), image=(data, rank), mask=(mask, rank))  # noqa: B023
         coarse = over_batch(lambda g: g.resize(size), grid=(grid, grid.ranks()))  # noqa: B023
-        images.append(Image(values, coarse))
+        images.append(Image(data, coarse))
+        masks.append(mask)
     return tuple(images), tuple(masks)
+
+
+def _resize_within(data: Tensor, mask: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    weight = resize(mask, size)
+    known = weight > 1e-6
+    within = resize(data * mask, size) / torch.where(known, weight, 1)
+    return torch.where(known, within, resize(data, size)), torch.where(known, weight, 0)

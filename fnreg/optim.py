@@ -65,7 +65,7 @@ def _torchopt(factory: str, **options: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Adam:
+class Adam(Optimizer):
     """Adam with bias correction.  Kingma and Ba 2015, arXiv 1412.6980.
 
         m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
@@ -119,7 +119,7 @@ class Adam:
 
 
 @dataclasses.dataclass(frozen=True)
-class SGD:
+class SGD(Optimizer):
     """Gradient descent with optional momentum: v <- momentum v + g, step = -lr v; the rate decays as in `Adam`.
 
     The step scales with the gradient, so the rate depends on the images' intensities.
@@ -154,7 +154,7 @@ class SGD:
 
 
 @dataclasses.dataclass(frozen=True)
-class Torchopt:
+class Torchopt(Optimizer):
     """Any torchopt optimizer by name with its options: `Torchopt("rmsprop", (("lr", 0.1),))`.
 
     The optimizers of torchopt that take `params` (weight decay) are refused by it: a step has none.
@@ -180,7 +180,7 @@ class Torchopt:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Given:
+class _Given(Optimizer):
     """A torchopt GradientTransformation as it was given."""
 
     inner: Any
@@ -195,7 +195,7 @@ class _Given:
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
+class Clip(Optimizer):
     """Shrink each pair's gradient to at most `norm`: g min(1, norm / |g|), over all leaves of the pair jointly."""
 
     norm: float
@@ -214,7 +214,7 @@ class Clip:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
+class Chain(Optimizer):
     """Optimizers one after another: each sees what the one before made of the gradient."""
 
     parts: tuple[Any, ...]

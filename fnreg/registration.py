@@ -16,7 +16,7 @@ from torch import Tensor
 from fnreg import optim
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
-from fnreg.inputs import Input, Inputs, prepare
+from fnreg.inputs import Input, Inputs, check_dimension, prepare
 from fnreg.losses.terms import mse
 from fnreg.losses.terms import objective as as_objective
 from fnreg.problem import Level
@@ -26,6 +26,7 @@ from fnreg.pytree import (
     is_concrete,
     is_transformed,
     pytree_dataclass,
+    static,
     tree_flatten,
     tree_map,
     tree_take,
@@ -57,12 +58,18 @@ class Event(NamedTuple):
     value: float  # mean over the running pairs
 
 
-class Trace(NamedTuple):
-    """The course of one level."""
+@pytree_dataclass
+class Trace:
+    """The course of one level.
 
-    stage: int
-    level: int  # 0 is the finest
-    value: Tensor  # (steps,) or (B, steps) objective at every step, NaN after the last
+    value : (steps,) or (B, steps), the objective at every step, NaN after the last
+    stage : from 0
+    level : 0 is the finest
+    """
+
+    value: Tensor
+    stage: int = static()
+    level: int = static()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,17 +182,17 @@ def register(
     >>> import torch, fnreg
     >>> disc = (fnreg.Grid((16, 16)).points() - 7.5).norm(dim=1).reshape(1, 16, 16) < 5
     >>> fixed = fnreg.Image(disc).gaussian(1.0)
-    >>> moving = fnreg.Image(fixed.data, origin=(2.0, 0.0))
+    >>> moving = fnreg.Image(fixed.data, origin=(2.0, 1.0))
     >>> result = fnreg.register(fixed, moving, fnreg.Translation(), levels=1)
     >>> result.mapping.params["translation"].round().tolist()
-    [2.0, 0.0]
+    [2.0, 1.0]
     """
     default = Stage(Transform(), objective, solver, optimizer, levels, steps, stop)
-    given = [transform] if isinstance(transform, (Transform, Stage)) else list(transform)
+    given = list(transform) if isinstance(transform, Sequence) else [transform]
     if not given:
         raise ValueError("no transform: give one, or a sequence of stages")
     stages = [_resolve(stage, default) for stage in given]
-    whole = prepare(fixed, moving, then, levels=max(stage.levels or 1 for stage in stages), min_size=min_size)
+    whole = prepare(fixed, moving, then, levels=max(_levels(stage) for stage in stages), min_size=min_size)
     extras = ([stage.objective for stage in stages], initial, starts)
     if is_transformed(extras):
         whole = dataclasses.replace(whole, wrapped=True)
@@ -194,6 +201,8 @@ def register(
     for number, stage in enumerate(stages):
         sizes = dict(whole.sizes) | batch_axes("objective", stage.objective, stage.objective.ranks())[1]
         if number == 0 and initial is not None:
+            if start != "header":
+                raise ValueError(f"give either initial or start={start!r}: both say where to begin")
             sizes |= batch_axes("initial", initial, initial_ranks(initial, stage.transform, whole.domain))[1]
         size = batch_size(sizes) or 1
         if single and sizes:
@@ -223,7 +232,7 @@ def register(
         terms=shaped(last.terms),
         steps=shaped(torch.stack([n for part in done for n in part.steps], 1)),
         status=shaped(last.status),
-        history=tuple(trace._replace(value=shaped(trace.value)) for part in done for trace in part.traces),
+        history=tuple(dataclasses.replace(trace, value=shaped(trace.value)) for part in done for trace in part.traces),
     )
 
 
@@ -240,6 +249,7 @@ def evaluate(
     Returns scalars, or (B,) where a leaf of images, mapping or weights has a batch axis.
     """
     whole = prepare(fixed, moving, None, levels=1, min_size=1)
+    check_dimension("mapping", mapping, whole.domain)
     total = as_objective(objective)
     ranks = mapping.ranks()
     sizes = batch_axes("mapping", mapping, ranks)[1] | batch_axes("objective", total, total.ranks())[1]
@@ -260,17 +270,25 @@ def _resolve(given: Stage | Transform, default: Stage) -> Stage:
     solver, optimizer = stage.solver, stage.optimizer
     if solver is None and optimizer is None:
         solver, optimizer = default.solver, default.optimizer
+    if solver is not None and (isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "step"))):
+        raise TypeError(f"solver is {solver!r}: expected a value such as Descent() or GaussNewton()")
+    stop = default.stop if stage.stop == "inherit" else stage.stop
+    if stop is not None and not isinstance(stop, Stop):
+        raise TypeError(f"stop is {stop!r}: expected Stop(...), or None to take all steps")
     if optimizer is not None:
         if isinstance(solver, GaussNewton):
             raise ValueError("GaussNewton has no optimizer: give either a solver or an optimizer")
         solver = Descent(optim.as_optimizer(optimizer), solver.limit if isinstance(solver, Descent) else None)
+    total = as_objective(default.objective if stage.objective is None else stage.objective)
+    if isinstance(solver, GaussNewton):
+        total.check_squares()
     return Stage(
         stage.transform,
-        as_objective(default.objective if stage.objective is None else stage.objective),
+        total,
         Descent() if solver is None else solver,
         levels=default.levels if stage.levels is None else stage.levels,
         steps=default.steps if stage.steps is None else stage.steps,
-        stop=default.stop if stage.stop == "inherit" else stage.stop,
+        stop=stop,
     )
 
 
@@ -281,6 +299,10 @@ def _one(then: Mapping, single: bool) -> Mapping:
     leaves, spec = tree_flatten(then)
     ranks = tree_flatten(then.ranks())[0]
     return tree_unflatten([leaf[0] if leaf.ndim > r else leaf for leaf, r in zip(leaves, ranks, strict=True)], spec)
+
+
+def _levels(stage: Stage) -> int:
+    return 1 if stage.levels is None else stage.levels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -398,7 +420,7 @@ class _Stage:
             if whole.visible:
                 failures = failures.add(status == int(Status.DIVERGED), _DIVERGED)
             steps.append(taken)
-            traces.append(Trace(self.number, depth, history))
+            traces.append(Trace(history, self.number, depth))
         assert level is not None
         value, terms = level.value(params)
         if whole.visible:
@@ -410,7 +432,7 @@ class _Stage:
 
     def _counts(self) -> list[int]:
         """Steps per level, coarse to fine; a pyramid that ends early drops the coarsest."""
-        asked, steps = self.stage.levels or 1, self.stage.steps
+        asked, steps = _levels(self.stage), self.stage.steps
         levels = min(asked, len(self.whole.fixed))
         counts = [steps] * asked if isinstance(steps, int) else [int(n) for n in steps or ()]
         if len(counts) not in (asked, levels) or min(counts) < 0:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fnreg.grid import Grid
 from fnreg.image import Image
-from fnreg.inputs import Inputs
-from fnreg.pytree import over_batch, tree_detach, tree_flatten, tree_leaves, tree_map
-from fnreg.transforms.base import Mapping, Params, Transform
+from fnreg.inputs import Inputs, check_dimension
+from fnreg.pytree import over_batch, tree_detach, tree_flatten, tree_leaves, tree_map, tree_paths
+from fnreg.transforms.base import Mapping, Params, Transform, single
 from fnreg.transforms.linear import Linear, Translation
 
 Start = Literal["header", "center", "moments"]
@@ -24,13 +24,24 @@ def expand(params: Params, ranks: Any, size: int) -> Params:
 def initial_ranks(initial: Any, transform: Transform, domain: Grid) -> Any:
     """The rank of each leaf of start parameters or of a start mapping; ValueError where they do not fit."""
     if isinstance(initial, Mapping):
+        check_dimension("initial", initial, domain)
         if not isinstance(transform, Linear):
             raise ValueError(f"initial is a Mapping but {transform} is not linear: pass it as then, or give parameters")
         return initial.ranks()
-    ranks = transform.ranks(domain)
-    if tree_flatten(initial)[1] != tree_flatten(ranks)[1]:
-        raise ValueError(f"initial does not fit {transform}: expected the structure of {transform}.init(domain)")
-    return ranks
+    _check_shapes("initial", initial, transform, domain)
+    return transform.ranks(domain)
+
+
+def _check_shapes(name: str, params: Any, transform: Transform, domain: Grid) -> None:
+    """Parameters of the structure and trailing shapes that `init` gives; leading axes may come before."""
+    pattern = transform.init(single(domain))
+    if tree_flatten(params)[1] != tree_flatten(pattern)[1]:
+        verb = "does" if name == "initial" else "do"
+        raise ValueError(f"{name} {verb} not fit {transform}: expected the structure of {transform}.init(domain)")
+    for path, leaf, like in zip(tree_paths(pattern), tree_leaves(params), tree_leaves(pattern), strict=True):
+        shape = tuple(getattr(leaf, "shape", ()))
+        if not isinstance(leaf, Tensor) or shape[len(shape) - like.ndim :] != tuple(like.shape):
+            raise ValueError(f"{name}: {path} has shape {shape}, expected {tuple(like.shape)} at its end")
 
 
 def begin(
@@ -119,8 +130,7 @@ def fit(transform: Linear | Transform, mapping: Mapping, domain: Grid, size: int
 def spread(starts: Params, transform: Transform, domain: Grid, size: int) -> tuple[Params, int]:
     """Starts (S, ...) or (B, S, ...) as a batch (B S, ...), pair after pair, and S."""
     ranks = transform.ranks(domain)
-    if tree_flatten(starts)[1] != tree_flatten(ranks)[1]:
-        raise ValueError(f"starts do not fit {transform}: expected the structure of {transform}.init(domain)")
+    _check_shapes("starts", starts, transform, domain)
     widths: set[int] = set()
     for leaf, rank in zip(tree_leaves(starts), tree_leaves(ranks), strict=True):
         if leaf.ndim not in (rank + 1, rank + 2) or (leaf.ndim == rank + 2 and leaf.shape[0] != size):

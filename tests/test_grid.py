@@ -471,6 +471,8 @@ def test_same_as_sees_what_changes_far_from_the_centre_only() -> None:
     grid = Grid((101, 101))
     scaled = Grid((101, 101), spacing=(1 + 4e-8, 1.0), center=grid.center)
     assert not grid.same_as(scaled) and grid.same_as(scaled, tolerance=3e-6)
+    stretched = Grid((101, 101), spacing=(1 + 4e-8, 1.0))
+    assert not grid.same_as(stretched) and grid.same_as(stretched, tolerance=5e-6)  # apart at the far end only
     angle = tensor(4e-8)
     tilted = Grid((101, 101), center=grid.center, direction=[[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
     assert not grid.same_as(tilted) and grid.same_as(tilted, tolerance=3e-6)
@@ -570,7 +572,8 @@ def test_resample_covers_the_extent(data: st.DataObject) -> None:
 
 def test_resample_with_one_number_and_a_coarse_spacing() -> None:
     grid = Grid((10, 10), spacing=(0.1, 0.3))
-    assert grid.resample(0.1).size == (10, 30)  # 3.0000000000000004 / 0.1 is no 31st voxel
+    assert grid.resample(0.1).size == (10, 30)
+    assert Grid((3,), spacing=0.1).resample(0.1).size == (3,)  # an extent of 0.30000000000000004 is no fourth voxel
     assert grid.resample(100.0).size == (1, 1)
 
 

@@ -934,7 +934,7 @@ def test_warping_and_mapping_are_those_of_the_mapping() -> None:
     loop = torch.stack([take(batch.mapping, n).map_points(points) for n in range(4)])
     assert_close(batch.map_points(points), loop, atol=1e-12, rtol=0)
     subject = Subject(stack(moving), torch.ones(4, *moving[0].data.shape))
-    assert equal_bits(batch.warp(subject).data, batch.warp(stack(moving)).data)
+    assert equal_bits(batch.warp(subject).image, batch.warp(stack(moving)))
 
 
 def test_the_inverse_maps_back_and_swaps_the_grids() -> None:

@@ -28,7 +28,7 @@ from scenes import (
 from torch import Tensor
 from torch.testing import assert_close
 
-from fnreg import Grid, Held, Image, Mapping, Sequential, Transform, stack, warp
+from fnreg import Grid, Held, Image, Mapping, Sequential, Subject, Transform, stack, warp
 from fnreg.pytree import tree_flatten, tree_map, tree_vmap
 from fnreg.transforms.base import moving_coords
 from fnreg.transforms.linear import Affine, Linear, Rigid, Rotation, Scaling, Shearing, Similarity, Translation
@@ -505,6 +505,30 @@ def test_a_batch_of_warps_equals_the_loop() -> None:
     assert there.grid.same_as(elsewhere)
     with pytest.raises(ValueError, match="image has 1 spatial axes but the mapping has 2"):
         warp(Image(torch.zeros(1, 5)), mappings[0])
+
+
+def test_a_subject_is_warped_with_its_mask_and_labels() -> None:
+    grid = Grid((6, 5))
+    labels = torch.arange(30).reshape(1, 5, 6) + 2**24 + 1  # float32 could not hold these
+    mask = torch.ones(1, 5, 6)
+    subject = Subject(Image(uniform(2, 5, 6), grid), mask, labels, points=tensor([[1.0, 2.0]]))
+    shifted = Mapping({"translation": tensor([2.0, 0.0])}, grid, Translation())
+    found = warp(subject, shifted)
+    assert_close(found.image.data, warp(subject.image, shifted).data)
+    assert found.labels is not None
+    assert found.labels.dtype == torch.int64
+    assert torch.equal(found.labels[..., :4], labels[..., 2:])
+    assert not bool(found.labels[..., 4:].any())
+    assert found.mask is not None
+    assert torch.equal(found.mask[..., :4], torch.ones(1, 5, 4).double())
+    assert not bool(found.mask[..., 4:].any())
+    assert found.points is None
+    half = warp(subject, Mapping({"translation": tensor([0.5, 0.0])}, grid, Translation()))
+    assert_close(half.mask[..., -1], torch.full((1, 5), 0.5).double())  # type: ignore[index]
+    params = stack([{"translation": tensor([float(n), 0.0])} for n in range(3)])
+    several = warp(subject, Mapping(params, grid, Translation()))
+    assert torch.equal(several.labels[2], found.labels)  # type: ignore[index]
+    assert several.image.data.shape == (3, 2, 5, 6)
 
 
 def test_under_an_outer_vmap_methods_equal_the_loop() -> None:

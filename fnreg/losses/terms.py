@@ -123,15 +123,25 @@ class Objective:
         assert total is not None
         return total, values
 
-    def residuals(self, found: Mapping[str, Any]) -> Tensor:
-        """Residuals (R,) whose squares sum to the weighted sum; ValueError where a term has none."""
-        parts: list[Tensor] = []
+    def check_squares(self) -> None:
+        """ValueError where a term is no sum of squares, or a weight is negative and can be looked at."""
         for term in self.terms:
             if term.residuals is None:
                 raise ValueError(
                     f"{term.name} is no least-squares term, so Gauss-Newton cannot use it: "
                     "choose mse or ncc, or solver=Descent()"
                 )
+            if is_concrete(term.weight) and bool((term.weight < 0).any()):
+                raise ValueError(
+                    f"{term.name} has a negative weight: Gauss-Newton needs sums of squares, choose Descent()"
+                )
+
+    def residuals(self, found: Mapping[str, Any]) -> Tensor:
+        """Residuals (R,) whose squares sum to the weighted sum; see `check_squares`."""
+        self.check_squares()
+        parts: list[Tensor] = []
+        for term in self.terms:
+            assert term.residuals is not None
             part = term.residuals(**{name: found[name] for name in term.needs}, **dict(term.options))
             parts.append(part.reshape(-1) * term.weight.to(part.dtype).sqrt())
         return torch.cat(parts)

@@ -1,0 +1,1 @@
+"""Transforms: the protocol and mappings, linear transforms, rotations."""

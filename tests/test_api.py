@@ -1,0 +1,245 @@
+"""The public names: all there, documented, loaded when they are used, with options by keyword."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from scenes import known_pair, random_mapping
+
+import fnreg
+from fnreg import Rigid, Transform, register
+from fnreg.pytree import tree_flatten, tree_unflatten
+
+NAMES = [name for name in fnreg.__all__ if name != "__version__"]
+VALUES = [name for name in NAMES if not isinstance(getattr(fnreg, name), ModuleType)]
+
+# How a registration is put together inside; what these modules define is no part of the interface.
+INTERNAL = {"inputs", "problem", "starts", "native"}
+
+
+def modules() -> list[ModuleType]:
+    """Every module of the package that is not internal."""
+    found = [m.name for m in pkgutil.walk_packages(fnreg.__path__, "fnreg.")]
+    return [importlib.import_module(name) for name in found if name.split(".")[1] not in INTERNAL]
+
+
+def members(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """Public functions and classes that a module defines."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isfunction(value) or (inspect.isclass(value) and value.__name__ == name):
+            yield name, value
+
+
+def functions(name: str, value: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """A function, or the public methods and properties of a class."""
+    if inspect.isfunction(value):
+        yield name, value
+        return
+    for key, made in vars(value).items():
+        function = made.__func__ if isinstance(made, (staticmethod, classmethod)) else made
+        function = function.fget if isinstance(function, property) else function
+        if not key.startswith("_") and inspect.isfunction(function):
+            yield f"{name}.{key}", function
+
+
+MODULES = modules()
+every_module = pytest.mark.parametrize("module", MODULES, ids=[m.__name__ for m in MODULES])
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_there_and_documented(name: str) -> None:
+    value = getattr(fnreg, name)
+    assert name in dir(fnreg)
+    documented = inspect.getdoc(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        documented = inspect.getdoc(getattr(value, "function", value))  # a term: its equation
+    assert documented
+    assert len(documented) > 10
+    if isinstance(value, type):  # what a dataclass writes of itself is no documentation
+        assert not (value.__doc__ or "").startswith(f"{name}(")
+
+
+def test_the_names_that_type_checkers_see_are_those_that_are_there() -> None:
+    tree = ast.parse(Path(fnreg.__file__).read_text(encoding="utf-8"))
+    blocks = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = [alias for block in blocks for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(alias.asname or alias.name for alias in seen) == sorted(NAMES)
+    assert all(alias.asname == alias.name for alias in seen)  # so that they count as exported
+    for block in blocks:
+        for node in block.body:
+            assert isinstance(node, ast.ImportFrom)
+            for alias in node.names:
+                home = importlib.import_module(node.module or "")
+                if not isinstance(getattr(fnreg, alias.name), ModuleType):
+                    assert getattr(home, alias.name) is getattr(fnreg, alias.name)
+
+
+def test_names_are_those_of_things_in_the_package() -> None:
+    assert len(set(fnreg.__all__)) == len(fnreg.__all__)
+    for name in VALUES:
+        value = getattr(fnreg, name)
+        assert getattr(value, "__module__", type(value).__module__).startswith("fnreg.")
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'fnreg' has no attribute 'Rigit'"):
+        fnreg.Rigit  # noqa: B018
+
+
+def test_the_package_alone_loads_nothing() -> None:
+    code = "import fnreg, sys; print([m for m in ('torch', 'torchopt', 'numpy') if m in sys.modules], fnreg.__version__)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["[]", fnreg.__version__]
+
+
+def test_the_library_needs_no_extra() -> None:
+    """What the extras bring is imported where it is used."""
+    names = [name for name in VALUES]
+    code = (
+        "import fnreg, sys\n"
+        f"for name in {names!r}: getattr(fnreg, name)\n"
+        "print([m for m in ('matplotlib', 'SimpleITK', 'nibabel', 'scipy', 'skimage', 'PIL', 'cyclopts') if m in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["[]"]
+
+
+def test_types_come_with_the_package() -> None:
+    assert Path(fnreg.__file__).with_name("py.typed").is_file()
+
+
+# -- documentation -------------------------------------------------------------------------------------------------
+
+
+@every_module
+def test_everything_public_is_documented(module: ModuleType) -> None:
+    assert module.__doc__
+    for name, value in members(module):
+        assert (value.__doc__ or "").strip(), f"{module.__name__}.{name}"
+        assert not (inspect.isclass(value) and value.__doc__.startswith(f"{name}(")), f"{module.__name__}.{name}"
+        for told, function in functions(name, value):
+            documented = inspect.getdoc(function)
+            if inspect.isclass(value) and not documented:  # inherited
+                documented = inspect.getdoc(getattr(value, told.rpartition(".")[2]))
+            assert documented, f"{module.__name__}.{told}"
+
+
+@pytest.mark.parametrize("name", ["register", "Grid", "Image"])
+def test_the_main_entries_have_an_example(name: str) -> None:
+    assert ">>>" in inspect.getdoc(getattr(fnreg, name))  # type: ignore[operator]
+
+
+def test_every_argument_of_register_is_documented() -> None:
+    told = inspect.getdoc(register) or ""
+    for name in inspect.signature(register).parameters:
+        if name != "min_size":
+            assert any(name in line.split(" : ")[0].split(", ") for line in told.splitlines() if " : " in line), name
+    assert "`min_size`" in told
+
+
+# -- signatures ----------------------------------------------------------------------------------------------------
+
+
+@every_module
+def test_options_are_given_by_keyword(module: ModuleType) -> None:
+    """One argument with a default may be given by position, the main one; any other is an option."""
+    for name, value in members(module):
+        for told, function in functions(name, value):
+            optional = [
+                p.name
+                for p in inspect.signature(function).parameters.values()
+                if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty
+            ]
+            assert len(optional) <= 1, f"{module.__name__}.{told}: {optional}"
+            flags = [
+                p.name
+                for p in inspect.signature(function).parameters.values()
+                if p.kind is p.POSITIONAL_OR_KEYWORD and isinstance(p.default, bool)
+            ]
+            assert not flags, f"{module.__name__}.{told}: {flags}"
+
+
+@every_module
+def test_everything_public_is_annotated(module: ModuleType) -> None:
+    for name, value in members(module):
+        for told, function in functions(name, value):
+            for parameter in inspect.signature(function).parameters.values():
+                if parameter.name not in ("self", "cls"):
+                    assert parameter.annotation is not parameter.empty, f"{module.__name__}.{told}: {parameter.name}"
+            assert inspect.signature(function).return_annotation is not inspect.Signature.empty, told
+
+
+# -- values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(cls() for name, cls in sorted(Transform.types.items()) if cls.__module__ == "fnreg.transforms.linear"),
+        fnreg.Held(Rigid(), ("rotation",)),
+        fnreg.Sequential((Rigid(), fnreg.Scaling())),
+        fnreg.adam(0.2, decay=0.5),
+        fnreg.sgd(0.2, momentum=0.3),
+        fnreg.chain(fnreg.clip(1.0), fnreg.adam(0.3)),
+        fnreg.Stop(patience=5),
+        fnreg.Descent(limit=2.0),
+        fnreg.GaussNewton(damping=0.1),
+    ],
+    ids=str,
+)
+def test_settings_are_frozen_values_that_print_what_makes_them(value: Any) -> None:
+    names = {**{name: getattr(fnreg, name) for name in VALUES}, **vars(fnreg.optim)}
+    again = eval(repr(value), names)
+    assert again == value
+    assert hash(again) == hash(value)
+    assert len({value, again}) == 1
+    assert value != object()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        value.anything = 1
+
+
+def test_data_are_trees_of_tensors() -> None:
+    fixed, moving, mapping = known_pair(Rigid(), 2)
+    result = register(fixed, moving, Rigid(), levels=1, steps=1)
+    subject = fnreg.Subject(fixed, torch.ones_like(fixed.data))
+    for value in (fixed.grid, fixed, subject, mapping, random_mapping(Rigid(), fixed.grid, 1), fnreg.mse, fnreg.mse + fnreg.mae):
+        leaves, spec = tree_flatten(value)
+        assert leaves
+        assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        assert type(tree_unflatten(leaves, spec)) is type(value)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            value.anything = 1
+    leaves, spec = tree_flatten(result)
+    assert type(tree_unflatten(leaves, spec)) is fnreg.Registration
+
+
+def test_statuses_are_numbers_with_names() -> None:
+    assert [status.name for status in fnreg.Status] == ["STEPS", "CONVERGED", "DIVERGED"]
+    assert [int(status) for status in fnreg.Status] == [0, 1, 2]
+    assert issubclass(fnreg.RegistrationError, ValueError)
+
+
+# -- vmap ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_suite_runs_without_the_slow_fallback_of_vmap() -> None:
+    assert not torch._C._functorch._is_vmap_fallback_enabled()
+    with pytest.raises(RuntimeError, match="fallback"):
+        torch.func.vmap(lambda x: torch.histc(x, bins=3))(torch.rand(2, 5))
