@@ -7,6 +7,7 @@ Neither says more than how far an affine map goes: deformable registration is wh
 
 from __future__ import annotations
 
+import io
 import tempfile
 import time
 from pathlib import Path
@@ -39,7 +40,8 @@ def greedy(iterations: str) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / "affine.mat"
         images = f"-i {brain_path('h01')} {brain_path('h02')}"
-        tool.execute(f"-d 3 -a -V 0 -m NCC 2x2x2 -n {iterations} -threads {THREADS} {images} -o {written}")
+        options = f"-d 3 -a -V 0 -m NCC 2x2x2 -n {iterations} -threads {THREADS}"
+        tool.execute(f"{options} {images} -o {written}", out=io.StringIO(), err=io.StringIO())
         mirror = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS
         return torch.from_numpy(mirror @ np.loadtxt(written) @ mirror)
 
@@ -57,7 +59,6 @@ def run(options: Options) -> list[Table]:
     settings: dict[str, dict[str, Any]] = {
         "fnreg, Gauss-Newton, 20 + 10 + 5 steps, to half resolution": {"levels": 4, "steps": (20, 10, 5, 0)},
         "fnreg, Gauss-Newton, 20 + 10 + 5 + 2 steps": {"levels": 4, "steps": (20, 10, 5, 2)},
-        "fnreg, Gauss-Newton, default stop": {"levels": 4},
         "fnreg, Adam, 100 + 50 + 10 steps": {"levels": 3, "steps": (100, 50, 10), "solver": None, "stop": None},
     }
     if options.quick:

@@ -1,4 +1,4 @@
-"""What the registration tests share: grids stored in every way, images with a formula, and laws alone and under vmap."""
+"""What the registration tests share: grids stored in every way, images with a formula, laws alone and vmapped."""
 
 from __future__ import annotations
 

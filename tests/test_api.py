@@ -79,7 +79,9 @@ def test_every_name_is_there_and_documented(name: str) -> None:
 def test_the_names_that_type_checkers_see_are_those_that_are_there() -> None:
     tree = ast.parse(Path(fnreg.__file__).read_text(encoding="utf-8"))
     blocks = [node for node in tree.body if isinstance(node, ast.If)]
-    seen = [alias for block in blocks for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    seen = [
+        alias for block in blocks for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
     assert sorted(alias.asname or alias.name for alias in seen) == sorted(NAMES)
     assert all(alias.asname == alias.name for alias in seen)  # so that they count as exported
     for block in blocks:
@@ -104,7 +106,9 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_the_package_alone_loads_nothing() -> None:
-    code = "import fnreg, sys; print([m for m in ('torch', 'torchopt', 'numpy') if m in sys.modules], fnreg.__version__)"
+    code = (
+        "import fnreg, sys; print([m for m in ('torch', 'torchopt', 'numpy') if m in sys.modules], fnreg.__version__)"
+    )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["[]", fnreg.__version__]
 
@@ -115,7 +119,8 @@ def test_the_library_needs_no_extra() -> None:
     code = (
         "import fnreg, sys\n"
         f"for name in {names!r}: getattr(fnreg, name)\n"
-        "print([m for m in ('matplotlib', 'SimpleITK', 'nibabel', 'scipy', 'skimage', 'PIL', 'cyclopts') if m in sys.modules])"
+        "names = ('matplotlib', 'SimpleITK', 'nibabel', 'scipy', 'skimage', 'PIL', 'cyclopts')\n"
+        "print([m for m in names if m in sys.modules])"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["[]"]
@@ -219,7 +224,15 @@ def test_data_are_trees_of_tensors() -> None:
     fixed, moving, mapping = known_pair(Rigid(), 2)
     result = register(fixed, moving, Rigid(), levels=1, steps=1)
     subject = fnreg.Subject(fixed, torch.ones_like(fixed.data))
-    for value in (fixed.grid, fixed, subject, mapping, random_mapping(Rigid(), fixed.grid, 1), fnreg.mse, fnreg.mse + fnreg.mae):
+    for value in (
+        fixed.grid,
+        fixed,
+        subject,
+        mapping,
+        random_mapping(Rigid(), fixed.grid, 1),
+        fnreg.mse,
+        fnreg.mse + fnreg.mae,
+    ):
         leaves, spec = tree_flatten(value)
         assert leaves
         assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)

@@ -25,7 +25,6 @@ from fnreg import (
     Sequential,
     Stage,
     Status,
-    Stop,
     Subject,
     Translation,
     adam,
@@ -49,7 +48,9 @@ def like(image: Image, data: Any) -> Image:
 
 @pytest.mark.parametrize(("a", "b"), [(2, 3), (3, 2), (1, 2)])
 def test_images_of_different_dimension(a: int, b: int) -> None:
-    with pytest.raises(ValueError, match=f"moving has {b} spatial axes but fixed has {a}: register images of one dimension"):
+    with pytest.raises(
+        ValueError, match=f"moving has {b} spatial axes but fixed has {a}: register images of one dimension"
+    ):
         register(scene(a), moving_scene(b), Translation(), **QUICK)
 
 
@@ -98,7 +99,9 @@ def test_leading_axes_that_differ_are_named(three: str, four: str) -> None:
 def test_a_leaf_of_no_known_rank_is_named() -> None:
     twice = Image(FIXED.data.expand(3, *FIXED.data.shape), FIXED.grid)
     object.__setattr__(twice, "data", FIXED.data.expand(2, 3, *FIXED.data.shape))
-    with pytest.raises(ValueError, match=r"fixed.*data has shape \(2, 3, 1, 18, 20\): expected 3 axes for one pair, or 4"):
+    with pytest.raises(
+        ValueError, match=r"fixed.*data has shape \(2, 3, 1, 18, 20\): expected 3 axes for one pair, or 4"
+    ):
         register(twice, MOVING, Rigid(), **QUICK)
     with pytest.raises(ValueError, match=r"objective.*weight has shape \(2, 2\): expected 0 axes for one pair, or 1"):
         register(FIXED, MOVING, Rigid(), objective=torch.ones(2, 2) * fnreg.mse, **QUICK)
@@ -135,7 +138,8 @@ def test_spacing_that_is_none(spacing: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "direction", [[[1.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]], [[2.0, 0.0], [0.0, 1.0]], [[1.0, 0.3], [0.0, 1.0]]]
+    "direction",
+    [[[1.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]], [[2.0, 0.0], [0.0, 1.0]], [[1.0, 0.3], [0.0, 1.0]]],
 )
 def test_a_direction_that_is_singular_or_sheared(direction: Any) -> None:
     with pytest.raises(ValueError, match="direction is not orthonormal"):
@@ -156,8 +160,12 @@ def test_a_thin_image_is_registered() -> None:
     """A slab of one voxel: the axis that it lacks is no reason to refuse it."""
     fixed, moving, truth = known_pair(Translation(), 2)
     slab = [
-        Image(image.data.unsqueeze(1), spacing=(*image.grid.spacing.tolist(), 3.0), center=(*image.grid.center.tolist(), 0.0),
-              direction=torch.block_diag(image.grid.direction, torch.ones(1, 1).double()))
+        Image(
+            image.data.unsqueeze(1),
+            spacing=(*image.grid.spacing.tolist(), 3.0),
+            center=(*image.grid.center.tolist(), 0.0),
+            direction=torch.block_diag(image.grid.direction, torch.ones(1, 1).double()),
+        )
         for image in (fixed, moving)
     ]
     result = register(*slab, Held(Rigid(), ("rotation",)), levels=2, steps=40)
@@ -166,7 +174,9 @@ def test_a_thin_image_is_registered() -> None:
 
 def test_fewer_levels_than_asked_are_told() -> None:
     small = Image(FIXED.data[..., :7, :6])
-    with pytest.warns(UserWarning, match=r"3 levels were asked for but a fixed image of size \(6, 7\) gives 2: no axis"):
+    with pytest.warns(
+        UserWarning, match=r"3 levels were asked for but a fixed image of size \(6, 7\) gives 2: no axis"
+    ):
         result = register(small, small, Translation(), steps=2)
     assert result.steps.shape == (2,)
     with warnings.catch_warnings():
@@ -198,8 +208,12 @@ def faulty(kind: str, image: Image) -> Any:
         "infinity": lambda: like(image, torch.where(one > 0, -torch.inf, image.data)),
         "constant": lambda: like(image, torch.full_like(image.data, 0.37)),
         "zero mask": lambda: Subject(image, torch.zeros_like(image.data)),
-        "constant in the mask": lambda: Subject(like(image, torch.where(one > 0, 9.0, 0.37 * torch.ones_like(one))), 1 - one),
-        "NaN in the mask": lambda: Subject(like(image, torch.where(one > 0, torch.nan, image.data)), torch.ones_like(one)),
+        "constant in the mask": lambda: Subject(
+            like(image, torch.where(one > 0, 9.0, 0.37 * torch.ones_like(one))), 1 - one
+        ),
+        "NaN in the mask": lambda: Subject(
+            like(image, torch.where(one > 0, torch.nan, image.data)), torch.ones_like(one)
+        ),
     }[kind]()
 
 
@@ -265,7 +279,9 @@ def test_images_without_overlap(start: Any) -> None:
     hint = "do not overlap in world coordinates at the start: use start='center' or 'moments'"
     with pytest.raises(RegistrationError, match=hint):
         register(FIXED, far, Rigid(), **QUICK)
-    movings = stack([MOVING, Image(MOVING.data, MOVING.grid), Image(MOVING.data, Grid(MOVING.grid.size, center=(1e4, 0.0)))])
+    movings = stack(
+        [MOVING, Image(MOVING.data, MOVING.grid), Image(MOVING.data, Grid(MOVING.grid.size, center=(1e4, 0.0)))]
+    )
     batch = register(FIXED, movings, Rigid(), **QUICK)
     assert batch.ok.tolist() == [True, True, False]
     assert batch.steps[2].tolist() == [0]
@@ -285,7 +301,9 @@ def test_overlap_that_is_lost_on_the_way() -> None:
     options: dict[str, Any] = {"optimizer": adam(60.0, decay=1.0), "levels": 1}
     with pytest.raises(RegistrationError, match="lost their overlap on the way: use a smaller learning rate"):
         register(fixed, moving, Translation(), stop=None, steps=1, **options)
-    with pytest.raises(RegistrationError, match="diverged: .* or the images lost their overlap; use a smaller learning"):
+    with pytest.raises(
+        RegistrationError, match=r"diverged: .* or the images lost their overlap; use a smaller learning"
+    ):
         register(fixed, moving, Translation(), stop=None, steps=3, **options)
     two = Image(torch.stack([ramp, ramp]), fixed.grid)
     lost = register(two, moving, Translation(), stop=None, steps=1, **options)
@@ -297,7 +315,9 @@ def test_a_registration_that_diverges() -> None:
         return -(1e3 * displacement.square().mean() + displacement.mean()).exp()
 
     with pytest.raises(RegistrationError, match=r"the registration diverged: .*use a smaller learning rate"):
-        register(FIXED, MOVING, Translation(), objective=explode, optimizer=sgd(1.0), padding="border", levels=1, steps=20)
+        register(
+            FIXED, MOVING, Translation(), objective=explode, optimizer=sgd(1.0), padding="border", levels=1, steps=20
+        )
 
 
 # -- arguments -----------------------------------------------------------------------------------------------------
@@ -305,9 +325,6 @@ def test_a_registration_that_diverges() -> None:
 
 @pytest.mark.parametrize("value", ["rigid", None, 3, Rigid, "rigid+affine", [Rigid(), "affine"], [Affine]], ids=repr)
 def test_what_is_no_transform(value: Any) -> None:
-    if value is None or isinstance(value, (int, type)):
-        # The value itself is iterated over before it is looked at.
-        pytest.xfail("the error tells that it is not iterable, not what a transform is")
     with pytest.raises(TypeError, match=r"transform is .*: expected a value such as Rigid\(\), a Stage, or a sequence"):
         register(FIXED, MOVING, value, **QUICK)
 
@@ -324,19 +341,23 @@ def test_a_line_that_should_turn() -> None:
 
 @pytest.mark.parametrize("value", ["centre", "", None, 0])
 def test_an_unknown_start(value: Any) -> None:
-    with pytest.raises(ValueError, match="unknown start .*: choose header, center or moments"):
+    with pytest.raises(ValueError, match=r"unknown start .*: choose header, center or moments"):
         register(FIXED, MOVING, Rigid(), start=value, **QUICK)
 
 
 @pytest.mark.parametrize("transform", [Rotation(), Scaling(), Sequential((Rigid(), Scaling()))], ids=str)
 def test_a_start_that_the_transform_cannot_take(transform: Any) -> None:
-    with pytest.raises(ValueError, match=r"start='center' needs a transform that can shift; .* cannot: run Translation"):
+    with pytest.raises(
+        ValueError, match=r"start='center' needs a transform that can shift; .* cannot: run Translation"
+    ):
         register(FIXED, MOVING, transform, start="center", **QUICK)
 
 
 @pytest.mark.parametrize(("levels", "steps"), [(2, (3,)), (2, (1, 2, 3)), (1, ()), (2, -1), (2, (3, -1))])
 def test_steps_of_the_wrong_length(levels: int, steps: Any) -> None:
-    with pytest.raises(ValueError, match=r"steps is .* for \d levels: give one number, or one per level from coarse to fine"):
+    with pytest.raises(
+        ValueError, match=r"steps is .* for \d levels: give one number, or one per level from coarse to fine"
+    ):
         register(FIXED, MOVING, Rigid(), levels=levels, steps=steps)
 
 
@@ -344,7 +365,7 @@ def test_steps_of_the_wrong_length(levels: int, steps: Any) -> None:
     "levels",
     [
         # None and 0 are one to the stage: a single level is run.
-        pytest.param(0, marks=pytest.mark.xfail(strict=True, reason="no level at all counts as one")),
+        0,
         -1,
     ],
 )
@@ -373,12 +394,12 @@ def test_an_objective_that_is_no_scalar_or_asks_for_too_much() -> None:
 
 @pytest.mark.parametrize("objective", [fnreg.mae, fnreg.mse + fnreg.huber, lambda warped: warped.mean()])
 def test_gauss_newton_without_residuals(objective: Any) -> None:
-    with pytest.raises(ValueError, match=r"is no least-squares term, so Gauss-Newton cannot use it: choose mse or ncc, or"):
+    with pytest.raises(
+        ValueError, match=r"is no least-squares term, so Gauss-Newton cannot use it: choose mse or ncc, or"
+    ):
         register(FIXED, MOVING, Rigid(), objective=objective, solver=GaussNewton(), **QUICK)
 
 
-# A negative weight has no real root: the error speaks of a learning rate, which Gauss-Newton does not have.
-@pytest.mark.xfail(strict=True, reason="the weight is not looked at")
 def test_gauss_newton_with_a_negative_weight() -> None:
     with pytest.raises(ValueError, match="weight"):
         register(FIXED, MOVING, Rigid(), objective=fnreg.mse + (-0.1) * fnreg.ncc, solver=GaussNewton(), **QUICK)
@@ -404,8 +425,6 @@ def test_a_solver_and_an_optimizer_that_exclude_each_other() -> None:
         register(FIXED, MOVING, Stage(Rigid(), solver=GaussNewton(), optimizer=adam(0.3)), **QUICK)
 
 
-# These reach the loop, where an attribute is missing.
-@pytest.mark.xfail(strict=True, reason="neither solver nor stop is looked at")
 @pytest.mark.parametrize("options", [{"solver": 0.3}, {"solver": GaussNewton}, {"stop": 3}], ids=str)
 def test_what_is_no_solver_or_stop(options: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=r"(solver|stop) is"):
@@ -417,7 +436,9 @@ def test_rates_for_other_pairs() -> None:
         register(FIXED, MOVING, Rigid(), optimizer=adam(torch.ones(3)), **QUICK)
 
 
-@pytest.mark.parametrize("value", [{}, {"translation": torch.zeros(2)}, torch.zeros(3), {"rotation": 0, "shift": 0}], ids=str)
+@pytest.mark.parametrize(
+    "value", [{}, {"translation": torch.zeros(2)}, torch.zeros(3), {"rotation": 0, "shift": 0}], ids=str
+)
 def test_parameters_that_do_not_fit(value: Any) -> None:
     with pytest.raises(ValueError, match=r"initial does not fit Rigid\(\): expected the structure of Rigid\(\).init"):
         register(FIXED, MOVING, Rigid(), initial=value, **QUICK)
@@ -425,12 +446,10 @@ def test_parameters_that_do_not_fit(value: Any) -> None:
         register(FIXED, MOVING, Rigid(), starts=value, **QUICK)
 
 
-# Only the rank of a parameter is compared, not its size: torch complains later.
-@pytest.mark.xfail(strict=True, reason="the size of parameters is not looked at", raises=RuntimeError)
 @pytest.mark.parametrize("name", ["initial", "starts"])
 def test_parameters_of_the_wrong_size(name: str) -> None:
     shape = (3,) if name == "initial" else (2, 3)
-    with pytest.raises(ValueError, match=rf"{name}.*translation.*\(3,?\)"):
+    with pytest.raises(ValueError, match=rf"{name}.*translation.*3,?\), expected \(2,\)"):
         register(FIXED, MOVING, Translation(), **{name: {"translation": torch.zeros(shape)}}, **QUICK)
 
 
@@ -448,15 +467,11 @@ def test_an_initial_map_for_a_transform_that_has_no_fit() -> None:
         register(FIXED, MOVING, Sequential((Rigid(), Scaling())), initial=mapping, **QUICK)
 
 
-# What is given for a single pair and disagrees is ignored without a word.
-@pytest.mark.xfail(strict=True, reason="start is not looked at beside initial")
 def test_an_initial_map_and_a_start_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="initial"):
         register(FIXED, MOVING, Rigid(), initial=random_params(Rigid(), FIXED.grid, 1), start="center", **QUICK)
 
 
-# A mask would be expected to count; in a pyramid it is dropped without a word.
-@pytest.mark.xfail(strict=True, reason="masks of a pyramid are dropped")
 def test_a_pyramid_of_subjects_is_refused_or_masked() -> None:
     mask = torch.zeros_like(FIXED.data)
     mask[..., 5:-5] = 1
@@ -474,8 +489,6 @@ def test_masks_of_another_shape(shape: tuple[int, ...]) -> None:
         Subject(FIXED, torch.ones(shape))
 
 
-# Only the matrix product that does not fit complains.
-@pytest.mark.xfail(strict=True, reason="the dimension of a mapping is not looked at", raises=RuntimeError)
 @pytest.mark.parametrize("what", ["evaluate", "then", "initial"])
 def test_a_mapping_of_another_dimension(what: str) -> None:
     mapping = random_mapping(Rigid(), scene(3).grid, 1)

@@ -483,7 +483,7 @@ def itk_cases() -> list[Any]:
         itk, space, Similarity(), {"rotation": quaternion.tolist(), "log_size": [math.log(0.95)], "translation": shift3}
     )
     matrix = [[1.1, 0.1, 0.0], [-0.1, 0.9, 0.05], [0.02, -0.1, 1.05]]
-    itk = centred(sitk.AffineTransform(3), space, Matrix=sum(matrix, []), Translation=shift3)
+    itk = centred(sitk.AffineTransform(3), space, Matrix=[entry for row in matrix for entry in row], Translation=shift3)
     add(itk, space, Affine(), {"matrix": matrix, "translation": shift3})
     return cases
 

@@ -749,8 +749,6 @@ def test_what_lies_outside_of_the_fixed_mask_does_not_matter(
     assert voxels_apart(plain.mapping, expected.mapping, fixed.grid) > 1e-3
 
 
-# The pyramid smooths image and mask apart, so what is masked leaks over the mask's border on coarse levels.
-@pytest.mark.xfail(strict=True, reason="coarse levels see what the mask hides")
 @both_solvers
 @pytest.mark.parametrize("value", [100.0, torch.nan])
 def test_what_lies_outside_of_the_fixed_mask_does_not_matter_on_coarse_levels(
@@ -763,8 +761,6 @@ def test_what_lies_outside_of_the_fixed_mask_does_not_matter_on_coarse_levels(
     assert voxels_apart(result.mapping, expected.mapping, fixed.grid) < SAME
 
 
-# Interpolation mixes hidden voxels into the values next to the mask's border, where the sampled mask is positive.
-@pytest.mark.xfail(strict=True, reason="interpolation sees what the mask hides")
 @both_solvers
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("value", [100.0, torch.nan])
@@ -789,8 +785,6 @@ def test_a_mask_of_ones_is_none(options: dict[str, Any]) -> None:
         assert voxels_apart(result.mapping, expected.mapping, fixed.grid) < SAME
 
 
-# The same two leaks.
-@pytest.mark.xfail(strict=True, reason="masked voxels pull the map away")
 def test_known_maps_are_found_within_masks() -> None:
     """Each side has an artefact that would pull the map away, and a mask that hides it."""
     fixed, moving, truth = known_pair(Rigid(), 2)

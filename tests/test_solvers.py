@@ -195,7 +195,9 @@ def test_a_solver_with_a_step_length_shortens_it_before_it_ends() -> None:
 
 def test_small_steps_are_convergence() -> None:
     toy = bowls()
-    solved = run(toy, toy.start(), Descent(sgd(0.05, decay=1.0)), steps=500, stop=Stop(relative=0, patience=500, step=1e-3))
+    solved = run(
+        toy, toy.start(), Descent(sgd(0.05, decay=1.0)), steps=500, stop=Stop(relative=0, patience=500, step=1e-3)
+    )
     assert solved.status.tolist() == [Status.CONVERGED] * 6
     gradient, _ = toy.gradient(solved.params)
     assert bool((0.05 * gradient["x"].abs().amax(1) <= 2e-3).all())
@@ -347,7 +349,10 @@ def test_neighbours_change_no_bit(name: str) -> None:
         for stop in (None, Stop(compact=False)):
             clean = run(toy, toy.start(), solver, steps=40, stop=stop)
             dirty = run(dataclasses.replace(toy, data=spoiled), toy.start(), solver, steps=40, stop=stop)
-            for a, b in ((clean.params["x"], dirty.params["x"]), (clean.history, dirty.history[:, : clean.history.shape[1]])):
+            for a, b in (
+                (clean.params["x"], dirty.params["x"]),
+                (clean.history, dirty.history[:, : clean.history.shape[1]]),
+            ):
                 assert equal_bits(a[::2], b[::2])
             assert torch.equal(clean.status[::2], dirty.status[::2])
             assert bool((dirty.status[1::2] == Status.DIVERGED).all())
@@ -358,7 +363,9 @@ def test_neighbours_change_no_bit(name: str) -> None:
 
 def test_progress_tells_steps_active_pairs_and_the_mean_value() -> None:
     toy, told = bowls(), []
-    solved = run(toy, toy.start(), Descent(adam(0.3)), steps=300, stop=Stop(every=7), progress=lambda *e: told.append(e))
+    solved = run(
+        toy, toy.start(), Descent(adam(0.3)), steps=300, stop=Stop(every=7), progress=lambda *e: told.append(e)
+    )
     steps = [event[0] for event in told]
     active = [event[2] for event in told]
     assert steps == list(range(7, steps[-1] + 1, 7))
@@ -386,7 +393,9 @@ def test_progress_without_stopping_is_told_every_step() -> None:
 # -- inside transforms ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", [Descent(adam(0.3, pure=True)), Descent(sgd(0.05, pure=True)), GaussNewton()], ids=str)
+@pytest.mark.parametrize(
+    "solver", [Descent(adam(0.3, pure=True)), Descent(sgd(0.05, pure=True)), GaussNewton()], ids=str
+)
 def test_the_loop_runs_under_vmap_and_grad(solver: Any) -> None:
     def reached(data: Tensor) -> Tensor:
         toy = Toy(line, data, 3)
@@ -493,7 +502,9 @@ def test_a_parameter_without_influence_stays() -> None:
     start = toy.start(0.5)
     solved = run(toy, start, GaussNewton(), steps=10, stop=Stop())
     assert torch.equal(solved.params["x"][:, 2], start["x"][:, 2])
-    assert_close(solved.params["x"][:, :2], torch.linalg.lstsq(MATRIX[:, :2], toy.data.mT).solution.mT, atol=1e-5, rtol=0)
+    assert_close(
+        solved.params["x"][:, :2], torch.linalg.lstsq(MATRIX[:, :2], toy.data.mT).solution.mT, atol=1e-5, rtol=0
+    )
     nothing = Toy(lambda x, d: d, bowls().data, 3)
     assert equal_bits(run(nothing, nothing.start(0.5), GaussNewton(), steps=5).params, nothing.start(0.5))
 
