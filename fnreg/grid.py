@@ -56,7 +56,8 @@ def apply_matrix(matrix: Tensor, points: Tensor, *, vectors: bool = False) -> Te
         raise ValueError(f"points have {dimension} coordinates but the map has {matrix.shape[-1] - 1} dimensions")
     result = points.to(matrix.dtype) @ matrix[..., :dimension, :dimension].mT
     if not vectors:
-        result = result + matrix[..., :dimension, dimension]
+        offset = matrix[..., :dimension, dimension]
+        result = result + (offset.unsqueeze(-2) if matrix.ndim > 2 else offset)  # (B, D) beside (B, N, D)
     return result.to(points.dtype) if points.is_floating_point() else result
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fnreg import filters
 from fnreg.grid import Grid, Scalars
-from fnreg.pytree import pytree_dataclass, tree_flatten, tree_map, tree_unflatten
+from fnreg.pytree import is_concrete, pytree_dataclass, tree_flatten, tree_map, tree_unflatten
 from fnreg.sampling import Mode, Padding, interpolate
 
 Unit = Literal["world", "voxel"]
@@ -24,7 +24,8 @@ Unit = Literal["world", "voxel"]
 class Image:
     """Data (C, [Z,] Y, X) on a grid.
 
-    data : tensor with a channel axis, or with a leading batch axis as well; integers become float32
+    data : tensor with a channel axis, or, beside a grid, with a leading batch axis as well; integers become float32, or
+        float64 where float32 would round them (labels that are to stay integers belong in `Subject.labels`)
     grid : its geometry; without one a grid of spacing 1 at origin 0, or what `spacing` and the others say
 
     Raises ValueError where the shapes of data and grid differ, TypeError for complex data.
@@ -49,10 +50,14 @@ class Image:
         center: Scalars | None = None,
         direction: Any = None,
     ) -> None:
-        if data.is_complex():
+        if isinstance(data, Tensor) and data.is_complex():
             raise TypeError("data are complex: give the magnitude, or the real and imaginary part as channels")
+        if not isinstance(data, Tensor):
+            raise TypeError(f"data is {type(data).__name__}: make it a tensor, or use Image.from_array")
         if not data.is_floating_point():
-            data = data.to(torch.float32)
+            exact = data.to(torch.float64) if data.element_size() > 2 and is_concrete(data) else None
+            large = exact is not None and exact.numel() > 0 and float(exact.abs().max()) > 2**24
+            data = exact if exact is not None and large else data.to(torch.float32)
         if grid is None:
             if not 2 <= data.ndim <= 4:
                 raise ValueError(f"data has shape {tuple(data.shape)}: expected (C, [Z,] Y, X) with a channel axis")
@@ -118,26 +123,38 @@ class Image:
         told = f"{tuple(data.shape)}, {data.dtype}" if isinstance(data, Tensor) else repr(data)
         return f"Image({told}, {self.grid})"
 
+    def _single(self) -> Image:
+        """This image, if it is one: a batch raises ValueError instead of mixing its items."""
+        if self.data.ndim != self.grid.ndim + 1 or self.grid.center.ndim != 1 or self.grid.spacing.ndim != 1:
+            raise ValueError(
+                f"a batch of images, data {tuple(self.data.shape)}: this method is of one image; use torch.func.vmap"
+            )
+        return self
+
     # -- sampling ---------------------------------------------------------------------------------------------
 
     def sample(self, points: Tensor, *, mode: Mode = "linear", padding: Padding = "border") -> Tensor:
         """Values (N, C) at world points (N, D)."""
+        self._single()
         coords = self.grid.world_to_index(points.to(torch.float64)).mT
         return interpolate(self.data, coords.to(self.data.dtype), mode=mode, padding=padding).mT
 
     def resample(self, grid: Grid, *, mode: Mode = "linear", padding: Padding = "border") -> Image:
         """The image sampled at the voxels of another grid; smooth it first where that is coarser."""
+        self._single()
         coords = self.grid.world_to_index(grid.points()).mT
         values = interpolate(self.data, coords.to(self.data.dtype), mode=mode, padding=padding)
         return Image(values.reshape(self.channels, *grid.shape), grid)
 
     def resize(self, size: int | Sequence[int]) -> Image:
         """As many voxels per axis over the same extent; smoothed to the new voxel's width where it grows."""
+        self._single()
         grid = self.grid.resize(size)
         return Image(filters.resize(self.data, grid.size), grid)
 
     def pyramid(self, levels: int, *, min_size: int = 4) -> tuple[Image, ...]:
         """This image and up to `levels - 1` coarser ones over the same extent, finest first; see `Grid.pyramid`."""
+        self._single()
         images: list[Image] = [self]
         for grid in self.grid.pyramid(levels, min_size=min_size)[1:]:
             images.append(Image(filters.resize(images[-1].data, grid.size), grid))
@@ -147,6 +164,7 @@ class Image:
 
     def gaussian(self, sigma: Scalars, *, unit: Unit = "world") -> Image:
         """Smooth with a Gaussian of `sigma` world units, or voxels, per axis; constants are preserved to the border."""
+        self._single()
         if unit not in ("world", "voxel"):
             raise ValueError(f"unknown unit {unit!r}: choose world or voxel")
         width = torch.as_tensor(sigma, dtype=torch.float64, device=self.data.device).expand(self.grid.ndim)
@@ -168,6 +186,7 @@ class Image:
 
         A channel without variation, or with nothing in the mask, becomes 0; NaN among the voxels that count gives NaN.
         """
+        self._single()
         values = self.data.flatten(1)  # (C, N)
         inside = torch.ones_like(values[:1], dtype=torch.bool) if mask is None else (mask > 0).flatten(1)
         if method == "zscore":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnreg.filters import gaussian, resize
+from fnreg.filters import FWHM, gaussian, resize
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject, subject
 from fnreg.losses.terms import Objective
@@ -28,6 +29,7 @@ class _Fault(enum.Enum):
 
     NOT_FINITE = "{image} holds NaN or infinity: exclude these voxels by a mask, Subject(image, mask=isfinite)"
     CONSTANT = "{image} is constant where it counts: there is nothing to align; check the file, channel and mask"
+    BAD_MASK = "the mask of {image} has negative or NaN weights: a voxel counts by a weight from 0 on"
     EMPTY_MASK = "the mask of {image} is zero everywhere: give a mask with some positive voxels, or none"
 
 
@@ -76,7 +78,13 @@ class Inputs:
         then : acts after the optimised map; domain : of the transform where that is not the fixed grid of the level
         """
         other = min(number, len(self.moving) - 1)
-        fixed, moving = self.fixed[number], self.moving[other]
+        fixed = self.fixed[number]
+        moving = over_batch(
+            _as_smooth,
+            moving=(self.moving[other], self.moving[other].ranks()),
+            grid=(fixed.grid, fixed.grid.ranks()),
+        )
+        moving = Image(moving.data, self.moving[other].grid)
         to_moving: Any = over_batch(_to_index, grid=(moving.grid, moving.grid.ranks()))
         if then is not None:
             to_moving = to_moving @ then.matrix() if then.transform.linear else None
@@ -97,7 +105,9 @@ class Inputs:
             data = _batched(image.data, image.grid)
             high = low = data
             if mask is not None:
-                counts = _batched(mask, image.grid) > 0
+                weight = _batched(mask, image.grid)
+                counts = weight > 0
+                found.append((~(weight >= 0).all(2).all(1).expand(count), _Fault.BAD_MASK.value.format(image=name)))
                 found.append((~counts.any(2).any(1).expand(count), _Fault.EMPTY_MASK.value.format(image=name)))
                 high, low = torch.where(counts, data, -torch.inf), torch.where(counts, data, torch.inf)
             finite = torch.isfinite(data).all(2).all(1)
@@ -107,11 +117,14 @@ class Inputs:
         return found
 
 
-def prepare(fixed: Input, moving: Input, then: Mapping | None, *, levels: int, min_size: int) -> Inputs:
+def prepare(
+    fixed: Input, moving: Input, then: Mapping | None, *, levels: int, min_size: int, detach: bool = True
+) -> Inputs:
     """Pyramids and masks of what `register` was given; ValueError where the two sides do not fit together."""
     if levels < 1:
         raise ValueError(f"levels is {levels}: give at least one")
     wrapped = is_transformed(fixed, moving, then)
+    detach = detach and not wrapped
     sizes: dict[str, int] = {}
     sides: list[tuple[tuple[Image, ...], tuple[Tensor | None, ...]]] = []
     for name, given in (("fixed", fixed), ("moving", moving)):
@@ -120,9 +133,11 @@ def prepare(fixed: Input, moving: Input, then: Mapping | None, *, levels: int, m
             raise ValueError(f"{name} is an empty pyramid: give at least one image")
         if max(known[0].image.grid.size) < 4:
             raise ValueError(f"{name} has size {known[0].image.grid.size}: expected at least 4 voxels along some axis")
+        for finer, coarser in itertools.pairwise(known):
+            _check_order(name, finer.image, coarser.image)
         for item in known:
             sizes |= batch_axes(name, item, item.ranks())[1]
-        known = [_fill(item if wrapped else tree_detach(item)) for item in known]
+        known = [_fill(tree_detach(item) if detach else item) for item in known]
         if isinstance(given, Sequence):
             sides.append((tuple(item.image for item in known), tuple(item.mask for item in known)))
         else:
@@ -136,13 +151,23 @@ def prepare(fixed: Input, moving: Input, then: Mapping | None, *, levels: int, m
             )
     if then is not None:
         sizes |= batch_axes("then", then, then.ranks())[1]
-        then = then if wrapped else tree_detach(then)
+        then = tree_detach(then) if detach else then
     (fixed_images, fixed_masks), (moving_images, moving_masks) = sides
     _fit_together(fixed_images[0], moving_images[0])
     if then is not None:
         check_dimension("then", then, fixed_images[0].grid)
-    batch_size(sizes)
+    if batch_size(sizes) == 0:
+        raise ValueError("the batch is empty: give at least one pair")
     return Inputs(fixed_images, moving_images, fixed_masks, moving_masks, then, sizes, wrapped)
+
+
+def _check_order(name: str, finer: Image, coarser: Image) -> None:
+    if finer.channels != coarser.channels or finer.grid.ndim != coarser.grid.ndim:
+        raise ValueError(f"the images of the {name} pyramid differ in channels or dimension")
+    if any(n < m for n, m in zip(finer.grid.size, coarser.grid.size, strict=True)):
+        raise ValueError(
+            f"the {name} pyramid grows from {finer.grid.size} to {coarser.grid.size}: give the finest first"
+        )
 
 
 def _fit_together(fixed: Image, moving: Image) -> None:
@@ -159,6 +184,19 @@ def _fit_together(fixed: Image, moving: Image) -> None:
         raise ValueError(
             f"moving is {moving.data.dtype} but fixed is {fixed.data.dtype}: convert one, Image(data.to(dtype), grid)"
         )
+
+
+def _as_smooth(moving: Image, grid: Grid) -> Image:
+    """The moving image as smooth as voxels of the fixed grid are wide, where its own are narrower.
+
+    So images of different spacing meet at one scale.  The widths are geometric means over the axes.
+    """
+    width = grid.spacing.log().mean() - moving.grid.spacing.log().mean()
+    ratio = width.exp()
+    if is_concrete(ratio) and float(ratio) < 1 + 1e-3:
+        return moving
+    sigma = torch.where(ratio > 1 + 1e-3, ratio.square() - 1, 0).clamp(min=1e-12).sqrt() / FWHM
+    return Image(gaussian(moving.data, sigma), moving.grid)
 
 
 def _to_index(grid: Grid) -> Tensor:

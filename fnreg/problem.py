@@ -63,12 +63,18 @@ class Pair:
         return tree_unflatten(tree_flatten(parts)[0], tree_flatten(self)[1])
 
 
+def _pair_matrix(transform: Transform, params: Any, pair: Pair) -> Tensor:
+    """(D, D + 1) float64 from voxel index of the fixed grid to that of the moving grid, for linear maps."""
+    assert pair.to_moving is not None
+    return (pair.to_moving @ transform.matrix(params, pair.domain) @ pair.from_fixed)[:-1]
+
+
 def _pair_coords(transform: Transform, params: Any, pair: Pair) -> Tensor:
     """Voxel indices (D, N) in the moving image of what the fixed voxels map to."""
     dtype, grid = pair.fixed.data.dtype, pair.fixed.grid
     if transform.linear and pair.to_moving is not None:
-        whole = pair.to_moving @ transform.matrix(params, pair.domain) @ pair.from_fixed
-        return whole[:-1].to(dtype) @ index_points(grid.size, dtype, whole.device)
+        matrix = _pair_matrix(transform, params, pair)
+        return matrix.to(dtype) @ index_points(grid.size, dtype, matrix.device)
     points = transform.points(params, pair.domain, grid.points())
     if pair.to_moving is not None:
         return apply_matrix(pair.to_moving, points).mT.to(dtype)
@@ -146,13 +152,19 @@ def _pair_normal_equations(
     Weights count as constants: that is the Gauss-Newton approximation.
     """
 
-    def coords_of(step: Any) -> tuple[Tensor, Tensor]:
-        coords = _pair_coords(transform, transform.perturb(params, step, pair.domain), pair)
-        return coords, coords
-
     zero = transform.zero_step(pair.domain)
-    slopes, coords = jacfwd(coords_of, has_aux=True)(zero)
-    by_step = torch.cat([leaf.flatten(2) for leaf in tree_leaves(slopes)], 2)  # (D, N, P)
+    linear = transform.linear and pair.to_moving is not None
+
+    def along(step: Any) -> tuple[Tensor, Tensor]:
+        place = _pair_matrix if linear else _pair_coords
+        found = place(transform, transform.perturb(params, step, pair.domain), pair)
+        return found, found
+
+    slopes, found = jacfwd(along, has_aux=True)(zero)
+    dtype, grid = pair.fixed.data.dtype, pair.fixed.grid
+    by_step = torch.cat([leaf.flatten(2) for leaf in tree_leaves(slopes)], 2).to(dtype)  # (D, N or D + 1, P)
+    index = index_points(grid.size, dtype, found.device)
+    coords = found.to(dtype) @ index if linear else found
     seen = sample(pair.moving.data, coords, padding="border" if padding is None else padding)
     weights = _pair_weights(seen.inside, coords, pair, padding)
     needs = pair.objective.needs
@@ -160,9 +172,12 @@ def _pair_normal_equations(
     def residuals_of(warped: Tensor) -> Tensor:
         return pair.objective.residuals(_pair_found(transform, params, pair, warped, weights, needs))
 
-    tangents = torch.stack(  # (P, C, N)
-        [(seen.gradient * by_step[..., p]).sum(1) for p in range(by_step.shape[-1])]
-    )
+    count = by_step.shape[-1]
+    if linear:  # every tangent is a sum of the products of a slope and an index
+        products = seen.gradient.unsqueeze(2) * index  # (C, D, D + 1, N)
+        tangents = (by_step.reshape(-1, count).mT @ products.flatten(1, 2)).movedim(1, 0)  # (P, C, N)
+    else:
+        tangents = torch.stack([(seen.gradient * by_step[..., p]).sum(1) for p in range(count)])
     residuals = residuals_of(seen.value)
     jacobian = vmap(lambda tangent: jvp(residuals_of, (seen.value,), (tangent,))[1])(tangents)  # (P, R)
     value = (residuals * residuals).sum().to(torch.float64)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as _torch_pytree
 
+CONSTANT_BYTES = 2**27
 T = TypeVar("T")
 Axes = tuple[int | None, ...]  # per leaf: 0 for a leading batch axis, None for a shared leaf
 
@@ -212,20 +213,26 @@ def stack(items: Sequence[T]) -> T:
 
 
 def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Cache a function of hashable arguments that builds a tensor.
+    """Cache a function of hashable arguments that builds a tensor, up to `CONSTANT_BYTES` in all.
 
     What is cached is a plain tensor, whichever transform or mode asks first: built inside `grad` it would be a
     wrapper without storage for ever, built in inference mode it could not be differentiated.
     """
 
-    @functools.lru_cache(maxsize=64)
-    def build(*arguments: Any) -> Tensor:
-        with torch.inference_mode(False), torch._C._DisableFuncTorch():  # type: ignore[attr-defined]
-            return function(*arguments)
+    kept: dict[Any, Tensor] = {}  # oldest first
 
     @functools.wraps(function)
     def cached(*arguments: Any) -> Tensor:
-        return function(*arguments) if torch.compiler.is_compiling() else build(*arguments)
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        if arguments in kept:
+            return kept[arguments]
+        with torch.inference_mode(False), torch._C._DisableFuncTorch():  # type: ignore[attr-defined]
+            made = function(*arguments)
+        kept[arguments] = made
+        while len(kept) > 1 and sum(value.nbytes for value in kept.values()) > CONSTANT_BYTES:
+            kept.pop(next(iter(kept)), None)
+        return made
 
     return cached
 
@@ -240,7 +247,14 @@ def is_concrete(tensor: Tensor) -> bool:
     return not tensor.is_meta
 
 
+def forward_levels() -> int:
+    """How many forward-mode transforms of torch.func are around this call."""
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters  # loads slowly
+
+    return sum(level.key().name == "Jvp" for level in retrieve_all_functorch_interpreters())
+
+
 def is_transformed(*trees: Any) -> bool:
-    """Whether a leaf is inside a torch.func transform, or asks for a gradient."""
+    """Whether a leaf is inside a torch.func transform."""
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     return any(isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves(trees))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -27,6 +28,7 @@ from fnreg.pytree import (
     is_transformed,
     pytree_dataclass,
     static,
+    tree_detach,
     tree_flatten,
     tree_map,
     tree_take,
@@ -38,6 +40,7 @@ from fnreg.solvers.descent import Descent
 from fnreg.solvers.gauss_newton import GaussNewton
 from fnreg.starts import Start, begin, expand, initial_ranks, spread
 from fnreg.transforms.base import Mapping, Params, Transform, warp
+from fnreg.transforms.linear import Homogeneous
 
 
 class RegistrationError(ValueError):
@@ -123,9 +126,10 @@ class Registration:
 
     def inverse(self) -> Registration:
         """The registration seen from the other side: inverse mapping, grids swapped, the rest as it is."""
-        return dataclasses.replace(
-            self, mapping=self.mapping.inverse(), fixed_grid=self.moving_grid, moving_grid=self.fixed_grid
-        )
+        mapping = self.mapping.inverse()
+        if isinstance(mapping.transform, Homogeneous):  # its map does not depend on the domain
+            mapping = dataclasses.replace(mapping, domain=self.moving_grid)
+        return dataclasses.replace(self, mapping=mapping, fixed_grid=self.moving_grid, moving_grid=self.fixed_grid)
 
     @property
     def ok(self) -> Tensor:
@@ -188,27 +192,30 @@ def register(
     [2.0, 1.0]
     """
     default = Stage(Transform(), objective, solver, optimizer, levels, steps, stop)
-    given = list(transform) if isinstance(transform, Sequence) else [transform]
+    given: list[Any] = [transform]
+    if isinstance(transform, Sequence) and not isinstance(transform, str):
+        given = list(transform)
     if not given:
         raise ValueError("no transform: give one, or a sequence of stages")
     stages = [_resolve(stage, default) for stage in given]
     whole = prepare(fixed, moving, then, levels=max(_levels(stage) for stage in stages), min_size=min_size)
-    extras = ([stage.objective for stage in stages], initial, starts)
-    if is_transformed(extras):
+    if is_transformed([stage.objective for stage in stages], initial, starts):
         whole = dataclasses.replace(whole, wrapped=True)
-    single = whole.batch is None
+    if not whole.wrapped:
+        stages = [dataclasses.replace(stage, objective=tree_detach(stage.objective)) for stage in stages]
+    sizes = dict(whole.sizes)
+    for stage in stages:
+        sizes |= batch_axes("objective", stage.objective, stage.objective.ranks())[1]
+    if initial is not None:
+        sizes |= batch_axes("initial", initial, initial_ranks(initial, stages[0].transform, whole.domain))[1]
+    given_starts = [name for name, value in (("initial", initial), ("starts", starts)) if value is not None]
+    given_starts += [f"start={start!r}"] if start != "header" else []
+    if len(given_starts) > 1:
+        raise ValueError(f"{' and '.join(given_starts)} both say where to begin: give one of them")
+    single = batch_size(sizes) is None
+    size = batch_size(sizes) or 1
     done: list[_Solution] = []
     for number, stage in enumerate(stages):
-        sizes = dict(whole.sizes) | batch_axes("objective", stage.objective, stage.objective.ranks())[1]
-        if number == 0 and initial is not None:
-            if start != "header":
-                raise ValueError(f"give either initial or start={start!r}: both say where to begin")
-            sizes |= batch_axes("initial", initial, initial_ranks(initial, stage.transform, whole.domain))[1]
-        size = batch_size(sizes) or 1
-        if single and sizes:
-            raise ValueError(
-                f"a batch of {size} needs a batch of images ({', '.join(sizes)}): or pass params as starts"
-            )
         earlier = (done[-1].map(whole.domain), done[-1].then) if done else None
         params, after = begin(
             whole, stage.transform, size, earlier, None if done else initial, "header" if done else start
@@ -248,7 +255,7 @@ def evaluate(
 
     Returns scalars, or (B,) where a leaf of images, mapping or weights has a batch axis.
     """
-    whole = prepare(fixed, moving, None, levels=1, min_size=1)
+    whole = prepare(fixed, moving, None, levels=1, min_size=1, detach=False)
     check_dimension("mapping", mapping, whole.domain)
     total = as_objective(objective)
     ranks = mapping.ranks()
@@ -434,7 +441,8 @@ class _Stage:
         """Steps per level, coarse to fine; a pyramid that ends early drops the coarsest."""
         asked, steps = _levels(self.stage), self.stage.steps
         levels = min(asked, len(self.whole.fixed))
-        counts = [steps] * asked if isinstance(steps, int) else [int(n) for n in steps or ()]
+        several: Any = [steps] * asked if isinstance(steps, Integral) else steps or ()
+        counts = [int(n) for n in several]
         if len(counts) not in (asked, levels) or min(counts) < 0:
             raise ValueError(
                 f"steps is {steps} for {asked} levels: give one number, or one per level from coarse to fine"

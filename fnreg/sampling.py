@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fnreg import bspline, native
+from fnreg.pytree import forward_levels
 
 Mode = Literal["linear", "nearest", "cubic"]
 Padding = Literal["border", "zeros", "reflection"] | float
@@ -73,6 +74,8 @@ def sample(data: Tensor, coords: Tensor, *, padding: Padding = "border") -> Samp
     Value and gradient can be differentiated to any order, in reverse and in forward mode.
     """
     _check(data, coords, "linear", padding)
+    if forward_levels() > 1:  # the tangents of a Function are not differentiated forward again
+        return gather(data, coords.to(data.dtype), padding)
     found = _Linear.apply(data.unsqueeze(0), coords.to(data.dtype).unsqueeze(0), padding, 1)  # type: ignore[no-untyped-call]
     return Sampled(*(part.squeeze(0) for part in found))
 

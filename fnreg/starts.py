@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fnreg.grid import Grid
-from fnreg.image import Image
+from fnreg.image import Image, Subject
 from fnreg.inputs import Inputs, check_dimension
 from fnreg.pytree import over_batch, tree_detach, tree_flatten, tree_leaves, tree_map, tree_paths
-from fnreg.transforms.base import Mapping, Params, Transform, single
+from fnreg.transforms.base import Held, Mapping, Params, Transform, single
 from fnreg.transforms.linear import Linear, Translation
 
 Start = Literal["header", "center", "moments"]
@@ -25,7 +25,7 @@ def initial_ranks(initial: Any, transform: Transform, domain: Grid) -> Any:
     """The rank of each leaf of start parameters or of a start mapping; ValueError where they do not fit."""
     if isinstance(initial, Mapping):
         check_dimension("initial", initial, domain)
-        if not isinstance(transform, Linear):
+        if family(transform) is None:
             raise ValueError(f"initial is a Mapping but {transform} is not linear: pass it as then, or give parameters")
         return initial.ranks()
     _check_shapes("initial", initial, transform, domain)
@@ -61,66 +61,90 @@ def begin(
     ranks = transform.ranks(domain)
     if previous is not None:
         before, after = previous
-        if holds(transform, before.transform):
-            return fit(transform, before, domain, size), after
         identity = over_batch(transform.init, domain=(domain, domain.ranks()))
+        if holds(transform, before.transform):
+            whole_family, part = family(transform), family(before.transform)
+            if part is not None and whole_family is not None and "matrix" not in whole_family.parts:
+                return expand(identity, ranks, size) | before.params, after
+            return fit(transform, before, domain, size), after
         return expand(identity, ranks, size), before if after is None else after @ before
     then = whole.then
     if isinstance(initial, Mapping):
         return fit(transform, initial, domain, size), then
     if initial is not None:
-        initial = initial if whole.wrapped else tree_detach(initial)
+        initial = tree_map(lambda leaf: leaf.to(torch.float64), initial if whole.wrapped else tree_detach(initial))
         return expand(initial, ranks, size), then
     if start == "header":
         identity = over_batch(transform.init, domain=(domain, domain.ranks()))
         return expand(identity, ranks, size), then
     if start not in ("center", "moments"):
         raise ValueError(f"unknown start {start!r}: choose header, center or moments")
-    if not (isinstance(transform, Linear) and transform.translates):
+    able = family(transform)
+    if able is None or not able.translates:
         raise ValueError(
             f"start={start!r} needs a transform that can shift; {transform} cannot: run Translation() first"
         )
     shift = over_batch(
         _center_shift if start == "center" else _moment_shift,
-        fixed=(whole.fixed[0], whole.fixed[0].ranks()),
-        moving=(whole.moving[0], whole.moving[0].ranks()),
+        fixed=_masked(whole.fixed[0], whole.fixed_masks[0]),
+        moving=_masked(whole.moving[0], whole.moving_masks[0]),
     )
     shift = shift.expand(size, domain.ndim)
     moved = Mapping({"translation": shift}, domain, Translation())
     return fit(transform, moved, domain, size), then
 
 
-def _center_shift(fixed: Image, moving: Image) -> Tensor:
-    return moving.grid.center - fixed.grid.center
+def _masked(image: Image, mask: Tensor | None) -> tuple[Subject, Subject]:
+    found = Subject(image, mask)
+    return found, found.ranks()
 
 
-def _moment_shift(fixed: Image, moving: Image) -> Tensor:
+def _center_shift(fixed: Subject, moving: Subject) -> Tensor:
+    return moving.image.grid.center - fixed.image.grid.center
+
+
+def _moment_shift(fixed: Subject, moving: Subject) -> Tensor:
     return _center_of_mass(moving) - _center_of_mass(fixed)
 
 
-def _center_of_mass(image: Image) -> Tensor:
-    """World centre of the intensities above their minimum; the grid's centre for a constant image."""
-    mass = image.data.to(torch.float64).sum(0).reshape(-1)
-    mass = torch.nan_to_num(mass)
+def _center_of_mass(known: Subject) -> Tensor:
+    """World centre of the intensities above their minimum, by the mask; the grid's centre for a constant image."""
+    image = known.image
+    mass = torch.nan_to_num(image.data.to(torch.float64).sum(0).reshape(-1))
     mass = mass - mass.min()
+    mass = mass if known.mask is None else mass * known.mask.reshape(-1)
     total = mass.sum()
     found = (mass / torch.where(total > 0, total, 1)) @ image.grid.points()
     return torch.where(total > 0, found, image.grid.center)
 
 
+def family(transform: Transform) -> Linear | None:
+    """The linear family whose parameters a transform has; None for any other transform."""
+    return (
+        family(transform.transform)
+        if isinstance(transform, Held)
+        else transform
+        if isinstance(transform, Linear)
+        else None
+    )
+
+
 def holds(transform: Transform, other: Transform) -> bool:
-    """Whether a linear family holds every map of another."""
-    if not (isinstance(transform, Linear) and isinstance(other, Linear)):
+    """Whether a linear family holds every map of another transform."""
+    whole, part = family(transform), family(other)
+    if whole is None:
         return False
-    if "matrix" in transform.parts:
-        return True
-    return set(other.parts) <= set(transform.parts) and (transform.translates or not other.translates)
+    if "matrix" in whole.parts:
+        return other.linear
+    return part is not None and set(part.parts) <= set(whole.parts) and (whole.translates or not part.translates)
 
 
-def fit(transform: Linear | Transform, mapping: Mapping, domain: Grid, size: int) -> Params:
-    assert isinstance(transform, Linear)
+def fit(transform: Transform, mapping: Mapping, domain: Grid, size: int) -> Params:
+    """Parameters (B, ...) of a linear family for a linear map."""
+    whole = family(transform)
+    assert whole is not None
     fitted = over_batch(
-        lambda m, d: transform.fit(m.transform.matrix(m.params, m.domain), d),
+        lambda m, d: whole.fit(m.transform.matrix(m.params, m.domain), d),
         mapping=(mapping, mapping.ranks()),
         domain=(domain, domain.ranks()),
     )
@@ -143,7 +167,7 @@ def spread(starts: Params, transform: Transform, domain: Grid, size: int) -> tup
         lambda leaf, rank: leaf.expand(size, *leaf.shape[-rank - 1 :]).reshape(
             size * width, *leaf.shape[leaf.ndim - rank :]
         ),
-        tree_detach(starts),
+        starts,
         ranks,
     )
     return flat, width

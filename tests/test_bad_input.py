@@ -107,14 +107,6 @@ def test_a_leaf_of_no_known_rank_is_named() -> None:
         register(FIXED, MOVING, Rigid(), objective=torch.ones(2, 2) * fnreg.mse, **QUICK)
 
 
-@pytest.mark.parametrize("what", ["objective", "initial"])
-def test_a_batch_needs_a_batch_of_images(what: str) -> None:
-    params = stack([Rigid().init(FIXED.grid)] * 3)
-    options = {"objective": torch.ones(3) * fnreg.mse} if what == "objective" else {"initial": params}
-    with pytest.raises(ValueError, match=r"a batch of 3 needs a batch of images .*: or pass params as starts"):
-        register(FIXED, MOVING, Rigid(), **options, **QUICK)
-
-
 @pytest.mark.parametrize("value", [None, torch.zeros(1, 8, 8), "image.nii", 3])
 def test_what_is_no_image(value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="expected an Image or a Subject, got"):

@@ -125,7 +125,9 @@ def test_stages_and_a_start_from_a_file(folder: Path, capsys: pytest.CaptureFixt
     start = ["--init", "a/transform.safetensors", "--transform", "affine", "-n", "0"]
     assert cli.main([*base, "-o", "b", *start]) == 0
     second = json.loads(capsys.readouterr().out)
-    assert second["matrix"] == first["matrix"] and second["value_before"] == pytest.approx(first["value_after"])
+    for after, before in zip(second["matrix"], first["matrix"], strict=True):
+        assert after == pytest.approx(before, abs=1e-9)
+    assert second["value_before"] == pytest.approx(first["value_after"])
     assert second["inputs"]["init"]["path"] == "a/transform.safetensors"
 
 

@@ -1,5 +1,6 @@
 """Figures: what they show, where, on which scale, and that every word fits."""
 
+import dataclasses
 import io
 import math
 from typing import Any
@@ -108,7 +109,7 @@ def test_losses_one_curve_per_level(pair: Any) -> None:
 def test_losses_of_a_batch_keep_what_has_ended() -> None:
     fixed, moving = data.digit_pairs(6)
     result = fnreg.register(fixed, moving, fnreg.Translation(), levels=1, steps=40)
-    trace = result.history[0]._replace(value=torch.tensor([[4.0, 2.0, 1.0], [3.0, 3.0, float("nan")]]))
+    trace = dataclasses.replace(result.history[0], value=torch.tensor([[4.0, 2.0, 1.0], [3.0, 3.0, float("nan")]]))
     shown = drawn(plot.losses(fnreg.Registration(**{**vars(result), "history": (trace,)})))
     assert shown.axes[0].lines[0].get_ydata().tolist() == [3.5, 2.5, 2.0]
     assert "6 pairs" in drawn(plot.losses(result)).axes[0].get_title()

@@ -1007,3 +1007,81 @@ def test_homogeneous_matrices_can_be_optimised() -> None:
     b = register(fixed, moving, Affine(), **few_steps(NEWTON))
     assert voxels_apart(a.mapping, b.mapping, fixed.grid) < 1e-7
     assert voxels_apart(a.mapping, truth, fixed.grid) < 0.1
+
+
+@pytest.mark.parametrize("what", ["objective", "initial"])
+def test_one_pair_in_a_batch_of_weights_or_beginnings(what: str) -> None:
+    """A leading axis on any leaf is a batch: the images are shared, and every row is what it is alone."""
+    fixed, moving, _ = known_pair(Rigid(), 2)
+    several = random_params(Rigid(), fixed.grid, 1), random_params(Rigid(), fixed.grid, 2)
+    weights = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    options: dict[str, Any] = {"levels": 2, "steps": 4, "stop": None}
+
+    def one(number: int) -> dict[str, Any]:
+        if what == "initial":
+            return {"initial": several[number]}
+        return {"objective": fnreg.mse + weights[number] * fnreg.ncc}
+
+    whole = {"initial": stack(several)} if what == "initial" else {"objective": fnreg.mse + weights * fnreg.ncc}
+    batch = register(fixed, moving, Rigid(), **whole, **options)
+    assert batch.value.shape == (2,)
+    for number in range(2):
+        alone = register(fixed, moving, Rigid(), **one(number), **options)
+        points = fixed.grid.points()
+        assert float((batch.map_points(points)[number] - alone.map_points(points)).abs().max()) < SAME
+
+
+def test_starts_take_a_gradient_and_exclude_other_beginnings() -> None:
+    fixed, moving, _ = known_pair(Rigid(), 2)
+    starts = Rigid().spread(fixed.grid, 2)
+    with pytest.raises(ValueError, match="starts and start='center' both say where to begin"):
+        register(fixed, moving, Rigid(), starts=starts, start="center")
+    pure: dict[str, Any] = {"levels": 1, "steps": 2, "stop": None, "optimizer": fnreg.adam(0.3, pure=True)}
+
+    def value(shift: Tensor) -> Tensor:
+        return register(fixed, moving, Rigid(), starts={**starts, "translation": shift}, **pure).value
+
+    point = torch.full((2, 2), 0.3, dtype=torch.float64)
+    assert float(torch.func.grad(value)(point).abs().max()) > 0
+
+
+def test_stages_are_differentiated_through_their_handover() -> None:
+    """Rotations have equal singular values: their parameters pass on by name, and fits go by a smooth iteration."""
+    fixed, moving, _ = known_pair(Rigid(), 2)
+    pure: dict[str, Any] = {"levels": 1, "steps": 2, "stop": None, "optimizer": fnreg.adam(0.3, pure=True)}
+
+    def value(weight: Tensor) -> Tensor:
+        stages = [Rigid(), fnreg.Similarity()]
+        return register(fixed, moving, stages, objective=fnreg.mse + weight * fnreg.ncc, **pure).terms["mse"]
+
+    point, width = torch.tensor(0.5, dtype=torch.float64), 1e-5
+    expected = (value(point + width) - value(point - width)) / (2 * width)
+    assert float(torch.func.grad(value)(point)) == pytest.approx(float(expected), rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_fits_have_derivatives_at_rotations(dimension: int) -> None:
+    grid = scene(dimension).grid
+    matrix = Rigid().matrix(random_params(Rigid(), grid, 3), grid)
+
+    def again(linear: Tensor) -> Tensor:
+        whole = torch.cat([torch.cat([linear, matrix[:-1, -1:]], 1), matrix[-1:]])
+        return Rigid().matrix(Rigid().fit(whole, grid), grid)[:-1, :-1]
+
+    assert torch.autograd.gradcheck(again, matrix[:-1, :-1].clone().requires_grad_())
+
+
+def test_a_seen_step_is_kept_under_a_stop() -> None:
+    """The step after the last value is looked at too."""
+    fixed, moving, _ = known_pair(Translation(), 2)
+    result = register(fixed, moving, Translation(), levels=1, steps=1)
+    assert float(result.mapping.params["translation"].abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("transform", [Rigid(), fnreg.Held(Rigid(), ("rotation",))], ids=repr)
+def test_what_can_shift_can_start_by_centres(transform: Any) -> None:
+    fixed, moving, _ = known_pair(Translation(), 2)
+    away = Image(
+        moving.data, spacing=moving.grid.spacing, center=moving.grid.center + 500, direction=moving.grid.direction
+    )
+    assert register(fixed, away, transform, start="center", levels=1, steps=5).ok

@@ -751,7 +751,9 @@ def test_shared_data_are_not_copied() -> None:
     with mock.patch.object(sampling, "_compiled", spy):
         vmap(lambda x: sample(data, x).value)(coords)
         vmap(grad(lambda x: sample(data, x).value.sum()))(coords)
-    assert seen == [(1, 1, 4, 5)] * 2
+        # Three images, each at all of the places: three items, not eighteen.
+        vmap(lambda d: vmap(lambda x: sample(d, x).value)(coords))(data + torch.zeros(3, 1, 1, 1))
+    assert seen == [(1, 1, 4, 5)] * 2 + [(3, 1, 4, 5)]
 
 
 def test_hessians_in_a_batch() -> None:

@@ -70,7 +70,7 @@ def _standardise(warped: Tensor, fixed: Tensor, weights: Tensor | None) -> tuple
         variance = (away.square() * share).sum(1, keepdim=True)
         # Variance below rounding of the values themselves is no variance.
         rounding = (16 * torch.finfo(values.dtype).eps) ** 2 * (values.square() * share).sum(1, keepdim=True)
-        enough = variance > rounding + torch.finfo(values.dtype).tiny
+        enough = ~(variance <= rounding + torch.finfo(values.dtype).tiny)  # NaN stays NaN
         units.append(away / torch.where(enough, variance, 1).sqrt())
         varies.append(enough)
     known = varies[0] & varies[1]  # (C, 1)
@@ -89,6 +89,6 @@ def mse_residuals(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) 
 
 
 def ncc_residuals(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
-    """sqrt(w / (2 C sum w)) (a - b) of the standardised images: squares sum to `ncc` where both vary."""
-    a, b, share, _ = _standardise(warped, fixed, weights)
-    return (a - b) * (share * (0.5 / fixed.shape[0])).sqrt()
+    """sqrt(w / (2 C sum w)) (a - b) of the standardised images: squares sum to `ncc`, so to 1 without variation."""
+    a, b, share, known = _standardise(warped, fixed, weights)
+    return torch.where(known.unsqueeze(1), (a - b) / 2**0.5, 1) * (share / fixed.shape[0]).sqrt()

@@ -7,8 +7,8 @@ tree, so they can be batched and differentiated; all else is static.
 
 from __future__ import annotations
 
-import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from fnreg.losses import functional
 from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_unflatten
 
+# `weights` is (1, [Z,] Y, X), or None where every voxel counts.
 NAMES = ("warped", "fixed", "weights", "displacement", "params", "transform", "domain")
 
 
@@ -69,10 +70,19 @@ class Term:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, factor: float | Tensor) -> Term:
+        return self * (1 / factor)
+
+    def __neg__(self) -> Term:
+        return self * -1.0
+
     def __add__(self, other: Any) -> Objective:
         return Objective((self,)) + other
 
     __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Objective:
+        return self + objective(other) * -1.0
 
     def __repr__(self) -> str:
         told = ", ".join(f"{name}={value!r}" for name, value in self.options)
@@ -175,8 +185,20 @@ def _scalar(value: float | Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
 
 
-@functools.lru_cache(maxsize=1024)
+_NEEDS: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
 def _needs(function: Callable[..., Tensor]) -> tuple[str, ...]:
+    """The names that a function asks for, remembered as long as it lives."""
+    try:
+        if function not in _NEEDS:
+            _NEEDS[function] = _read_needs(function)
+        return _NEEDS[function]
+    except TypeError:  # neither hashable nor weakly referenced
+        return _read_needs(function)
+
+
+def _read_needs(function: Callable[..., Tensor]) -> tuple[str, ...]:
     found: list[str] = []
     for name, parameter in inspect.signature(function).parameters.items():
         if name in NAMES:

@@ -22,7 +22,7 @@ class Status(enum.IntEnum):
 
     STEPS = 0  # all steps were taken
     CONVERGED = 1  # value or parameters no longer changed
-    DIVERGED = 2  # value or parameters became infinite or not a number
+    DIVERGED = 2  # the pair failed: faulty images, no overlap, or a value that is infinite or not a number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Stop:
 
     A pair whose value has not fallen by the part `relative` of itself for `patience` steps goes back to the best
     parameters seen, with steps `shrink` times as long; it has converged once they would be shorter than `shortest` of
-    the solver's own.  A solver without a step length (`GaussNewton`) has converged at once.  The best parameters
+    the solver's own.  A solver without a step length (`GaussNewton`) has converged after a third of the patience.  The best parameters
     seen are the result.
 
     step : converged when no parameter moves by more than this many voxels in a step; 0 never
@@ -173,6 +173,9 @@ def run(
             problem, marks = problem.take(keep), tree_take(marks, keep)
             carry = tree_map(lambda leaf: leaf[keep] if _batched(leaf, width) else leaf, now.carry)  # noqa: B023
             now = _Now(*tree_take((now.params, now.previous), keep), carry, now.running[keep])
+    if marks is not None and solver.scales and bool(now.running.any()):  # the last step has not been looked at yet
+        last = solver.step(problem, now.params, now.carry, 1.0, marks.length)
+        marks = marks.update(last, now.params, now.running & torch.isfinite(last.value), Stop(), True)[0]
     final = _put(final, index, now.params if marks is None else marks.best_params)
     history = torch.stack(rows, 1)
     if history.shape[1] < steps:
@@ -212,7 +215,7 @@ class _Marks(NamedTuple):
         fallen = going & (value < self.mark - stop.relative * self.mark.abs().nan_to_num(posinf=0))
         mark = torch.where(fallen, value, self.mark)
         stall = torch.where(fallen, 0, self.stall + 1)
-        stuck = stall >= stop.patience
+        stuck = stall >= (stop.patience if scales else (stop.patience + 2) // 3)
         length = torch.where(stuck, self.length * stop.shrink, self.length) if scales else self.length
         short = length < stop.shortest if scales else stuck
         done = going & ((stuck & short) | (taken.moved <= stop.step) | taken.settled)

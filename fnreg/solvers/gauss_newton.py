@@ -49,7 +49,7 @@ class GaussNewton:
         """One trial step of every pair; the value is that after it."""
         diagonal = torch.diagonal(carry.normal, dim1=-2, dim2=-1)
         # A parameter without influence has a zero row: a floor leaves it where it is.
-        floor = diagonal.amax(-1, keepdim=True).clamp(min=torch.finfo(diagonal.dtype).tiny) * 1e-12
+        floor = diagonal.amax(-1, keepdim=True).clamp(min=1e-100) * 1e-12
         damped = carry.normal + torch.diag_embed(carry.damping[:, None] * diagonal + floor)
         flat = -torch.linalg.solve_ex(damped, carry.slope.unsqueeze(-1)).result.squeeze(-1)  # (B, P)
         size = flat.abs().amax(-1, keepdim=True)
@@ -57,7 +57,7 @@ class GaussNewton:
         step = _split(flat, problem.zero_step())
         trial = problem.retract(params, step)
         value, slope, normal = problem.normal_equations(trial)
-        better = value <= carry.value
+        better = (value <= carry.value) & torch.isfinite(flat).all(-1)
         damping = torch.where(better, carry.damping / self.factor, carry.damping * self.factor).clamp(1e-12, 1e12)
         fresh = _Carry(damping, value, slope, normal)
         kept = tree_where(better, fresh, carry._replace(damping=damping))

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fnreg.grid import Grid, apply_matrix, homogeneous, index_points
-from fnreg.transforms.base import Domain, Mapping, Params, Step, Transform, first_domain
+from fnreg.pytree import is_concrete
+from fnreg.transforms.base import Domain, Mapping, Params, Step, Transform, first_domain, single
 from fnreg.transforms.rotation import (
     angle_to_matrix,
     matrix_to_angle,
@@ -257,7 +258,7 @@ class Linear(Transform, abstract=True):
             raise ValueError(f"{self} has no rotation to spread: choose Rotation, Rigid or Similarity")
         if count < 1:
             raise ValueError(f"count is {count}: give at least one start")
-        grid = first_domain(domain)
+        grid = single(first_domain(domain))
         params = {name: leaf.expand(count, *leaf.shape) for name, leaf in self.init(grid).items()}
         number = torch.arange(count, dtype=torch.float64, device=grid.center.device)
         if grid.ndim == 2:
@@ -372,6 +373,10 @@ def linear_mapping(matrix: Tensor, domain: Grid) -> Mapping:
         matrix = homogeneous(matrix[..., :-1], matrix[..., -1])
     if matrix.shape[-2:] != (domain.ndim + 1, domain.ndim + 1):
         raise ValueError(f"matrix has shape {tuple(matrix.shape)}: expected ({domain.ndim + 1}, {domain.ndim + 1})")
+    if is_concrete(matrix):
+        last = matrix[..., -1, :] - torch.eye(domain.ndim + 1, dtype=matrix.dtype, device=matrix.device)[-1]
+        if not bool(torch.isfinite(matrix).all()) or bool(last.abs().max() > 1e-9):
+            raise ValueError(f"matrix is {matrix.tolist()}: expected finite numbers and (0, ..., 0, 1) in the last row")
     return Mapping({"matrix": matrix}, domain, Homogeneous())
 
 
@@ -411,12 +416,18 @@ def decompose(matrix: Tensor) -> tuple[Tensor, Factors]:
 
 
 def nearest_rotation(linear: Tensor) -> Tensor:
-    """The proper rotation nearest to a matrix (D, D) in the Frobenius norm.
+    """The proper rotation nearest to a matrix (D, D) in the Frobenius norm; no derivative where that mirrors.
 
     Kabsch 1976, doi 10.1107/S0567739476001873.
     """
-    left, _, right = torch.linalg.svd(linear)
-    sign = torch.sign(torch.linalg.det(left @ right))
-    last = torch.ones(linear.shape[-1], dtype=linear.dtype, device=linear.device)
-    last = torch.cat([last[:-1], sign.reshape(1)])
-    return (left * last) @ right
+    left, _, right = torch.linalg.svd(linear.detach())
+    last = torch.ones_like(linear[0].detach())
+    last = torch.cat([last[:-1], torch.sign(torch.linalg.det(left @ right)).reshape(1)])
+    # The derivative of singular vectors does not exist at a rotation, where all singular values are one; Newton's
+    # iteration to the polar factor has one.  Higham 1986, doi 10.1137/0907079.
+    rotation = linear
+    for _ in range(12):
+        rotation = (rotation + torch.linalg.inv_ex(rotation).inverse.mT) / 2
+    exact = (left * last) @ right
+    reached = (rotation.detach() - exact).abs().amax() < 1e-6
+    return torch.where(reached, rotation, exact)
