@@ -79,12 +79,11 @@ class Inputs:
         """
         other = min(number, len(self.moving) - 1)
         fixed = self.fixed[number]
-        moving = over_batch(
-            _as_smooth,
-            moving=(self.moving[other], self.moving[other].ranks()),
-            grid=(fixed.grid, fixed.grid.ranks()),
-        )
-        moving = Image(moving.data, self.moving[other].grid)
+        moving = self.moving[other]
+        if number > 0:
+            grids = (fixed.grid, fixed.grid.ranks())
+            smooth = over_batch(_as_smooth, moving=(moving, moving.ranks()), grid=grids)
+            moving = Image(smooth.data, moving.grid)
         to_moving: Any = over_batch(_to_index, grid=(moving.grid, moving.grid.ranks()))
         if then is not None:
             to_moving = to_moving @ then.matrix() if then.transform.linear else None
@@ -189,11 +188,12 @@ def _fit_together(fixed: Image, moving: Image) -> None:
 def _as_smooth(moving: Image, grid: Grid) -> Image:
     """The moving image as smooth as voxels of the fixed grid are wide, where its own are narrower.
 
-    So images of different spacing meet at one scale.  The widths are geometric means over the axes.
+    So images of different spacing meet at one scale on coarse levels; the finest level has them as given.  The widths
+    are geometric means over the axes.
     """
     width = grid.spacing.log().mean() - moving.grid.spacing.log().mean()
     ratio = width.exp()
-    if is_concrete(ratio) and float(ratio) < 1 + 1e-3:
+    if is_concrete(ratio) and float(ratio.detach()) < 1 + 1e-3:
         return moving
     sigma = torch.where(ratio > 1 + 1e-3, ratio.square() - 1, 0).clamp(min=1e-12).sqrt() / FWHM
     return Image(gaussian(moving.data, sigma), moving.grid)

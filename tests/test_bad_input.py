@@ -120,6 +120,20 @@ def test_an_empty_pyramid() -> None:
         register(FIXED, [], Rigid(), **QUICK)
 
 
+def test_a_pyramid_that_grows() -> None:
+    with pytest.raises(
+        ValueError, match=r"the fixed pyramid grows from \(10, 9\) to \(20, 18\): give the finest first"
+    ):
+        register(FIXED.pyramid(2)[::-1], MOVING, Rigid(), **QUICK)
+    with pytest.raises(ValueError, match="the images of the moving pyramid differ in channels or dimension"):
+        register(FIXED, [MOVING, moving_scene(2, channels=2, grow=-4)], Rigid(), **QUICK)
+
+
+def test_an_empty_batch() -> None:
+    with pytest.raises(ValueError, match="the batch is empty: give at least one pair"):
+        register(like(FIXED, FIXED.data.expand(0, *FIXED.data.shape)), MOVING, Rigid(), **QUICK)
+
+
 # -- grids ---------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +214,8 @@ def faulty(kind: str, image: Image) -> Any:
         "infinity": lambda: like(image, torch.where(one > 0, -torch.inf, image.data)),
         "constant": lambda: like(image, torch.full_like(image.data, 0.37)),
         "zero mask": lambda: Subject(image, torch.zeros_like(image.data)),
+        "negative mask": lambda: Subject(image, 1 - 2 * one),
+        "NaN as mask": lambda: Subject(image, torch.where(one > 0, torch.nan, torch.ones_like(one))),
         "constant in the mask": lambda: Subject(
             like(image, torch.where(one > 0, 9.0, 0.37 * torch.ones_like(one))), 1 - one
         ),
@@ -213,6 +229,8 @@ FAULTS = {
     "NaN": "{} holds NaN or infinity: exclude these voxels by a mask",
     "infinity": "{} holds NaN or infinity: exclude these voxels by a mask",
     "constant": "{} is constant where it counts: there is nothing to align",
+    "negative mask": "the mask of {} has negative or NaN weights: a voxel counts by a weight from 0 on",
+    "NaN as mask": "the mask of {} has negative or NaN weights",
     "zero mask": "the mask of {} is zero everywhere: give a mask with some positive voxels",
     "constant in the mask": "{} is constant where it counts",
     "NaN in the mask": "{} holds NaN or infinity",

@@ -159,6 +159,8 @@ def test_evaluate_is_differentiable_by_the_parameters(transform: Transform) -> N
     expected = torch.stack([numeric(grad(energy), point, unit) for unit in eye])
     assert_close(hessian(energy)(point), expected, atol=1e-6, rtol=1e-5)
     assert_close(jacrev(jacrev(energy))(point), expected, atol=1e-6, rtol=1e-5)
+    assert_close(jacfwd(jacfwd(energy))(point), expected, atol=1e-6, rtol=1e-5)
+    assert_close(jacrev(jacfwd(energy))(point), expected, atol=1e-6, rtol=1e-5)
     several = point + 0.01 * uniform(3, len(point), seed=2)
     assert_close(vmap(grad(energy))(several), torch.stack([grad(energy)(p) for p in several]), atol=1e-13, rtol=0)
 

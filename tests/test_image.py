@@ -523,6 +523,7 @@ def test_half_precision_counts_its_voxels() -> None:
     assert_close(found[0, [700, 69_300]].float(), torch.tensor([0.0, 1.0]), rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_range_of_a_large_volume() -> None:
     data = torch.zeros(1, 2**24 + 3)
     data[0, -1] = 2.0

@@ -126,6 +126,15 @@ def test_rotations_compose_and_stay_rotations() -> None:
     assert_close(params["rotation"], torch.cat([tensor([math.cos(half)]), axis]), atol=1e-9, rtol=0)
 
 
+def test_a_turn_is_taken_after_the_rotation_so_far() -> None:
+    grid = Grid((5, 4, 3), spacing=(1.0, 2.0, 0.5), direction=orientation(3, tensor([0.3, -0.4, 0.9])))
+    before, step = random_params(Rotation(), grid, 1, 2.0), {"rotation": tensor([0.5, -1.0, 0.7])}
+    turn = Rotation().matrix(Rotation().retract(Rotation().init(grid), step, grid), grid)
+    after = Rotation().matrix(Rotation().retract(before, step, grid), grid)
+    assert_close(after, turn @ Rotation().matrix(before, grid), atol=1e-13, rtol=0)
+    assert float((after - Rotation().matrix(before, grid) @ turn).abs().max()) > 0.01
+
+
 # -- what each family keeps ----------------------------------------------------------------------------------------
 
 
@@ -330,6 +339,14 @@ def test_linear_mapping_takes_a_matrix_with_or_without_its_last_row() -> None:
 
 
 # -- spread --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
+def test_a_matrix_that_is_none_is_refused(spoil: float) -> None:
+    grid, eye = Grid((4, 5)), torch.eye(3, dtype=torch.float64)
+    for matrix in (eye.index_put((torch.tensor(0), torch.tensor(2)), tensor(spoil)), 2 * eye):
+        with pytest.raises(ValueError, match=r"expected finite numbers and \(0, ..., 0, 1\) in the last row"):
+            linear_mapping(matrix, grid)
 
 
 def test_spread_in_the_plane_is_even_from_zero_on() -> None:

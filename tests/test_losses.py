@@ -312,6 +312,15 @@ def test_terms_scale_and_add() -> None:
     assert float(fnreg.mse.weight) == 1  # terms are values: nothing above changed them
 
 
+def test_terms_subtract_negate_and_divide() -> None:
+    mse, mae = functional.mse(WARPED, FIXED), functional.mae(WARPED, FIXED)
+    assert_close(total(fnreg.mse - fnreg.mae), mse - mae, atol=1e-15, rtol=0)
+    assert_close(total(fnreg.mse - 2 * fnreg.mae), mse - 2 * mae, atol=1e-15, rtol=0)
+    assert_close(total(-fnreg.mse), -mse, atol=1e-15, rtol=0)
+    assert_close(total(fnreg.mse / 4), mse / 4, atol=1e-15, rtol=0)
+    assert_close(total(fnreg.huber(delta=0.2) / 4 - fnreg.mse), functional.huber(WARPED, FIXED, delta=0.2) / 4 - mse)
+
+
 def test_each_term_reports_its_own_value_by_name() -> None:
     made = 3 * fnreg.mse + fnreg.huber(delta=0.2) + fnreg.huber(delta=0.4)
     _, values = made.value(FOUND)

@@ -480,6 +480,21 @@ def test_moments_align_the_centres_of_mass() -> None:
     assert_close(still.mapping.params["translation"], tensor([7.0, 3.0]), atol=0.1, rtol=0)
 
 
+@pytest.mark.parametrize("offset", [0.0, -1000.0])
+def test_moments_are_those_of_what_the_mask_shows(offset: float) -> None:
+    """A bright artefact under a zero mask weighs nothing, whatever the intensities start from."""
+    truth = Mapping({"translation": tensor([1.5, -1.0])}, scene(2).grid, Translation())
+    subjects = []
+    for image in (scene(2, truth), scene(2)):
+        mask = torch.ones_like(image.data)
+        mask[..., :4, :] = 0
+        subjects.append(Subject(Image(torch.where(mask > 0, image.data.abs() + offset, 50.0), image.grid), mask))
+    still = register(*subjects, Translation(), start="moments", steps=0, levels=1)
+    plain = register(*(s.image for s in subjects), Translation(), start="moments", steps=0, levels=1)
+    assert voxels_apart(still.mapping, truth, scene(2).grid) < 0.75
+    assert voxels_apart(plain.mapping, truth, scene(2).grid) > 1.0
+
+
 # -- stages --------------------------------------------------------------------------------------------------------
 
 

@@ -206,7 +206,7 @@ def test_small_steps_are_convergence() -> None:
 
 
 def test_patience_counts_steps_without_a_fall() -> None:
-    """A value that stands still: `patience` steps after the first, then Gauss-Newton is done."""
+    """A value that stands still: a third of `patience` after the first, then a solver without a length is done."""
 
     @dataclasses.dataclass(frozen=True)
     class Still:
@@ -224,7 +224,7 @@ def test_patience_counts_steps_without_a_fall() -> None:
 
     toy = bowls()
     solved = run(toy, toy.start(), Still(), steps=50, stop=Stop(patience=7, every=50))
-    assert solved.steps.tolist() == [8] * 6
+    assert solved.steps.tolist() == [4] * 6
     assert solved.status.tolist() == [Status.CONVERGED] * 6
     consistent(solved, 50)
 

@@ -31,8 +31,8 @@ class Stop:
 
     A pair whose value has not fallen by the part `relative` of itself for `patience` steps goes back to the best
     parameters seen, with steps `shrink` times as long; it has converged once they would be shorter than `shortest` of
-    the solver's own.  A solver without a step length (`GaussNewton`) has converged after a third of the patience.  The best parameters
-    seen are the result.
+    the solver's own.  A solver without a step length (`GaussNewton`) has converged after a third of the patience.
+    The best parameters seen are the result.
 
     step : converged when no parameter moves by more than this many voxels in a step; 0 never
     every : how often, in steps, the host looks whether all are done, and drops finished pairs from the batch
@@ -215,7 +215,11 @@ class _Marks(NamedTuple):
         fallen = going & (value < self.mark - stop.relative * self.mark.abs().nan_to_num(posinf=0))
         mark = torch.where(fallen, value, self.mark)
         stall = torch.where(fallen, 0, self.stall + 1)
-        stuck = stall >= (stop.patience if scales else (stop.patience + 2) // 3)
+        undone = ~torch.isfinite(taken.moved)  # a solver that tries again may need some attempts
+        patience = torch.where(
+            undone if not scales else torch.ones_like(undone), stop.patience, (stop.patience + 2) // 3
+        )
+        stuck = stall >= patience
         length = torch.where(stuck, self.length * stop.shrink, self.length) if scales else self.length
         short = length < stop.shortest if scales else stuck
         done = going & ((stuck & short) | (taken.moved <= stop.step) | taken.settled)
