@@ -438,6 +438,15 @@ def test_starts_of_a_pair_may_be_its_own() -> None:
         assert voxels_apart(take(batch.mapping, n), alone.mapping, fixed[n].grid) < SAME
 
 
+def test_fewer_starts_go_on_to_each_finer_level() -> None:
+    fixed, moving, _ = known_pair(Rigid(), 2)
+    told: list[Event] = []
+    starts = Rigid().spread(fixed.grid, 12)
+    register(fixed, moving, Rigid(), starts=starts, levels=3, steps=2, stop=None, progress=told.append)
+    widths = {event.level: event.active for event in told}
+    assert widths == {2: 12, 1: 3, 0: 1}
+
+
 def test_one_start_is_no_search() -> None:
     fixed, moving, _ = known_pair(Rigid(), 2)
     params = random_params(Rigid(), fixed.grid, 3, 0.5)
@@ -483,6 +492,21 @@ def test_moments_align_the_centres_of_mass() -> None:
 @pytest.mark.parametrize("offset", [0.0, -1000.0])
 def test_moments_are_those_of_what_the_mask_shows(offset: float) -> None:
     """A bright artefact under a zero mask weighs nothing, whatever the intensities start from."""
+    image, other = scene(2), moving_scene(2)
+    mask = torch.ones_like(image.data)
+    mask[..., :8] = 0
+    shown = Subject(Image(torch.where(mask > 0, image.data + offset, 50.0), image.grid), mask)
+    mass = (image.data + offset - (image.data + offset)[mask > 0].min()) * mask
+    center = (mass.flatten() / mass.sum()) @ image.grid.points()
+    away = register(shown, other, Translation(), start="moments", steps=0, levels=1).mapping.params["translation"]
+    plain = register(other, other, Translation(), start="moments", steps=0, levels=1).mapping.params["translation"]
+    whole = (other.data - other.data.min()).flatten()
+    assert_close(away, (whole / whole.sum()) @ other.grid.points() - center, atol=1e-9, rtol=0)
+    assert_close(plain, torch.zeros(2).double(), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, -1000.0])
+def test_moments_align_what_two_masks_show(offset: float) -> None:
     truth = Mapping({"translation": tensor([1.5, -1.0])}, scene(2).grid, Translation())
     subjects = []
     for image in (scene(2, truth), scene(2)):
@@ -512,6 +536,29 @@ def test_a_stage_that_holds_the_last_map_goes_on_from_it() -> None:
     affine = register(fixed, moving, Affine(), initial=first.mapping, **few_steps(DESCENT))
     again = register(fixed, moving, [Stage(Rigid(), steps=20, stop=Stop()), Affine()], **few_steps(DESCENT))
     assert voxels_apart(affine.mapping, again.mapping, fixed.grid) < SAME
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "goes_on"),
+    [
+        (Translation(), Rigid(), True),
+        (Rotation(), Rigid(), True),
+        (Rigid(), Similarity(), True),
+        (Sequential((Rigid(), Scaling())), Affine(), True),
+        (Similarity(), Rigid(), False),
+        (Rigid(), Rotation(), False),
+        (Scaling(), Similarity(), False),
+        (Rigid(), Sequential((Rigid(), Scaling())), False),
+    ],
+    ids=str,
+)
+def test_a_stage_goes_on_or_goes_before(first: Transform, second: Transform, goes_on: bool) -> None:
+    """Either way the second stage begins with the map of the first."""
+    fixed, moving, _ = known_pair(Affine(), 2)
+    before = register(fixed, moving, first, **few_steps(DESCENT))
+    both = register(fixed, moving, [first, Stage(second, steps=0)], **few_steps(DESCENT))
+    assert both.mapping.transform == (second if goes_on else Sequential((second, first)))
+    assert voxels_apart(both.mapping, before.mapping, fixed.grid) < SAME
 
 
 def test_a_stage_that_cannot_hold_the_last_map_goes_before_it() -> None:
@@ -812,6 +859,29 @@ def test_known_maps_are_found_within_masks() -> None:
     assert voxels_apart(result.mapping, truth, fixed.grid) < 0.15
     lost = register(sides[0].image, sides[1].image, Rigid(), levels=2, steps=60)
     assert voxels_apart(lost.mapping, truth, fixed.grid) > 0.5
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["fixed", "moving"])
+def test_masks_count_on_coarse_levels(side: int) -> None:
+    """The coarse level alone finds the map with a third of one image hidden; what fills the gap is no image."""
+    fixed, moving, truth = known_pair(Rigid(), 2)
+    sides: list[Any] = [fixed, moving]
+    mask = torch.ones_like(sides[side].data)
+    mask[..., :6] = 0
+    sides[side] = Subject(spoiled(sides[side], mask, 3.0), mask)
+    result = register(*sides, Rigid(), levels=2, steps=(60, 0))
+    assert voxels_apart(result.mapping, truth, fixed.grid) < 0.5
+
+
+@both_solvers
+def test_a_weight_of_almost_nothing_is_almost_none(options: dict[str, Any]) -> None:
+    """On coarse levels too, where voxels are mixed."""
+    fixed, moving, _ = known_pair(Rigid(), 2, size=0.4)
+    mask = inner_mask(fixed)
+    garbage = spoiled(fixed, mask, 100.0)
+    expected = register(Subject(garbage, mask), moving, Rigid(), **few_steps(options))
+    result = register(Subject(garbage, mask.clamp(min=1e-13)), moving, Rigid(), **few_steps(options))
+    assert voxels_apart(result.mapping, expected.mapping, fixed.grid) < 1e-3
 
 
 @pytest.mark.parametrize("padding", ["border", "zeros", "reflection", 7.0, None])
