@@ -245,18 +245,20 @@ def _fill(known: Subject) -> Subject:
 def _pyramid(known: Subject, levels: int, min_size: int) -> tuple[tuple[Image, ...], tuple[Tensor | None, ...]]:
     """Images and masks, finest first; within a mask, smoothing is normalised by the smoothed mask."""
     grid = known.image.grid
-    rank = grid.ndim + 1
-    images, masks = [known.image], [known.mask]
-    for size in [level.size for level in Grid(grid.size).pyramid(levels, min_size=min_size)][1:]:
-        data, mask = images[-1].data, masks[-1]
-        if mask is None:
-            data = over_batch(lambda d: resize(d, size), image=(data, rank))  # noqa: B023
-        else:
-            data, mask = over_batch(lambda d, m: _resize_within(d, m, size), image=(data, rank), mask=(mask, rank))  # noqa: B023
-        coarse = over_batch(lambda g: g.resize(size), grid=(grid, grid.ranks()))  # noqa: B023
-        images.append(Image(data, coarse))
-        masks.append(mask)
-    return tuple(images), tuple(masks)
+    steps = [known]
+    for level in Grid(grid.size).pyramid(levels, min_size=min_size)[1:]:
+        steps.append(_coarser(steps[-1], grid, level.size))
+    return tuple(step.image for step in steps), tuple(step.mask for step in steps)
+
+
+def _coarser(known: Subject, finest: Grid, size: tuple[int, ...]) -> Subject:
+    """The next level: image and mask resized, the grid made from the finest so that no rounding adds up."""
+    rank, data, mask = finest.ndim + 1, known.image.data, known.mask
+    grid = over_batch(lambda g: g.resize(size), grid=(finest, finest.ranks()))
+    if mask is None:
+        return Subject(Image(over_batch(lambda d: resize(d, size), image=(data, rank)), grid))
+    data, mask = over_batch(lambda d, m: _resize_within(d, m, size), image=(data, rank), mask=(mask, rank))
+    return Subject(Image(data, grid), mask)
 
 
 def _resize_within(data: Tensor, mask: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:

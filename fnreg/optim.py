@@ -37,7 +37,7 @@ class Optimizer(Protocol):
 def scale(step: Any, factor: Rate) -> Any:
     """Multiply by a number, or by one per pair."""
     if isinstance(factor, Tensor) and factor.ndim:
-        return tree_map(lambda leaf: leaf * factor.to(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)), step)
+        return tree_map(lambda leaf: leaf * _per_pair(factor.to(leaf.dtype), leaf), step)
     return tree_map(lambda leaf: leaf * factor, step)
 
 

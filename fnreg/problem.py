@@ -28,7 +28,7 @@ from fnreg.pytree import (
     tree_unflatten,
     tree_vmap,
 )
-from fnreg.sampling import Padding, sample
+from fnreg.sampling import Padding, Sampled, sample
 from fnreg.transforms.base import Domain, Mapping, Transform, domain_ranks, single
 
 
@@ -44,7 +44,6 @@ class Pair:
     moving_mask: Tensor | None = None
     then: Mapping | None = None  # acts after the optimised map
     to_moving: Tensor | None = None  # (D + 1, D + 1) world, before `then` where that is linear, to moving index
-
     given_domain: Domain | None = None  # of the transform, where it is not the fixed grid
 
     @property
@@ -95,7 +94,13 @@ def _pair_weights(inside: Tensor, coords: Tensor, pair: Pair, padding: Padding |
     return weights
 
 
-def _seen(value: Tensor, weights: Tensor | None) -> Tensor:
+def _pair_seen(pair: Pair, coords: Tensor, padding: Padding | None) -> tuple[Sampled, Tensor | None]:
+    """The moving image at coordinates, and the weights."""
+    seen = sample(pair.moving.data, coords, padding="border" if padding is None else padding)
+    return seen, _pair_weights(seen.inside, coords, pair, padding)
+
+
+def _in_sight(value: Tensor, weights: Tensor | None) -> Tensor:
     """Infinity where no voxel counts: a map that moves the image out of sight is no good map."""
     return value if weights is None else torch.where((weights > 0).any(), value, torch.inf)
 
@@ -128,10 +133,9 @@ def _pair_energy(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective's value and each term's."""
     coords = _pair_coords(transform, params, pair)
-    seen = sample(pair.moving.data, coords, padding="border" if padding is None else padding)
-    weights = _pair_weights(seen.inside, coords, pair, padding)
+    seen, weights = _pair_seen(pair, coords, padding)
     total, terms = pair.objective.value(_pair_found(transform, params, pair, seen.value, weights, pair.objective.needs))
-    return _seen(total, weights), terms
+    return _in_sight(total, weights), terms
 
 
 def _pair_gradient(transform: Transform, padding: Padding | None, params: Any, pair: Pair) -> tuple[Any, Tensor]:
@@ -151,7 +155,6 @@ def _pair_normal_equations(
 
     Weights count as constants: that is the Gauss-Newton approximation.
     """
-
     zero = transform.zero_step(pair.domain)
     linear = transform.linear and pair.to_moving is not None
 
@@ -165,8 +168,7 @@ def _pair_normal_equations(
     by_step = torch.cat([leaf.flatten(2) for leaf in tree_leaves(slopes)], 2).to(dtype)  # (D, N or D + 1, P)
     index = index_points(grid.size, dtype, found.device)
     coords = found.to(dtype) @ index if linear else found
-    seen = sample(pair.moving.data, coords, padding="border" if padding is None else padding)
-    weights = _pair_weights(seen.inside, coords, pair, padding)
+    seen, weights = _pair_seen(pair, coords, padding)
     needs = pair.objective.needs
 
     def residuals_of(warped: Tensor) -> Tensor:
@@ -181,14 +183,17 @@ def _pair_normal_equations(
     residuals = residuals_of(seen.value)
     jacobian = vmap(lambda tangent: jvp(residuals_of, (seen.value,), (tangent,))[1])(tangents)  # (P, R)
     value = (residuals * residuals).sum().to(torch.float64)
-    return _seen(value, weights), (jacobian @ residuals).to(torch.float64), (jacobian @ jacobian.mT).to(torch.float64)
+    return (
+        _in_sight(value, weights),
+        (jacobian @ residuals).to(torch.float64),
+        (jacobian @ jacobian.mT).to(torch.float64),
+    )
 
 
 def _pair_overlap(transform: Transform, padding: Padding | None, params: Any, pair: Pair) -> Tensor:
     """Sum of the weights over the number of voxels."""
     coords = _pair_coords(transform, params, pair)
-    seen = sample(pair.moving.data[:1], coords, padding="border")
-    weights = _pair_weights(seen.inside, coords, pair, padding)
+    weights = _pair_seen(pair, coords, padding)[1]
     return torch.ones((), dtype=coords.dtype, device=coords.device) if weights is None else weights.mean()
 
 

@@ -101,6 +101,13 @@ def tree_take(tree: T, index: Any, axes: Axes | None = None) -> T:
     return tree_unflatten(taken, spec)
 
 
+def first_pair(tree: T, ranks: T) -> T:
+    """The first pair of a batch: leaves of one rank more than `ranks` lose their leading axis, shared ones stay."""
+    leaves, spec = tree_flatten(tree)
+    pairs = zip(leaves, tree_flatten(ranks)[0], strict=True)
+    return tree_unflatten([leaf[0] if leaf.ndim > rank else leaf for leaf, rank in pairs], spec)
+
+
 def tree_detach(tree: T) -> T:
     """The same values without their history."""
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)

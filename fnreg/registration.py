@@ -24,15 +24,14 @@ from fnreg.problem import Level
 from fnreg.pytree import (
     batch_axes,
     batch_size,
+    first_pair,
     is_concrete,
     is_transformed,
     pytree_dataclass,
     static,
     tree_detach,
-    tree_flatten,
     tree_map,
     tree_take,
-    tree_unflatten,
 )
 from fnreg.sampling import Mode, Padding
 from fnreg.solvers.base import Status, Stop, run
@@ -212,8 +211,8 @@ def register(
     given_starts += [f"start={start!r}"] if start != "header" else []
     if len(given_starts) > 1:
         raise ValueError(f"{' and '.join(given_starts)} both say where to begin: give one of them")
-    single = batch_size(sizes) is None
-    size = batch_size(sizes) or 1
+    batch = batch_size(sizes)
+    single, size = batch is None, batch or 1
     done: list[_Solution] = []
     for number, stage in enumerate(stages):
         earlier = (done[-1].map(whole.domain), done[-1].then) if done else None
@@ -231,8 +230,10 @@ def register(
         return tree_map(lambda leaf: leaf[0], tree) if single else tree
 
     mapping = Mapping(shaped(last.params), whole.domain, stages[-1].transform)
+    if last.then is not None:
+        mapping = (first_pair(last.then, last.then.ranks()) if single else last.then) @ mapping
     return Registration(
-        mapping=mapping if last.then is None else _one(last.then, single) @ mapping,
+        mapping=mapping,
         fixed_grid=whole.domain,
         moving_grid=whole.moving[0].grid,
         value=shaped(last.value),
@@ -297,15 +298,6 @@ def _resolve(given: Stage | Transform, default: Stage) -> Stage:
         steps=default.steps if stage.steps is None else stage.steps,
         stop=stop,
     )
-
-
-def _one(then: Mapping, single: bool) -> Mapping:
-    """The map that acts after, without the batch axis that earlier stages gave it."""
-    if not single:
-        return then
-    leaves, spec = tree_flatten(then)
-    ranks = tree_flatten(then.ranks())[0]
-    return tree_unflatten([leaf[0] if leaf.ndim > r else leaf for leaf, r in zip(leaves, ranks, strict=True)], spec)
 
 
 def _levels(stage: Stage) -> int:
@@ -452,7 +444,7 @@ class _Stage:
     def _best(self, work: Level, params: Params, status: Tensor, width: int, keep: int) -> tuple[Tensor, Tensor]:
         """Positions of each pair's best start (B,), and of its `keep` best (B keep,), among B width."""
         value = work.value(params)[0]
-        useless = ~torch.isfinite(value) | (status == int(Status.DIVERGED)) | (work.overlap(params) <= 0)
+        useless = ~torch.isfinite(value) | (status == int(Status.DIVERGED))  # without overlap it is infinite
         value = torch.where(useless, torch.inf, value)
         order = value.reshape(self.size, width).sort(dim=1, stable=True).indices[:, :keep]
         chosen = order + width * torch.arange(self.size, device=order.device)[:, None]

@@ -63,8 +63,7 @@ def begin(
         before, after = previous
         identity = over_batch(transform.init, domain=(domain, domain.ranks()))
         if holds(transform, before.transform):
-            whole_family, part = family(transform), family(before.transform)
-            if part is not None and whole_family is not None and "matrix" not in whole_family.parts:
+            if "matrix" not in ranks:  # the parts that both have are the same parameters
                 return expand(identity, ranks, size) | before.params, after
             return fit(transform, before, domain, size), after
         return expand(identity, ranks, size), before if after is None else after @ before
@@ -120,13 +119,9 @@ def _center_of_mass(known: Subject) -> Tensor:
 
 def family(transform: Transform) -> Linear | None:
     """The linear family whose parameters a transform has; None for any other transform."""
-    return (
-        family(transform.transform)
-        if isinstance(transform, Held)
-        else transform
-        if isinstance(transform, Linear)
-        else None
-    )
+    if isinstance(transform, Held):
+        return family(transform.transform)
+    return transform if isinstance(transform, Linear) else None
 
 
 def holds(transform: Transform, other: Transform) -> bool:

@@ -175,7 +175,7 @@ def run(
             now = _Now(*tree_take((now.params, now.previous), keep), carry, now.running[keep])
     if marks is not None and solver.scales and bool(now.running.any()):  # the last step has not been looked at yet
         last = solver.step(problem, now.params, now.carry, 1.0, marks.length)
-        marks = marks.update(last, now.params, now.running & torch.isfinite(last.value), Stop(), True)[0]
+        marks = marks.lower(last, now.running & torch.isfinite(last.value))
     final = _put(final, index, now.params if marks is None else marks.best_params)
     history = torch.stack(rows, 1)
     if history.shape[1] < steps:
@@ -206,20 +206,22 @@ class _Marks(NamedTuple):
         one = torch.ones(running.shape, dtype=torch.float64, device=running.device)
         return _Marks(one * torch.inf, params, one * torch.inf, torch.zeros_like(running, dtype=torch.int64), one)
 
+    def lower(self, taken: Taken, going: Tensor) -> _Marks:
+        """With the best values and parameters after a look at `taken`, of the pairs in `going`."""
+        value = taken.value.detach().to(self.best.dtype)
+        lower = going & (value < self.best)
+        params = tree_where(lower, taken.at, self.best_params)
+        return self._replace(best=torch.where(lower, value, self.best), best_params=params)
+
     def update(self, taken: Taken, after: Any, going: Tensor, stop: Stop, scales: bool) -> tuple[_Marks, Any, Tensor]:
         """The next marks, the parameters to go on from, and which pairs are done."""
         value = taken.value.detach().to(self.best.dtype)
-        lower = going & (value < self.best)
-        best = torch.where(lower, value, self.best)
-        best_params = tree_where(lower, taken.at, self.best_params)
+        best, best_params = self.lower(taken, going)[:2]
         fallen = going & (value < self.mark - stop.relative * self.mark.abs().nan_to_num(posinf=0))
         mark = torch.where(fallen, value, self.mark)
         stall = torch.where(fallen, 0, self.stall + 1)
-        undone = ~torch.isfinite(taken.moved)  # a solver that tries again may need some attempts
-        patience = torch.where(
-            undone if not scales else torch.ones_like(undone), stop.patience, (stop.patience + 2) // 3
-        )
-        stuck = stall >= patience
+        soon = torch.isfinite(taken.moved) & (not scales)  # a step undone is tried again, which may need some attempts
+        stuck = stall >= torch.where(soon, (stop.patience + 2) // 3, stop.patience)
         length = torch.where(stuck, self.length * stop.shrink, self.length) if scales else self.length
         short = length < stop.shortest if scales else stuck
         done = going & ((stuck & short) | (taken.moved <= stop.step) | taken.settled)

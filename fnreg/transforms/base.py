@@ -17,6 +17,7 @@ from torch import Tensor
 from fnreg.grid import Grid, apply_matrix, index_points
 from fnreg.image import Image, Subject
 from fnreg.pytree import (
+    first_pair,
     over_batch,
     pytree_dataclass,
     static,
@@ -147,9 +148,7 @@ def domain_ranks(domain: Domain) -> Any:
 
 def single(domain: Domain) -> Domain:
     """One pair's domain of a batch: its structure and shapes matter here, not its values."""
-    leaves, spec = tree_flatten(domain)
-    ranks = tree_flatten(domain_ranks(domain))[0]
-    return tree_unflatten([leaf[0] if leaf.ndim > r else leaf for leaf, r in zip(leaves, ranks, strict=True)], spec)
+    return first_pair(domain, domain_ranks(domain))
 
 
 @pytree_dataclass
