@@ -33,7 +33,9 @@ def main() -> None:
     seconds = time.perf_counter() - begin
     print(f"{count} pairs in {seconds:.1f} s, {count / seconds:.0f} pairs per second")
 
-    # A pair that fails is marked, raises nothing and touches no neighbour.
+    # A pair that fails is marked with the cause, raises nothing and touches no neighbour.
+    for code in result.status[~result.ok].tolist():
+        print(f"a pair failed: {fnreg.Status(code).remedy}")
     points = fixed.grid.center_crop(20).points()  # where the digits are
     error = (result.map_points(points) - truth.map_points(points)).norm(dim=2).mean(1)  # (B,)
     print(f"{int(result.ok.sum())} ended well, {int((error < 0.5).sum())} nearer than half a pixel to the true map;")

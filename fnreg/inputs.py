@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -19,18 +18,10 @@ from fnreg.losses.terms import Objective
 from fnreg.problem import Level, Pair
 from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach
 from fnreg.sampling import Padding
+from fnreg.solvers.base import Status
 from fnreg.transforms.base import Domain, Mapping, Transform, first_domain
 
 Input = Image | Subject | Sequence[Image]
-
-
-class _Fault(enum.Enum):
-    """Why a pair cannot be registered, with what to do about it."""
-
-    NOT_FINITE = "{image} holds NaN or infinity: exclude these voxels by a mask, Subject(image, mask=isfinite)"
-    CONSTANT = "{image} is constant where it counts: there is nothing to align; check the file, channel and mask"
-    BAD_MASK = "the mask of {image} has negative or NaN weights: a voxel counts by a weight from 0 on"
-    EMPTY_MASK = "the mask of {image} is zero everywhere: give a mask with some positive voxels, or none"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,11 +38,6 @@ class Inputs:
     then: Mapping | None
     sizes: dict[str, int]
     wrapped: bool
-
-    @property
-    def batch(self) -> int | None:
-        """Number of pairs; None for a single pair without a batch axis."""
-        return batch_size(self.sizes)
 
     @property
     def domain(self) -> Grid:
@@ -92,27 +78,24 @@ class Inputs:
         pairs = Pair(fixed, moving, objective, from_fixed, *masks, then, to_moving, domain)
         return Level(transform, pairs, batch_axes("pair", pairs, pairs.ranks())[0], size, padding)
 
-    def faults(self) -> list[tuple[Tensor, str]]:
-        """For each fault the pairs (B,) that have it, and what to tell."""
-        count = self.batch or 1
-        found: list[tuple[Tensor, str]] = []
+    def faults(self) -> list[tuple[Tensor, Status]]:
+        """For each fault that an image can have the pairs that have it, (B,) or (1,) for all; what tells more first."""
+        found: list[tuple[Tensor, Status]] = []
         sides = (
-            ("fixed", self.fixed[0], self.fixed_masks[0]),
-            ("moving", self.moving[0], self.moving_masks[0]),
+            ("FIXED", self.fixed[0], self.fixed_masks[0]),
+            ("MOVING", self.moving[0], self.moving_masks[0]),
         )
-        for name, image, mask in sides:
+        for side, image, mask in sides:
             data = _batched(image.data, image.grid)
             high = low = data
             if mask is not None:
                 weight = _batched(mask, image.grid)
                 counts = weight > 0
-                found.append((~(weight >= 0).all(2).all(1).expand(count), _Fault.BAD_MASK.value.format(image=name)))
-                found.append((~counts.any(2).any(1).expand(count), _Fault.EMPTY_MASK.value.format(image=name)))
+                found.append((~(weight >= 0).all(2).all(1), Status[f"{side}_BAD_MASK"]))
+                found.append((~counts.any(2).any(1), Status[f"{side}_EMPTY_MASK"]))
                 high, low = torch.where(counts, data, -torch.inf), torch.where(counts, data, torch.inf)
-            finite = torch.isfinite(data).all(2).all(1)
-            constant = (high.amax(2) <= low.amin(2)).all(1)
-            found.append((~finite.expand(count), _Fault.NOT_FINITE.value.format(image=name)))
-            found.append((constant.expand(count), _Fault.CONSTANT.value.format(image=name)))
+            found.append((~torch.isfinite(data).all(2).all(1), Status[f"{side}_NOT_FINITE"]))
+            found.append(((high.amax(2) <= low.amin(2)).all(1), Status[f"{side}_CONSTANT"]))
         return found
 
 

@@ -43,7 +43,7 @@ from fnreg.transforms.linear import Homogeneous
 
 
 class RegistrationError(ValueError):
-    """A single pair could not be registered; in a batch this is a status."""
+    """A single pair could not be registered, and what to do about it; in a batch this is its `Status`."""
 
 
 class Event(NamedTuple):
@@ -98,7 +98,7 @@ class Registration:
     value : the objective on the finest level under the mapping
     terms : each term's unweighted value
     steps : steps taken per level, coarse to fine, stage after stage, (L,) or (B, L)
-    status : a `Status` per pair
+    status : a `Status` per pair, the cause where it failed; `Status(code).remedy` says what to do
     history : one `Trace` per level, coarse to fine, stage after stage
     """
 
@@ -132,7 +132,7 @@ class Registration:
 
     @property
     def ok(self) -> Tensor:
-        """Whether each pair ended without failure."""
+        """Whether each pair ended without failure; where not, `status` says why."""
         return self.status <= int(Status.CONVERGED)
 
     def __repr__(self) -> str:
@@ -179,8 +179,9 @@ def register(
     stop : when a pair is done; None takes all steps, which a run inside vmap or grad needs
     progress : called with an `Event` now and then
 
-    Returns a `Registration`.  A single pair that fails raises RegistrationError; in a batch it has its status and
-    changes nothing for the others.  Raises ValueError or TypeError where the arguments do not fit together.
+    Returns a `Registration`.  A single pair that fails raises RegistrationError; in a batch its status names the
+    cause, and it changes nothing for the others.  Raises ValueError or TypeError where the arguments do not fit
+    together.
 
     >>> import torch, fnreg
     >>> disc = (fnreg.Grid((16, 16)).points() - 7.5).norm(dim=1).reshape(1, 16, 16) < 5
@@ -220,10 +221,8 @@ def register(
             whole, stage.transform, size, earlier, None if done else initial, "header" if done else start
         )
         run_of = _Stage(whole, stage, size, after, padding, number, len(stages), progress)
-        failures = done[-1].failures if done else _Failures.at_start(whole, size)
-        done.append(run_of.solve(params, None if done else starts, failures, start))
-        if single:
-            done[-1].failures.raise_first()
+        failures = done[-1].failures if done else _Failures.at_start(whole, size, single)
+        done.append(run_of.solve(params, None if done else starts, failures))
     last = done[-1]
 
     def shaped(tree: Any) -> Any:
@@ -286,7 +285,8 @@ def _resolve(given: Stage | Transform, default: Stage) -> Stage:
     if optimizer is not None:
         if isinstance(solver, GaussNewton):
             raise ValueError("GaussNewton has no optimizer: give either a solver or an optimizer")
-        solver = Descent(optim.as_optimizer(optimizer), solver.limit if isinstance(solver, Descent) else None)
+        limited = default.solver if solver is None else solver
+        solver = Descent(optim.as_optimizer(optimizer), limited.limit if isinstance(limited, Descent) else None)
     total = as_objective(default.objective if stage.objective is None else stage.objective)
     if isinstance(solver, GaussNewton):
         total.check_squares()
@@ -306,28 +306,22 @@ def _levels(stage: Stage) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Failures:
-    """Which pairs of a batch have failed, and why: masks (B,) with what to tell, first reason first."""
+    """Why pairs have failed: cause (B,) is the first `Status` of each, 0 without; a pair that is alone raises."""
 
-    reasons: tuple[tuple[Tensor, str], ...]
-    size: int
+    cause: Tensor
+    alone: bool
 
     @staticmethod
-    def at_start(whole: Inputs, size: int) -> _Failures:
-        found = whole.faults() if whole.visible else []
-        return _Failures(tuple((pairs.expand(size), reason) for pairs, reason in found), size)
+    def at_start(whole: Inputs, size: int, alone: bool) -> _Failures:
+        failures = _Failures(torch.zeros(size, dtype=torch.int64, device=whole.domain.center.device), alone)
+        for pairs, cause in whole.faults() if whole.visible else ():
+            failures = failures.add(pairs, cause)
+        return failures
 
-    def add(self, pairs: Tensor, reason: str) -> _Failures:
-        return _Failures((*self.reasons, (pairs, reason)), self.size)
-
-    @property
-    def pairs(self) -> Tensor | None:
-        masks = [pairs for pairs, _ in self.reasons]
-        return torch.stack(masks).any(0) if masks else None
-
-    def raise_first(self) -> None:
-        for pairs, reason in self.reasons:
-            if is_concrete(pairs) and bool(pairs.any()):
-                raise RegistrationError(reason)
+    def add(self, pairs: Tensor, cause: Status) -> _Failures:
+        if self.alone and is_concrete(pairs) and bool(pairs.any()):
+            raise RegistrationError(cause.remedy)
+        return _Failures(torch.where(pairs & (self.cause == 0), int(cause), self.cause), self.alone)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -348,17 +342,6 @@ class _Solution:
         return Mapping(self.params, domain, self.transform)
 
 
-_DIVERGED = (
-    "the registration diverged: the objective became infinite or not a number, or the images lost their overlap; "
-    "use a smaller learning rate, or start='center' or 'moments'"
-)
-_LOST = (
-    "the images lost their overlap on the way: use a smaller learning rate, fewer levels, or padding='border', "
-    "with which voxels outside count"
-)
-_APART = "the images do not overlap in world coordinates at the start: use {hint}"
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stage:
     """One stage of a registration of a batch of pairs."""
@@ -372,7 +355,7 @@ class _Stage:
     stages: int
     progress: Callable[[Event], None] | None
 
-    def solve(self, params: Params, starts: Params | None, failures: _Failures, start: Start) -> _Solution:
+    def solve(self, params: Params, starts: Params | None, failures: _Failures) -> _Solution:
         """All levels, coarse to fine.  With starts, S of them run per pair, fewer on every finer level."""
         whole, transform, stop = self.whole, self.stage.transform, self.stage.stop
         assert stop != "inherit"
@@ -396,18 +379,16 @@ class _Stage:
             if level is not None:
                 params = (level if starts is None else level.take(each)).refine(params, work)
             elif whole.visible:
-                hint = "start='center' or 'moments'" if start == "header" else "an initial map, and check the headers"
                 apart = (work.overlap(params) <= 0).reshape(self.size, width).all(1)
-                failures = failures.add(apart, _APART.format(hint=hint))
+                failures = failures.add(apart, Status.NO_OVERLAP)
             level = finer
-            failed = failures.pairs
             solved = run(
                 work,
                 params,
                 self.stage.solver,
                 steps=count,
                 stop=stop,
-                frozen=None if failed is None else failed[each],
+                frozen=(failures.cause > 0)[each],
                 progress=self._reporter(depth, len(counts)),
             )
             params, status, taken, history = solved.params, solved.status, solved.steps, solved.history
@@ -417,16 +398,14 @@ class _Stage:
                 status, taken, history = status[best], taken[best], history[best]
                 params, width = tree_take(params, chosen), keep
             if whole.visible:
-                failures = failures.add(status == int(Status.DIVERGED), _DIVERGED)
+                failures = failures.add(status == int(Status.DIVERGED), Status.DIVERGED)
             steps.append(taken)
             traces.append(Trace(history, self.number, depth))
         assert level is not None
         value, terms = level.value(params)
         if whole.visible:
-            failures = failures.add(level.overlap(params) <= 0, _LOST)
-            failed = failures.pairs
-            assert failed is not None
-            status = torch.where(failed, int(Status.DIVERGED), status)
+            failures = failures.add(level.overlap(params) <= 0, Status.LOST_OVERLAP)
+        status = torch.where(failures.cause > 0, failures.cause, status)
         return _Solution(transform, params, self.then, value, terms, status, steps, traces, failures)
 
     def _counts(self) -> list[int]:

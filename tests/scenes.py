@@ -8,13 +8,14 @@ from typing import Any
 
 import hypothesis
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from fnreg import Grid, Held, Image, Mapping, Sequential, Transform, stack
-from fnreg.pytree import tree_flatten, tree_unflatten, tree_vmap
+from fnreg import GaussNewton, Grid, Held, Image, Mapping, Sequential, Transform, adam, stack
+from fnreg.pytree import tree_flatten, tree_map, tree_unflatten, tree_vmap
 from fnreg.transforms.linear import (
     Affine,
     Homogeneous,
@@ -272,3 +273,57 @@ def known_pair(transform: Transform, dimension: int, seed: int = 5, size: float 
     """Fixed, moving, and the map between them."""
     truth = random_mapping(transform, scene(dimension).grid, seed, size)
     return scene(dimension, truth), moving_scene(dimension), truth
+
+
+# -- registrations -------------------------------------------------------------------------------------------------
+
+SAME = 1e-9  # voxels, float64
+DESCENT: dict[str, Any] = {"optimizer": adam(0.3)}
+NEWTON: dict[str, Any] = {"solver": GaussNewton()}
+both_solvers = pytest.mark.parametrize("options", [DESCENT, NEWTON], ids=["adam", "gauss-newton"])
+
+
+def few_steps(options: dict[str, Any], steps: int = 6) -> dict[str, Any]:
+    """A registration that is on its way: what differs between two of them has not yet healed.
+
+    Gauss-Newton takes few, for once it has arrived rounding decides whether a last tiny step is taken.
+    """
+    return {"levels": 2, "steps": min(steps, 3) if options is NEWTON else steps, "stop": None, **options}
+
+
+def probe(grid: Grid) -> Tensor:
+    """World points in and around a grid."""
+    return grid.center + grid.extent.max() * uniform(12, grid.ndim, seed=3)
+
+
+def take(tree: Any, number: int) -> Any:
+    """One pair of a batch all of whose leaves are batched."""
+    return tree_map(lambda leaf: leaf[number] if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def take_batched(mapping: Mapping, number: int) -> Mapping:
+    """One mapping of a batch over a shared domain."""
+    return Mapping(take(mapping.params, number), mapping.domain, mapping.transform)
+
+
+def several_pairs(dimension: int = 2) -> tuple[list[Image], list[Image]]:
+    """Pairs whose grids differ in spacing, orientation and place; the second has nothing left to find."""
+    fixed, moving = [], []
+    for number in range(4):
+        grid = {"turn": (0.2 * number, 0.1, -0.1), "spacing": 1 + 0.05 * number, "mirror": number == 2}
+        truth = random_mapping(Rigid(), scene(dimension, **grid).grid, number, 0.0 if number == 1 else 1.0)
+        fixed.append(scene(dimension, truth, **grid))
+        moving.append(moving_scene(dimension, turn=(0.1, 0.1 * number, 0.0), spacing=0.9 + 0.04 * number))
+    return fixed, moving
+
+
+def placement(grid: Grid) -> dict[str, Tensor]:
+    """All of a grid but its size."""
+    return {name: getattr(grid, name) for name in ("center", "spacing", "direction")}
+
+
+def inner_mask(image: Image, margin: int = 4) -> Tensor:
+    """One within a margin, zero outside."""
+    mask = torch.zeros(1, *image.grid.shape, dtype=image.data.dtype)
+    mask[(slice(None), *(slice(margin, -margin),) * image.grid.ndim)] = 1
+    return mask

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import pickle
 import pkgutil
 import subprocess
 import sys
@@ -244,8 +245,15 @@ def test_data_are_trees_of_tensors() -> None:
 
 
 def test_statuses_are_numbers_with_names() -> None:
-    assert [status.name for status in fnreg.Status] == ["STEPS", "CONVERGED", "DIVERGED"]
-    assert [int(status) for status in fnreg.Status] == [0, 1, 2]
+    faults = ["NOT_FINITE", "CONSTANT", "BAD_MASK", "EMPTY_MASK"]
+    sides = [f"{side}_{fault}" for side in ("FIXED", "MOVING") for fault in faults]
+    names = ["STEPS", "CONVERGED", "DIVERGED", "LOST_OVERLAP", "NO_OVERLAP", *sides]
+    assert [status.name for status in fnreg.Status] == names
+    assert [int(status) for status in fnreg.Status] == list(range(13))
+    for status in fnreg.Status:
+        assert bool(status.remedy) == (status > fnreg.Status.CONVERGED)
+        assert fnreg.Status(int(status)) is pickle.loads(pickle.dumps(status)) is status
+    assert len({status.remedy for status in fnreg.Status}) == 12
     assert issubclass(fnreg.RegistrationError, ValueError)
 
 

@@ -235,6 +235,16 @@ FAULTS = {
     "constant in the mask": "{} is constant where it counts",
     "NaN in the mask": "{} holds NaN or infinity",
 }
+CODES = {
+    "NaN": "NOT_FINITE",
+    "infinity": "NOT_FINITE",
+    "constant": "CONSTANT",
+    "negative mask": "BAD_MASK",
+    "NaN as mask": "BAD_MASK",
+    "zero mask": "EMPTY_MASK",
+    "constant in the mask": "CONSTANT",
+    "NaN in the mask": "NOT_FINITE",
+}
 SOLVERS: list[dict[str, Any]] = [{}, {"solver": GaussNewton()}]
 
 
@@ -245,7 +255,7 @@ def test_a_faulty_image_is_refused_alone_and_marked_in_a_batch(kind: str, side: 
     good = {"fixed": FIXED, "moving": MOVING}
     bad = {**good, side: faulty(kind, good[side])}
     options = {"levels": 2, "steps": 5, **options}
-    with pytest.raises(RegistrationError, match=FAULTS[kind].format(side)):
+    with pytest.raises(RegistrationError, match=FAULTS[kind].format(side)) as error:
         register(bad["fixed"], bad["moving"], Rigid(), **options)
 
     def subject(item: Any) -> Subject:
@@ -254,7 +264,8 @@ def test_a_faulty_image_is_refused_alone_and_marked_in_a_batch(kind: str, side: 
     columns = {name: stack([subject(good[name]), subject(bad[name]), subject(good[name])]) for name in good}
     batch = register(columns["fixed"], columns["moving"], Rigid(), **options)
     assert batch.ok.tolist() == [True, False, True]
-    assert int(batch.status[1]) == Status.DIVERGED
+    assert Status(int(batch.status[1])) is Status[f"{side.upper()}_{CODES[kind]}"]
+    assert Status(int(batch.status[1])).remedy == str(error.value)
     assert batch.steps[1].tolist() == [0, 0]
     assert all(bool(trace.value[1].isnan().all()) for trace in batch.history)
     assert equal_bits(batch.mapping.params["translation"][1], Rigid().init(FIXED.grid)["translation"])
@@ -262,6 +273,27 @@ def test_a_faulty_image_is_refused_alone_and_marked_in_a_batch(kind: str, side: 
     alone = register(subject(FIXED), subject(MOVING), Rigid(), **options)
     one = Mapping({name: leaf[0] for name, leaf in batch.mapping.params.items()}, FIXED.grid, Rigid())
     assert voxels_apart(one, alone.mapping, FIXED.grid) < 1e-9
+
+
+def test_the_first_cause_is_told() -> None:
+    """A bad mask before what it shows, the fixed image before the moving one, both before the overlap."""
+    ones, far = torch.ones_like(FIXED.data), Grid(MOVING.grid.size, center=(1e4, 0.0))
+    flat = like(FIXED, ones)
+    fixed = [Subject(flat, -ones), Subject(flat, 0 * ones), Subject(flat, ones), Subject(FIXED, ones)]
+    gone = Image(torch.full_like(MOVING.data, torch.nan), far)
+    batch = register(stack(fixed), gone, [Translation(), Rigid()], **QUICK)
+    told = [Status(code).name for code in batch.status.tolist()]
+    assert told == ["FIXED_BAD_MASK", "FIXED_EMPTY_MASK", "FIXED_CONSTANT", "MOVING_NOT_FINITE"]
+    for subject, code in zip(fixed, batch.status.tolist(), strict=True):
+        with pytest.raises(RegistrationError) as error:
+            register(subject, gone, [Translation(), Rigid()], **QUICK)
+        assert str(error.value) == Status(code).remedy
+
+
+def test_a_shared_image_with_a_fault_fails_every_pair() -> None:
+    several = like(FIXED, torch.stack([FIXED.data, faulty("NaN", FIXED).data, FIXED.data]))
+    batch = register(several, faulty("constant", MOVING), Rigid(), **QUICK)
+    assert batch.status.tolist() == [Status.MOVING_CONSTANT, Status.FIXED_NOT_FINITE, Status.MOVING_CONSTANT]
 
 
 def test_one_constant_channel_is_no_fault() -> None:
@@ -277,6 +309,7 @@ def test_a_stage_after_a_failure_is_not_run() -> None:
     data = torch.stack([FIXED.data, faulty("NaN", FIXED).data])
     batch = register(like(FIXED, data), MOVING, [Rigid(), Affine()], levels=1, steps=2)
     assert batch.ok.tolist() == [True, False]
+    assert int(batch.status[1]) == Status.FIXED_NOT_FINITE
     assert batch.steps[1].tolist() == [0, 0]
 
 
@@ -294,6 +327,7 @@ def test_images_without_overlap(start: Any) -> None:
     )
     batch = register(FIXED, movings, Rigid(), **QUICK)
     assert batch.ok.tolist() == [True, True, False]
+    assert int(batch.status[2]) == Status.NO_OVERLAP
     assert batch.steps[2].tolist() == [0]
 
 
@@ -316,18 +350,25 @@ def test_overlap_that_is_lost_on_the_way() -> None:
     ):
         register(fixed, moving, Translation(), stop=None, steps=3, **options)
     two = Image(torch.stack([ramp, ramp]), fixed.grid)
-    lost = register(two, moving, Translation(), stop=None, steps=1, **options)
-    assert lost.ok.tolist() == [False, False]
+    for steps, cause in ((1, Status.LOST_OVERLAP), (3, Status.DIVERGED)):
+        lost = register(two, moving, Translation(), stop=None, steps=steps, **options)
+        assert lost.ok.tolist() == [False, False]
+        assert lost.status.tolist() == [cause] * 2
 
 
 def test_a_registration_that_diverges() -> None:
     def explode(displacement: torch.Tensor) -> torch.Tensor:
         return -(1e3 * displacement.square().mean() + displacement.mean()).exp()
 
+    options: dict[str, Any] = {"objective": explode, "padding": "border", "levels": 1, "steps": 20}
     with pytest.raises(RegistrationError, match=r"the registration diverged: .*use a smaller learning rate"):
-        register(
-            FIXED, MOVING, Translation(), objective=explode, optimizer=sgd(1.0), padding="border", levels=1, steps=20
-        )
+        register(FIXED, MOVING, Translation(), optimizer=sgd(1.0), **options)
+    rates = torch.tensor([1e-9, 1.0], dtype=torch.float64)
+    batch = register(
+        FIXED, like(MOVING, torch.stack([MOVING.data] * 2)), Translation(), optimizer=sgd(rates), **options
+    )
+    assert batch.ok.tolist() == [True, False]
+    assert int(batch.status[1]) == Status.DIVERGED
 
 
 # -- arguments -----------------------------------------------------------------------------------------------------

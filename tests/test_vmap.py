@@ -18,11 +18,13 @@ from fnreg import (
     Held,
     Image,
     Mapping,
+    RegistrationError,
     Rigid,
     Rotation,
     Scaling,
     Sequential,
     Stage,
+    Status,
     Subject,
     Transform,
     Translation,
@@ -234,9 +236,9 @@ def test_failures_inside_vmap_are_no_exceptions() -> None:
     fixed, moving = pairs()
     bad = Image(torch.full_like(fixed[1].data, torch.nan), fixed[1].grid)
 
-    def one(f: Image, m: Image) -> tuple[Tensor, Tensor]:
+    def one(f: Image, m: Image) -> tuple[Tensor, Tensor, Tensor]:
         result = register(f, m, Rigid(), **PURE)
-        return points_of(result), result.value
+        return points_of(result), result.value, result.status
 
     clean = tree_vmap(one, [None, None], stack(fixed), stack(moving))
     dirty = tree_vmap(one, [None, None], stack([fixed[0], bad, fixed[2]]), stack(moving))
@@ -244,6 +246,23 @@ def test_failures_inside_vmap_are_no_exceptions() -> None:
         assert torch.equal(clean[0][n], dirty[0][n])
         assert torch.equal(clean[1][n], dirty[1][n])
     assert bool(dirty[1][1].isnan())
+    assert dirty[2].tolist() == [Status.STEPS, Status.DIVERGED, Status.STEPS]  # not which image
+
+
+def test_failures_that_can_be_seen_inside_vmap_are_exceptions() -> None:
+    """The images are no batch: what is wrong with them does not hang on the weight."""
+    fixed, moving, _ = known_pair(Rigid(), 2)
+    far = Image(moving.data, center=(1e4, 0.0))
+    flat = Image(torch.ones_like(moving.data), moving.grid)
+    for bad, cause in ((far, Status.NO_OVERLAP), (flat, Status.MOVING_CONSTANT)):
+
+        def one(weight: Tensor, bad: Image = bad) -> Tensor:
+            return register(fixed, bad, Rigid(), objective=weight * fnreg.mse, **PURE).value
+
+        for outer, weights in ((vmap, torch.ones(2)), (torch.func.grad, torch.ones(()))):
+            with pytest.raises(RegistrationError) as error:
+                outer(one)(weights)
+            assert str(error.value) == cause.remedy
 
 
 def test_a_whole_registration_can_leave_vmap() -> None:

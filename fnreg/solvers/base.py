@@ -16,13 +16,58 @@ from torch import Tensor
 
 from fnreg.pytree import same_structure, tree_leaves, tree_map, tree_take, tree_where
 
+_NOT_FINITE = "{} holds NaN or infinity: exclude these voxels by a mask, Subject(image, mask=isfinite)"
+_CONSTANT = "{} is constant where it counts: there is nothing to align; check the file, channel and mask"
+_BAD_MASK = "the mask of {} has negative or NaN weights: a voxel counts by a weight from 0 on"
+_EMPTY_MASK = "the mask of {} is zero everywhere: give a mask with some positive voxels, or none"
+
 
 class Status(enum.IntEnum):
-    """Why a pair's iterations ended."""
+    """How a pair ended: well up to `CONVERGED`; above that it failed, for the cause that came first.
 
-    STEPS = 0  # all steps were taken
-    CONVERGED = 1  # value or parameters no longer changed
-    DIVERGED = 2  # the pair failed: faulty images, no overlap, or a value that is infinite or not a number
+    remedy : what was wrong and what to do about it, in a sentence, as the error of a single pair says it; empty where
+        the pair ended well
+
+    >>> Status(6)
+    <Status.FIXED_CONSTANT: 6>
+    >>> Status.FIXED_CONSTANT.remedy
+    'fixed is constant where it counts: there is nothing to align; check the file, channel and mask'
+    """
+
+    _value_: int
+    remedy: str
+
+    def __new__(cls, code: int, remedy: str = "") -> Status:
+        """A number with a sentence."""
+        made = int.__new__(cls, code)
+        made._value_, made.remedy = code, remedy
+        return made
+
+    STEPS = 0  #: all steps were taken
+    CONVERGED = 1  #: value or parameters no longer changed
+    DIVERGED = (
+        2,
+        "the registration diverged: the objective became infinite or not a number, or the images lost their overlap; "
+        "use a smaller learning rate, or start='center' or 'moments'",
+    )
+    LOST_OVERLAP = (
+        3,
+        "the images lost their overlap on the way: use a smaller learning rate, fewer levels, or padding='border', "
+        "with which voxels outside count",
+    )
+    NO_OVERLAP = (
+        4,
+        "the images do not overlap in world coordinates at the start: use start='center' or 'moments', or an initial "
+        "map, and check headers and masks",
+    )
+    FIXED_NOT_FINITE = 5, _NOT_FINITE.format("fixed")
+    FIXED_CONSTANT = 6, _CONSTANT.format("fixed")
+    FIXED_BAD_MASK = 7, _BAD_MASK.format("fixed")
+    FIXED_EMPTY_MASK = 8, _EMPTY_MASK.format("fixed")
+    MOVING_NOT_FINITE = 9, _NOT_FINITE.format("moving")
+    MOVING_CONSTANT = 10, _CONSTANT.format("moving")
+    MOVING_BAD_MASK = 11, _BAD_MASK.format("moving")
+    MOVING_EMPTY_MASK = 12, _EMPTY_MASK.format("moving")
 
 
 @dataclasses.dataclass(frozen=True)
