@@ -29,11 +29,15 @@ def along(data: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
 
 
 def gaussian_matrix(n: int, sigma: Tensor) -> Tensor:
-    """Row-normalised Gaussian weights (n, n) over voxel distances; sigma (a scalar, in voxels) 0 gives I."""
+    """Row-normalised Gaussian weights (n, n) over voxel distances; sigma (a scalar, in voxels) 0 gives I.
+
+    Weights below rounding are zero: they would leave denormal numbers in the images, with which processors are slow.
+    """
     index = torch.arange(n, dtype=sigma.dtype, device=sigma.device)
     distance = index - index[:, None]
     tiny = torch.finfo(sigma.dtype).tiny ** 0.5
     weights = torch.exp(-0.5 * distance**2 / torch.clamp(sigma**2, min=tiny))
+    weights = torch.where(weights < torch.finfo(torch.float64).eps, 0, weights)
     return weights / weights.sum(-1, keepdim=True)
 
 

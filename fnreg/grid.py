@@ -37,13 +37,22 @@ def index_points(size: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.stack([*rows, torch.ones_like(rows[0])])
 
 
+@constant
+def _count(size: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(size, dtype=torch.float64, device=device)
+
+
 def homogeneous(linear: Tensor, offset: Tensor) -> Tensor:
     """The matrix [[linear, offset], [0, 1]], shape (..., D + 1, D + 1), from (..., D, D) and (..., D)."""
     dimension = offset.shape[-1]
     top = torch.cat([linear, offset.unsqueeze(-1)], dim=-1)  # (..., D, D + 1)
-    last = torch.zeros(dimension + 1, dtype=offset.dtype, device=offset.device)
-    last = torch.cat([last[:-1], last.new_ones(1)]).expand(*top.shape[:-2], 1, dimension + 1)
+    last = _last_row(dimension, offset.dtype, offset.device).expand(*top.shape[:-2], 1, dimension + 1)
     return torch.cat([top, last], dim=-2)
+
+
+@constant
+def _last_row(dimension: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([0.0] * dimension + [1.0], dtype=dtype, device=device)
 
 
 def apply_matrix(matrix: Tensor, points: Tensor, *, vectors: bool = False) -> Tensor:
@@ -223,7 +232,7 @@ class Grid:
     # -- coordinates ------------------------------------------------------------------------------------------
 
     def _count(self) -> Tensor:
-        return torch.tensor(self.size, dtype=torch.float64, device=self.center.device)
+        return _count(self.size, self.center.device)
 
     def _half(self, axes: Axes) -> Tensor:
         """Half of the cube's width in voxels."""

@@ -27,13 +27,20 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("sampling.c")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-SPLIT = 16384  # samples per thread below which a hand-over costs more than it gains
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
+SPLIT = 32768  # samples per thread below which a hand-over costs more than it gains
 
 
 def name(dtype: torch.dtype, dimension: int) -> str:
     """The symbol of the kernel for one scalar type and dimension."""
     return f"linear_{'float' if dtype == torch.float32 else 'double'}_{dimension}"
+
+
+def padding_code(padding: str | float) -> tuple[ctypes.c_int, ctypes.c_double]:
+    """How the kernels are told what lies outside: a mode, and the constant that stands in for voxels there."""
+    named = {"border": 0, "zeros": 1, "reflection": 2}
+    fill = 0.0 if isinstance(padding, str) else float(padding)
+    return ctypes.c_int(named[padding] if isinstance(padding, str) else 1), ctypes.c_double(fill)
 
 
 def _unit() -> str:
@@ -114,12 +121,15 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="fnreg")
 
 
-def parallel(call: Callable[[int, int], object], samples: int) -> None:
-    """Run `call(begin, end)` over [0, samples) in as many threads as torch uses; ctypes releases the lock."""
-    threads = max(1, min(torch.get_num_threads(), samples // SPLIT))
-    bounds = [samples * t // threads for t in range(threads + 1)]
+def parallel(call: Callable[[int, int], object], tasks: int, each: int = 1) -> None:
+    """Run `call(begin, end)` over [0, tasks) of `each` samples in as many threads as torch uses.
+
+    ctypes releases the lock.
+    """
+    threads = max(1, min(torch.get_num_threads(), tasks, tasks * each // SPLIT))
+    bounds = [tasks * t // threads for t in range(threads + 1)]
     if threads == 1:
-        call(0, samples)
+        call(0, tasks)
         return
     waiting = [
         _pool(torch.get_num_threads(), os.getpid()).submit(call, a, b) for a, b in itertools.pairwise(bounds[1:])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, jacfwd, jvp, vmap
+from torch.func import grad_and_value, jacfwd, jvp, vjp, vmap
 
 from fnreg.grid import apply_matrix, index_points
 from fnreg.image import Image
@@ -20,6 +20,7 @@ from fnreg.losses.terms import Objective
 from fnreg.pytree import (
     Axes,
     batch_axes,
+    is_tracked,
     pytree_dataclass,
     tree_flatten,
     tree_leaves,
@@ -29,6 +30,7 @@ from fnreg.pytree import (
     tree_vmap,
 )
 from fnreg.sampling import Padding, Sampled, sample
+from fnreg.squares import squares
 from fnreg.transforms.base import Domain, Mapping, Transform, domain_ranks, single
 
 
@@ -66,6 +68,11 @@ def _pair_matrix(transform: Transform, params: Any, pair: Pair) -> Tensor:
     """(D, D + 1) float64 from voxel index of the fixed grid to that of the moving grid, for linear maps."""
     assert pair.to_moving is not None
     return (pair.to_moving @ transform.matrix(params, pair.domain) @ pair.from_fixed)[:-1]
+
+
+def _world_matrix(transform: Transform, step: Any, params: Any, domain: Domain) -> Tensor:
+    """(D + 1, D + 1) in world coordinates after a step."""
+    return transform.matrix(transform.perturb(params, step, domain), domain)
 
 
 def _pair_coords(transform: Transform, params: Any, pair: Pair) -> Tensor:
@@ -214,7 +221,7 @@ class Level:
         bound = functools.partial(function, self.transform, self.padding)
         return tree_vmap(bound, (*(None for _ in batched), self.axes), *batched, self.pairs)
 
-    @property
+    @functools.cached_property
     def _domain_axes(self) -> Axes:
         return batch_axes("domain", self.pairs.domain, domain_ranks(self.pairs.domain))[0]
 
@@ -225,6 +232,10 @@ class Level:
 
     def zero_step(self) -> Any:
         """The step of no change, (B, ...)."""
+        return self._zero
+
+    @functools.cached_property
+    def _zero(self) -> Any:
         zero = self.transform.zero_step(single(self.pairs.domain))
         return tree_map(lambda leaf: leaf.expand(self.size, *leaf.shape), zero)
 
@@ -234,7 +245,44 @@ class Level:
 
     def gradient(self, params: Any) -> tuple[Any, Tensor]:
         """Gradient by the step, and the value (B,)."""
-        return self._over(_pair_gradient, params)
+        return self._gradient_of_squares(params) or self._over(_pair_gradient, params)
+
+    @functools.cached_property
+    def _by_squares(self) -> bool:
+        """Whether the objective is what `squares` computes: mean squares under a linear map."""
+        pairs, linear = self.pairs, self.transform.linear and self.pairs.to_moving is not None
+        plain = pairs.objective.mean_squares() is not None and pairs.moving_mask is None
+        return linear and plain and not is_tracked(pairs)
+
+    def _gradient_of_squares(self, params: Any) -> tuple[Any, Tensor] | None:
+        """The gradient by one pass over the images, which gives the derivative by the matrices."""
+        if not self._by_squares or is_tracked(params):
+            return None
+        pairs, domain, axes = self.pairs, self.pairs.domain, self._domain_axes
+
+        def matrices(step: Any) -> Tensor:
+            return tree_vmap(functools.partial(_world_matrix, self.transform), (None, None, axes), step, params, domain)
+
+        made: Any = vjp(matrices, self.zero_step())
+        world, pull = made
+        # Index to index is to_moving @ world @ from_fixed; a batch times one matrix is the faster order.
+        assert pairs.to_moving is not None
+        left, right = pairs.to_moving[..., :-1, :], pairs.from_fixed
+        rank = pairs.fixed.grid.ndim + 1
+        moving, fixed = pairs.moving.data, pairs.fixed.data
+        images = [None if t is None else t.reshape(-1, *t.shape[-rank:]) for t in (moving, fixed, pairs.fixed_mask)]
+        found = squares(*images, ((world @ right).mT @ left.mT).mT, padding=self.padding)  # type: ignore[arg-type]
+        if found is None:
+            return None
+        known = found.weight > 0
+        weight = pairs.objective.mean_squares()
+        assert weight is not None
+        factor = weight / (torch.where(known, found.weight, 1) * pairs.fixed.channels)
+        by_matrix = found.by_matrix * factor.reshape(-1, 1, 1)
+        (gradient,) = pull(((by_matrix @ right.mT).mT @ left).mT)
+        if type(self.transform).precondition is not Transform.precondition:
+            gradient = tree_vmap(self.transform.precondition, (None, axes), gradient, domain)
+        return gradient, torch.where(known, found.value * factor, torch.inf).to(fixed.dtype)
 
     def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Value (B,), J^T r (B, P) and J^T J (B, P, P)."""

@@ -16,16 +16,31 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
+import optree
 import torch
 from torch import Tensor
+from torch._functorch import vmap as _functorch_vmap
 from torch.utils import _pytree as _torch_pytree
 
 CONSTANT_BYTES = 2**27
 T = TypeVar("T")
 Axes = tuple[int | None, ...]  # per leaf: 0 for a leading batch axis, None for a shared leaf
 
-tree_flatten = _torch_pytree.tree_flatten
-tree_unflatten = _torch_pytree.tree_unflatten
+NAMESPACE = "fnreg"
+_torch_vmap: Any = _functorch_vmap
+
+# A tree is taken apart dozens of times per step of a solver: optree, which torchopt brings along, does it in C++.
+# The keys of a dict are in sorted order there.
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves in order, None among them, and the structure."""
+    return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)  # type: ignore[return-value]
+
+
+def tree_unflatten(leaves: Sequence[Any], structure: Any) -> Any:
+    """The tree of a structure with these leaves."""
+    return optree.tree_unflatten(structure, leaves)
 
 
 def static(**options: Any) -> Any:
@@ -35,7 +50,7 @@ def static(**options: Any) -> Any:
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static))
 def pytree_dataclass(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen dataclass and register it for torch's pytree functions.
+    """Make `cls` a frozen dataclass and register it for torch's pytree functions and for optree.
 
     Unflattening does not run `__init__`: transformed leaves (batched, traced, plain numbers) pass unchecked.
     """
@@ -71,6 +86,18 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
         serialized_type_name=f"{made.__module__}.{made.__qualname__}",
         flatten_with_keys_fn=flatten_with_keys,
     )
+
+    def flatten_with_names(value: Any) -> tuple[list[Any], Any, tuple[str, ...]]:
+        leaves, context = flatten(value)
+        return leaves, context, context[0]
+
+    optree.register_pytree_node(
+        made,  # type: ignore[arg-type]
+        flatten_with_names,
+        lambda context, leaves: unflatten(leaves, context),
+        path_entry_type=optree.GetAttrEntry,
+        namespace=NAMESPACE,
+    )
     return made
 
 
@@ -85,7 +112,7 @@ def tree_map(function: Callable[..., Any], tree: T, *others: Any) -> T:
     def apply(leaf: Any, *rest: Any) -> Any:
         return None if leaf is None else function(leaf, *rest)
 
-    return _torch_pytree.tree_map(apply, tree, *others)  # type: ignore[no-any-return]
+    return optree.tree_map(apply, tree, *others, none_is_leaf=True, namespace=NAMESPACE)  # type: ignore[return-value]
 
 
 def tree_where(mask: Tensor, yes: T, no: T) -> T:
@@ -115,8 +142,8 @@ def tree_detach(tree: T) -> T:
 
 def tree_paths(tree: Any) -> list[str]:
     """A readable name for each leaf, such as `grid.spacing`."""
-    keyed = _torch_pytree.tree_flatten_with_path(tree)[0]
-    return [_torch_pytree.keystr(path).lstrip(".") for path, _ in keyed]
+    accessors = optree.tree_accessors(tree, none_is_leaf=True, namespace=NAMESPACE)
+    return [accessor.codify("").lstrip(".") for accessor in accessors]
 
 
 def same_structure(a: Any, b: Any) -> bool:
@@ -187,26 +214,25 @@ def tree_vmap(function: Callable[..., Any], axes: Sequence[Axes | None], *trees:
     A batch of one is called directly, which spares the overhead of vmap.
     """
     flat = [tree_flatten(tree) for tree in trees]
-    counts = [len(leaves) for leaves, _ in flat]
-    dims = [(0,) * n if a is None else a for a, n in zip(axes, counts, strict=True)]
-    lengths = [
-        leaf.shape[0]
-        for (leaves, _), d in zip(flat, dims, strict=True)
-        for leaf, a in zip(leaves, d, strict=True)
-        if a == 0
-    ]
-    if max(lengths, default=0) == min(lengths, default=1) == 1:
+    dims = [(0,) * len(leaves) if a is None else a for (leaves, _), a in zip(flat, axes, strict=True)]
+    paired = [list(zip(leaves, d, strict=True)) for (leaves, _), d in zip(flat, dims, strict=True)]
+    sizes = {leaf.shape[0] for pairs in paired for leaf, axis in pairs if axis == 0}
+    if sizes == {1}:
         ones = [tree_take(tree, 0, d) for tree, d in zip(trees, dims, strict=True)]
         return tree_map(lambda leaf: leaf.unsqueeze(0), function(*ones))
+    if len(sizes) != 1:
+        raise ValueError(f"expected batch axes of one length, got {sorted(sizes) or 'none'}")
+    # As `torch.func.vmap` without its care for nested in_dims and out_dims, which takes longer than a small function.
+    (size,) = sizes
+    _torch_vmap.lazy_load_decompositions()
+    with _torch_vmap.vmap_increment_nesting(size, "error") as level:
 
-    def on_leaves(*leaves: Any) -> Any:
-        rest = iter(leaves)
-        parts = [
-            tree_unflatten([next(rest) for _ in range(n)], spec) for n, (_, spec) in zip(counts, flat, strict=True)
-        ]
-        return function(*parts)
+        def enter(leaf: Any, axis: int | None) -> Any:
+            return leaf if axis is None else _torch_vmap._add_batch_dim(leaf, axis, level)
 
-    return torch.func.vmap(on_leaves, in_dims=tuple(sum(dims, ())))(*(leaf for leaves, _ in flat for leaf in leaves))
+        inside = [[enter(leaf, axis) for leaf, axis in pairs] for pairs in paired]
+        found = function(*(tree_unflatten(leaves, spec) for leaves, (_, spec) in zip(inside, flat, strict=True)))
+        return tree_map(lambda leaf: _torch_vmap._remove_batch_dim(leaf, level, size, 0), found)
 
 
 def stack(items: Sequence[T]) -> T:
@@ -265,3 +291,9 @@ def is_transformed(*trees: Any) -> bool:
     """Whether a leaf is inside a torch.func transform."""
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     return any(isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves(trees))
+
+
+def is_tracked(*trees: Any) -> bool:
+    """Whether a leaf is inside a torch.func transform or recorded by autograd: then only torch may compute with it."""
+    recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(trees))
+    return recorded or is_transformed(*trees)

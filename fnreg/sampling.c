@@ -15,6 +15,19 @@
 
 #ifndef COMMON
 #define COMMON
+/* Denormal numbers, as smoothing leaves them, count as zero in here: processors are slow with them. */
+#ifdef __SSE__
+#include <xmmintrin.h>
+static inline unsigned flush_denormals(void) {
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+    return before;
+}
+#define RESTORE(mode) _mm_setcsr(mode)
+#else
+static inline unsigned flush_denormals(void) { return 0; }
+#define RESTORE(mode) (void)(mode)
+#endif
 #define FLOOR_float floorf
 #define FLOOR_double floor
 enum { BORDER = 0, CONSTANT = 1, REFLECTION = 2, BLOCK = 128 };
@@ -25,7 +38,16 @@ enum { BORDER = 0, CONSTANT = 1, REFLECTION = 2, BLOCK = 128 };
 #define INDEX JOIN(NAME, _index)
 #define CELLS JOIN(NAME, _cells)
 #define PICK JOIN(NAME, _pick)
+#define CHANNEL JOIN(NAME, _channel)
+#define SQUARES JOIN(NAME, _squares)
 #define LERP(a, b, f) ((a) + ((b) - (a)) * (f))
+/* The sum of an expression over the samples q of a block, in vector lanes. */
+#define SUM(term)                                                      \
+    ({                                                                 \
+        REAL total = 0;                                                \
+        _Pragma("omp simd reduction(+ : total)") for (int q = 0; q < count; q++) total += (term); \
+        total;                                                         \
+    })
 
 /* Offsets of the lower and upper corner along one axis, whether each is known, and the fraction between. */
 typedef struct {
@@ -131,11 +153,42 @@ static inline __attribute__((always_inline)) void CELLS(const JOIN(NAME, _block)
     }
 }
 
+/* Value and gradient of one channel at the samples of a block whose coordinates begin at `x`, the rows `row` apart;
+ * `special` says that some lie on a knot or are not numbers. */
+static inline __attribute__((always_inline)) void CHANNEL(const JOIN(NAME, _block) *restrict s, const REAL *image,
+                                                          const REAL *x, int64_t row, int count, int special,
+                                                          const int64_t *n, const int64_t *stride, int mode, REAL fill,
+                                                          REAL near, REAL *restrict v, REAL *restrict g,
+                                                          int64_t points) {
+    if (mode == CONSTANT)
+        CELLS(s, image, count, 1, fill, v, g, points);
+    else
+        CELLS(s, image, count, 0, fill, v, g, points);
+    if (!special) return;
+    JOIN(NAME, _block) one;
+    for (int q = 0; q < count; q++) {
+        int lost = 0;
+        for (int k = 0; k < DIM; k++) lost |= x[k * row + q] != x[k * row + q];
+        for (int k = 0; k < DIM && !lost; k++) {
+            const REAL f = s->fraction[k][q];
+            if (!(f < near || f > 1 - near)) continue;
+            REAL other_value, other[DIM]; /* the cell on the other side of the knot */
+            for (int j = 0; j < DIM; j++)
+                INDEX(&one, j, x + j * row + q, j != k ? 0 : f < near ? -1 : 1, 1, n[j], stride[j], mode, near);
+            CELLS(&one, image, 1, mode == CONSTANT, fill, &other_value, other, 1);
+            g[k * points + q] = (g[k * points + q] + other[k]) / 2;
+        }
+        if (!lost) continue;
+        v[q] = (REAL)NAN;
+        for (int k = 0; k < DIM; k++) g[k * points + q] = (REAL)NAN;
+    }
+}
+
 void NAME(const REAL *data, const REAL *coords, REAL *value, REAL *gradient, REAL *inside, const int64_t *n,
-          int64_t items, int64_t channels, int64_t points, int64_t div, int mode, double fill_value, double tolerance,
+          int64_t items, int64_t channels, int64_t points, int64_t div, int mode, double fill, double tolerance,
           int64_t begin, int64_t end) {
-    const REAL fill = (REAL)fill_value, near = (REAL)tolerance;
-    JOIN(NAME, _block) block, one;
+    const unsigned mode_before = flush_denormals();
+    JOIN(NAME, _block) block;
     int64_t stride[DIM], voxels = 1;
     for (int k = 0; k < DIM; k++) { stride[k] = voxels; voxels *= n[k]; }
     for (int64_t s = begin; s < end;) {
@@ -145,40 +198,74 @@ void NAME(const REAL *data, const REAL *coords, REAL *value, REAL *gradient, REA
         const REAL *x = coords + b * DIM * points + p;
         int special = 0;
         for (int k = 0; k < DIM; k++)
-            special |= INDEX(&block, k, x + k * points, 0, count, n[k], stride[k], mode, near);
+            special |= INDEX(&block, k, x + k * points, 0, count, n[k], stride[k], mode, (REAL)tolerance);
         for (int q = 0; q < count; q++) inside[s + q] = block.inside[q];
         for (int64_t channel = 0; channel < channels; channel++) {
-            const REAL *image = data + (((b / div) % items) * channels + channel) * voxels;
             const int64_t out = b * channels + channel;
-            REAL *v = value + out * points + p, *g = gradient + out * DIM * points + p;
-            if (mode == CONSTANT)
-                CELLS(&block, image, count, 1, fill, v, g, points);
-            else
-                CELLS(&block, image, count, 0, fill, v, g, points);
-            if (!special) continue;
-            for (int q = 0; q < count; q++) {
-                int lost = 0;
-                for (int k = 0; k < DIM; k++) lost |= x[k * points + q] != x[k * points + q];
-                for (int k = 0; k < DIM && !lost; k++) {
-                    const REAL f = block.fraction[k][q];
-                    if (!(f < near || f > 1 - near)) continue;
-                    REAL other_value, other[DIM]; /* the cell on the other side of the knot */
-                    for (int j = 0; j < DIM; j++)
-                        INDEX(&one, j, x + j * points + q, j != k ? 0 : f < near ? -1 : 1, 1, n[j], stride[j], mode,
-                              near);
-                    CELLS(&one, image, 1, mode == CONSTANT, fill, &other_value, other, 1);
-                    g[k * points + q] = (g[k * points + q] + other[k]) / 2;
-                }
-                if (!lost) continue;
-                v[q] = (REAL)NAN;
-                for (int k = 0; k < DIM; k++) g[k * points + q] = (REAL)NAN;
-            }
+            CHANNEL(&block, data + (((b / div) % items) * channels + channel) * voxels, x, points, count, special, n,
+                    stride, mode, (REAL)fill, (REAL)tolerance, value + out * points + p,
+                    gradient + out * DIM * points + p, points);
         }
         s += count;
     }
+    RESTORE(mode_before);
+}
+
+/* Squared difference under a linear map of the coordinates, nothing but sums in memory:
+ *   sum w, sum w r^2 and sum w r dm/dx_k x_j over the points x = (x, y[, z], 1),  r = m(A x) - f,
+ * w the inside of the moving image (unless `everywhere`) times the mask.  One task is a chunk of one pair's points, so
+ * that the order of the sums depends neither on the batch nor on the threads. */
+void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL *matrices, const REAL *index,
+             double *sums, const int64_t *n, const int64_t *items, int64_t channels, int64_t points, int64_t chunk,
+             int everywhere, int mode, double fill, double tolerance, int64_t begin, int64_t end) {
+    const unsigned mode_before = flush_denormals();
+    JOIN(NAME, _block) block;
+    REAL x[DIM][BLOCK], value[BLOCK], gradient[DIM][BLOCK], weight[BLOCK];
+    int64_t stride[DIM], voxels = 1;
+    for (int k = 0; k < DIM; k++) { stride[k] = voxels; voxels *= n[k]; }
+    const int64_t chunks = (points + chunk - 1) / chunk;
+    for (int64_t task = begin; task < end; task++) {
+        const int64_t b = task / chunks, first = (task - b * chunks) * chunk;
+        const int64_t last = first + chunk < points ? first + chunk : points;
+        const REAL *m = moving + b % items[0] * channels * voxels, *f = fixed + b % items[1] * channels * points;
+        const REAL *w = mask ? mask + b % items[2] * points : 0, *A = matrices + b % items[3] * DIM * (DIM + 1);
+        double *out = sums + task * (2 + DIM * (DIM + 1));
+        for (int k = 0; k < 2 + DIM * (DIM + 1); k++) out[k] = 0;
+        for (int64_t p = first; p < last; p += BLOCK) {
+            const int count = (int)(last - p < BLOCK ? last - p : BLOCK);
+            int special = 0;
+            for (int k = 0; k < DIM; k++) {
+                for (int q = 0; q < count; q++) x[k][q] = A[k * (DIM + 1) + DIM];
+                for (int j = 0; j < DIM; j++)
+                    for (int q = 0; q < count; q++) x[k][q] += A[k * (DIM + 1) + j] * index[j * points + p + q];
+                special |= INDEX(&block, k, x[k], 0, count, n[k], stride[k], mode, (REAL)tolerance);
+            }
+            for (int q = 0; q < count; q++) weight[q] = everywhere ? (REAL)1 : block.inside[q];
+            if (w)
+                for (int q = 0; q < count; q++) weight[q] *= w[p + q];
+            out[0] += SUM(weight[q]);
+            for (int64_t channel = 0; channel < channels; channel++) {
+                CHANNEL(&block, m + channel * voxels, x[0], BLOCK, count, special, n, stride, mode, (REAL)fill,
+                        (REAL)tolerance, value, gradient[0], BLOCK);
+                const REAL *other = f + channel * points + p;
+                for (int q = 0; q < count; q++) value[q] -= other[q];
+                out[1] += SUM(weight[q] * value[q] * value[q]);
+                for (int k = 0; k < DIM; k++) {
+                    double *by = out + 2 + k * (DIM + 1);
+                    for (int q = 0; q < count; q++) gradient[k][q] *= weight[q] * value[q];
+                    for (int j = 0; j < DIM; j++) by[j] += SUM(gradient[k][q] * index[j * points + p + q]);
+                    by[DIM] += SUM(gradient[k][q]);
+                }
+            }
+        }
+    }
+    RESTORE(mode_before);
 }
 
 #undef INDEX
+#undef CHANNEL
+#undef SQUARES
+#undef SUM
 #undef CELLS
 #undef PICK
 #undef SIDE

@@ -133,6 +133,11 @@ class Objective:
         assert total is not None
         return total, values
 
+    def mean_squares(self) -> Tensor | None:
+        """The factor of `mse` where there is no other term, else None."""
+        plain = all(term.function is functional.mse and not term.options for term in self.terms)
+        return torch.as_tensor(sum(term.weight for term in self.terms)) if plain else None
+
     def check_squares(self) -> None:
         """ValueError where a term is no sum of squares, or a weight is negative and can be looked at."""
         for term in self.terms:

@@ -13,6 +13,7 @@ own axes: the results do not depend on how the same scan is stored.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fnreg.grid import Grid, apply_matrix, homogeneous, index_points
-from fnreg.pytree import is_concrete
+from fnreg.pytree import constant, is_concrete
 from fnreg.transforms.base import Domain, Mapping, Params, Step, Transform, first_domain, single
 from fnreg.transforms.rotation import (
     angle_to_matrix,
@@ -35,8 +36,13 @@ from fnreg.transforms.rotation import (
 
 def _spread(domain: Grid) -> Tensor:
     """Root mean square distance of the voxels from the centre along each axis, in voxels (D,)."""
-    squares = torch.tensor([max(n * n - 1, 3) / 12 for n in domain.size], dtype=torch.float64)
-    return squares.sqrt().to(domain.center.device)
+    return _spread_of(domain.size, domain.center.device)
+
+
+@constant
+def _spread_of(size: tuple[int, ...], device: torch.device) -> Tensor:
+    squares = torch.tensor([max(n * n - 1, 3) / 12 for n in size], dtype=torch.float64)
+    return squares.sqrt().to(device)
 
 
 def _turning(domain: Grid) -> Tensor:
@@ -199,10 +205,8 @@ class Linear(Transform, abstract=True):
 
     def matrix(self, params: Params, domain: Domain) -> Tensor:
         grid = first_domain(domain)
-        linear = torch.eye(grid.ndim, dtype=torch.float64, device=grid.center.device)
-        for name in self.parts:
-            part = _PARTS[name].matrix(params[name], grid)
-            linear = part if name == self.parts[0] else linear @ part
+        factors = [_PARTS[name].matrix(params[name], grid) for name in self.parts]
+        linear = functools.reduce(torch.matmul, factors) if factors else _Matrix.init(grid)
         shift = grid.center - linear @ grid.center
         return homogeneous(linear, shift + params["translation"] if self.translates else shift)
 

@@ -1,0 +1,74 @@
+"""The squared difference of two images under linear maps, with its derivative by the maps, in one pass.
+
+What a rigid or affine registration by mean squares asks for at every step.  Composed of sampling and a loss it reads
+and writes every intermediate image; here nothing but sums is written.  There is no plain torch path: callers compose
+the same from its parts where `squares` gives None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fnreg import native
+from fnreg.grid import index_points
+from fnreg.sampling import KNOT, Padding
+
+CHUNK = 16384  # points that are summed in one go: fixed, so that sums do not depend on the number of threads
+
+
+class Squares(NamedTuple):
+    """Sums over the voxels of each pair's fixed grid and over channels, float64, of r = moving(A i) - fixed(i)."""
+
+    weight: Tensor  # (B,) sum w, of one channel
+    value: Tensor  # (B,) sum w r^2
+    by_matrix: Tensor  # (B, D, D + 1) derivative of the value by the matrix A, the weights held
+
+
+def squares(
+    moving: Tensor,
+    fixed: Tensor,
+    mask: Tensor | None,
+    matrices: Tensor,
+    *,
+    padding: Padding | None = None,
+) -> Squares | None:
+    """Sums of squares for a batch of pairs; None where there is no kernel for the device, type or compiler.
+
+    moving : (B, C, [Z,] Y, X), or with a batch axis of 1 for all
+    fixed, mask : (B or 1, C, [Z,] Y, X), (B or 1, 1, [Z,] Y, X)
+    matrices : (B, D, D + 1) from voxel index of the fixed grid to voxel index of the moving image
+    padding : None gives voxels that map outside no weight, see `register`
+
+    The tensors are plain: neither batched nor differentiated by torch.func.
+    """
+    if moving.device.type != "cpu" or moving.dtype not in KNOT or math.prod(moving.shape[2:]) >= 2**31:
+        return None
+    library = native.load()
+    if library is None or torch.compiler.is_compiling():
+        return None
+    batch, dimension = matrices.shape[:2]
+    points = math.prod(fixed.shape[2:])
+    index = index_points(tuple(fixed.shape[:1:-1]), moving.dtype, moving.device)
+    matrices = matrices.to(moving.dtype)
+    given = [None if t is None else t.contiguous() for t in (moving, fixed, mask, matrices, index)]
+    chunks = -(-points // CHUNK)
+    sums = torch.empty(batch, chunks, 2 + dimension * (dimension + 1), dtype=torch.float64)
+    kernel: Any = getattr(library, native.name(moving.dtype, dimension) + "_squares")
+    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (*given, sums)]
+    size = (ctypes.c_int64 * dimension)(*moving.shape[:1:-1])
+    items = (ctypes.c_int64 * 4)(*(1 if t is None else t.shape[0] for t in given[:4]))
+    counts = [ctypes.c_int64(v) for v in (moving.shape[1], points, CHUNK)]
+    mode, fill = native.padding_code("border" if padding is None else padding)
+    options = (ctypes.c_int(padding is not None), mode, fill, ctypes.c_double(KNOT[moving.dtype]))
+
+    def call(begin: int, end: int) -> None:
+        kernel(*pointers, size, items, *counts, *options, ctypes.c_int64(begin), ctypes.c_int64(end))
+
+    native.parallel(call, batch * chunks, each=min(points, CHUNK))
+    total = sums.sum(1)
+    return Squares(total[:, 0], total[:, 1], 2 * total[:, 2:].reshape(batch, dimension, dimension + 1))

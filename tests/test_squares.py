@@ -1,0 +1,165 @@
+"""Squares in one pass: equal to the composition of sampling and loss that it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+from torch.testing import assert_close
+
+from fnreg import (
+    Affine,
+    Grid,
+    Image,
+    Rigid,
+    Sequential,
+    Subject,
+    Transform,
+    Translation,
+    mse,
+    native,
+    ncc,
+    register,
+    stack,
+)
+from fnreg.grid import index_points
+from fnreg.inputs import prepare
+from fnreg.losses.terms import objective
+from fnreg.problem import Level, _pair_gradient  # pyright: ignore[reportPrivateUsage]
+from fnreg.pytree import tree_map
+from fnreg.sampling import sample
+from fnreg.squares import Squares, squares
+from tests.scenes import equal_bits
+
+pytestmark = pytest.mark.skipif(
+    native.load() is None, reason="squares need a C compiler; without one nobody calls them"
+)
+
+SHAPES = {1: (37,), 2: (19, 23), 3: (30, 27, 25)}  # the last is more than one chunk
+
+
+def composed(moving: Tensor, fixed: Tensor, mask: Tensor, matrix: Tensor, padding: Any) -> Squares:
+    """The same sums for one pair, by sampling and autograd."""
+    index = index_points(tuple(fixed.shape[:0:-1]), fixed.dtype, fixed.device)
+
+    def energy(a: Tensor) -> tuple[Tensor, Tensor]:
+        seen = sample(moving, a @ index, padding="border" if padding is None else padding)
+        weights = mask.flatten() * (seen.inside if padding is None else 1)
+        return (weights * (seen.value - fixed.flatten(1)).square()).sum(), weights.sum()
+
+    gradient, (value, weight) = grad_and_value(energy, has_aux=True)(matrix)
+    return Squares(weight, value, gradient)
+
+
+@pytest.mark.parametrize("dimension", (1, 2, 3))
+@pytest.mark.parametrize("padding", (None, "border", "zeros", "reflection", 0.3))
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_sums_are_those_of_sampling_and_squaring(dimension: int, padding: Any, masked: bool, dtype: Any) -> None:
+    torch.manual_seed(dimension)
+    pairs, channels, shape = 4, 2, SHAPES[dimension]
+    moving = torch.randn(pairs, channels, *shape, dtype=dtype)
+    fixed = torch.randn(1, channels, *shape, dtype=dtype)
+    mask = torch.rand(pairs, 1, *shape, dtype=dtype) if masked else None
+    same = torch.eye(dimension + 1, dtype=dtype)[:-1]
+    matrices = same + 0.2 * torch.randn(pairs, dimension, dimension + 1, dtype=dtype)
+    matrices[0] = same  # all on knots
+    found = squares(moving, fixed, mask, matrices, padding=padding)
+    assert found is not None
+    weights = torch.ones(pairs, 1, *shape, dtype=dtype) if mask is None else mask
+
+    def truth(kind: torch.dtype) -> Any:
+        given = [x.to(kind) for x in (moving, weights, matrices)]
+        return vmap(lambda m, w, a: composed(m, fixed[0].to(kind), w, a, padding))(*given)
+
+    for name, value, exact, apart in zip(Squares._fields, found, truth(torch.float64), truth(dtype), strict=True):
+        assert value.dtype == torch.float64
+        scale = float(exact.abs().max())
+        error, usual = (float((x.double() - exact).abs().max()) / scale for x in (value, apart))
+        # float32 may not be further from the truth than the composition, up to chance
+        assert error < (1e-12 if dtype == torch.float64 else max(2 * usual, 1e-5)), f"{name}: {error}, {usual}"
+
+
+def test_neither_batch_nor_threads_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    moving, fixed = torch.randn(2, 5, 1, 30, 40, 20)
+    matrices = torch.eye(4)[:3] + 0.1 * torch.randn(5, 3, 4)
+    whole = squares(moving, fixed, None, matrices)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert equal_bits(squares(moving, fixed, None, matrices), whole)
+    for pair in range(5):
+        alone = squares(moving[pair : pair + 1], fixed[pair : pair + 1], None, matrices[pair : pair + 1])
+        assert whole is not None
+        assert equal_bits(alone, tree_map(lambda leaf, pair=pair: leaf[pair : pair + 1], whole))
+
+
+def test_a_matrix_that_is_not_a_number_gives_none() -> None:
+    matrices = torch.eye(3)[:2].repeat(2, 1, 1)
+    matrices[0, 0, 0] = torch.nan
+    found = squares(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8), None, matrices)
+    assert found is not None
+    assert bool(found.value[0].isnan())
+    assert bool(found.value[1].isfinite())
+
+
+# -- where a registration uses it ------------------------------------------------------------------------------
+
+
+def levels(transform: Transform, weight: Any = 1.0, **parts: Any) -> tuple[Level, Any]:
+    """A batch of three pairs at one level, and parameters off the knots."""
+    torch.manual_seed(1)
+    grid = Grid((12, 10), spacing=(1.0, 1.5), direction=[[0.6, -0.8], [0.8, 0.6]])
+    fixed, moving = (stack([Image(torch.randn(2, 10, 12, dtype=torch.float64), grid)] * 3) for _ in "ab")
+    subjects = [Subject(image, mask=parts.get(name)) for name, image in (("fixed", fixed), ("moving", moving))]
+    whole = prepare(*subjects, None, levels=1, min_size=4)
+    level = whole.level(0, transform, objective(weight * mse), 3, parts.get("padding"))
+    params = tree_map(lambda leaf: leaf.expand(3, *leaf.shape), transform.init(grid))
+    step = tree_map(lambda leaf: 0.3 * torch.randn_like(leaf), level.zero_step())
+    return level, level.retract(params, step)
+
+
+@pytest.mark.parametrize("transform", (Rigid(), Affine(), Sequential((Translation(), Affine()))))
+@pytest.mark.parametrize("padding", (None, "border"))
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("weight", (0.5, torch.tensor([1.0, 2.0, 0.25])))
+def test_gradients_of_a_level_are_those_of_its_parts(
+    transform: Transform, padding: Any, masked: bool, weight: Any
+) -> None:
+    mask = torch.rand(3, 1, 10, 12, dtype=torch.float64) if masked else None
+    level, params = levels(transform, weight, padding=padding, fixed=mask)
+    assert level._by_squares  # pyright: ignore[reportPrivateUsage]
+    gradient, value = level.gradient(params)
+    expected, same = level._over(_pair_gradient, params)  # pyright: ignore[reportPrivateUsage]
+    tree_map(lambda a, b: assert_close(a, b, rtol=1e-11, atol=1e-12), gradient, expected)
+    assert_close(value, same, rtol=1e-12, atol=0)
+
+
+def test_what_needs_more_takes_the_way_through_its_parts() -> None:
+    level, params = levels(Rigid())
+    masked = levels(Rigid(), moving=torch.ones(1, 10, 12, dtype=torch.float64))[0]
+    other = dataclasses.replace(level, pairs=dataclasses.replace(level.pairs, objective=mse + 0.1 * ncc))
+    data = level.pairs.fixed.data.clone().requires_grad_()
+    image = dataclasses.replace(level.pairs.fixed, data=data)
+    recorded = dataclasses.replace(level, pairs=dataclasses.replace(level.pairs, fixed=image))
+    assert [part._by_squares for part in (level, masked, other, recorded)] == [True, False, False, False]  # pyright: ignore[reportPrivateUsage]
+    assert bool(masked.gradient(params)[1].isfinite().all())
+
+
+def test_without_overlap_the_value_is_infinite() -> None:
+    level, params = levels(Translation())
+    away = {"translation": params["translation"] + torch.tensor([1e3, 0.0])}
+    assert level.gradient(away)[1].tolist() == [torch.inf] * 3
+
+
+def test_without_a_compiler_a_registration_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2)
+    image = Image(torch.rand(1, 20, 20, dtype=torch.float64)).gaussian(2.0)
+    moving = Image(image.data, origin=(1.3, -0.7))
+    expected = register(image, moving, Rigid(), levels=2, steps=20)
+    monkeypatch.setattr(native, "load", lambda: None)
+    found = register(image, moving, Rigid(), levels=2, steps=20)
+    assert_close(found.mapping.matrix(), expected.mapping.matrix(), rtol=0, atol=1e-9)
