@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import fnreg
-from fnreg import data, plot
+from fnreg import Grid, Image, Mapping, Transform, data, plot
 
 pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -142,7 +144,11 @@ def test_what_cannot_be_shown_is_told(pair: Any) -> None:
     small = fnreg.Image(torch.rand(1, 8, 8))
     solid = fnreg.Image(torch.rand(1, 4, 8, 8))
     with pytest.raises(ValueError, match="take a slice"):
-        plot.overview(solid, solid, solid)
+        plot.batch(solid, solid, solid)
+    with pytest.raises(ValueError, match="moving has 3 spatial axes but fixed has 2"):
+        plot.overview(fixed, solid, fixed)
+    with pytest.raises(ValueError, match="fixed has 1 spatial axis"):
+        plot.difference(fnreg.Image(torch.rand(1, 8)), fixed)
     with pytest.raises(ValueError, match="fixed is a batch of 3"):
         plot.overview(many, moving, moving)
     with pytest.raises(ValueError, match="not on the grid of fixed"):
@@ -157,3 +163,349 @@ def test_what_cannot_be_shown_is_told(pair: Any) -> None:
         plot.batch(fixed, moving, moving)
     with pytest.raises(ValueError, match="show at least one"):
         plot.batch(many, many, many, count=0)
+
+
+# -- 3-D ---------------------------------------------------------------------------------------------------------
+
+
+def solid(direction: Any = None) -> Image:
+    grid = Grid((7, 6, 5), spacing=(1.0, 1.5, 2.0), center=(10.0, -20.0, 30.0), direction=direction)
+    return Image(torch.rand(1, *grid.shape), grid)
+
+
+def shown(figure: Figure) -> list[Any]:
+    return [axes for axes in figure.axes if axes.get_images() and axes.get_label() != "<colorbar>"]
+
+
+def pixels(axes: Any, number: int = 0) -> torch.Tensor:
+    return torch.as_tensor(axes.get_images()[number].get_array().filled(math.nan))
+
+
+def test_slices_are_layers_of_voxels() -> None:
+    image = solid()
+    figure = drawn(plot.slices(image, at=(11.2, -20.0, 27.0), unit="mm", title="solid"))
+    panel = shown(figure)
+    # index 4.2, 2.5 and 0.5: halves go down
+    assert [axes.get_title() for axes in panel] == ["z = 26", "y = -20.75", "x = 11"]
+    expected = image.data[0, 0], image.data[0, :, 2], image.data[0, :, :, 4]
+    for axes, layer in zip(panel, expected, strict=True):
+        assert torch.equal(pixels(axes), layer)
+    assert [(axes.get_xlabel(), axes.get_ylabel()) for axes in panel] == [
+        ("x (mm)", "y (mm)"),
+        ("x (mm)", "z (mm)"),
+        ("y (mm)", "z (mm)"),
+    ]
+    assert [axes.yaxis_inverted() for axes in panel] == [True, False, False]
+    assert panel[1].get_xlim() == pytest.approx((6.5, 13.5)) and panel[1].get_ylim() == pytest.approx((25.0, 35.0))
+    assert len({axes.get_images()[0].get_clim() for axes in panel}) == 1
+    assert [line.get_xdata()[0] for line in panel[0].lines[:1]] == [11.0]
+    for drawing in (
+        figure,
+        drawn(plot.overlay(image, image)),
+        drawn(plot.jacobian(Image(image.data - 0.1, image.grid))),
+    ):
+        panel = shown(drawing)
+        scales = [axes.get_window_extent().width / abs(axes.get_xlim()[1] - axes.get_xlim()[0]) for axes in panel]
+        assert max(scales) < 1.01 * min(scales) and all(axes.get_aspect() == 1 for axes in panel)
+    assert not shown(plot.slices(image, cross=False))[0].lines
+
+
+def test_slices_of_axes_in_another_order_show_the_same_world() -> None:
+    image = solid()
+    swapped = torch.tensor([[0.0, 0.0, -1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # stored as (y, z, -x)
+    grid = Grid((6, 5, 7), spacing=(1.5, 2.0, 1.0), center=(10.0, -20.0, 30.0), direction=swapped)
+    stored = Image(image.data.permute(0, 3, 1, 2).flip(1), grid)
+    for one, other in zip(shown(plot.slices(image)), shown(plot.slices(stored)), strict=True):
+        assert torch.equal(pixels(one), pixels(other))
+        assert one.get_title() == other.get_title() and one.get_xlim() == pytest.approx(other.get_xlim())
+
+
+def test_slices_of_an_oblique_image_lie_in_the_world() -> None:
+    turn = torch.linalg.matrix_exp(torch.tensor([[0.0, -0.3, 0.2], [0.3, 0.0, -0.4], [-0.2, 0.4, 0.0]]).double())
+    grid = solid(turn).grid
+    slope = torch.tensor([0.5, -0.25, 1.0]).double()
+    image = Image((grid.points() @ slope).reshape(1, *grid.shape), grid)
+    found = 0
+    for axes, both, through in zip(shown(drawn(plot.slices(image))), ((0, 1), (0, 2), (1, 2)), (2, 1, 0), strict=True):
+        place = axes.get_images()[0].get_transform() - axes.transData
+        values = pixels(axes)
+        for row, column in ((values.shape[0] // 2, values.shape[1] // 2), (values.shape[0] // 2 + 1, 4), (0, 0)):
+            point = grid.center.clone()
+            point[list(both)] = torch.tensor(place.transform((column, row))).double()
+            point[through] = float(axes.get_title().split(" = ")[1])
+            index = grid.world_to_index(point)
+            size = torch.tensor(grid.size)
+            if bool(((index >= 0) & (index <= size - 1)).all()):
+                assert float(values[row, column]) == pytest.approx(float(point @ slope), abs=2e-2)  # titles are rounded
+                found += 1
+            elif bool(((index < -0.5) | (index > size - 0.5)).any()):
+                assert math.isnan(values[row, column])
+    assert found >= 4
+
+
+def test_nan_does_not_spread() -> None:
+    image = solid()
+    image.data[0, 2, 3, 3] = math.nan
+    axes = shown(drawn(plot.slices(image, at=(10.0, -19.25, 30.0))))[0]
+    assert int(pixels(axes).isnan().sum()) == 1 and math.isnan(pixels(axes)[3, 3])
+
+
+def test_pairs_of_solids() -> None:
+    fixed, moving = solid(), Image(solid().data, origin=(0.0, 0.0, 0.0))
+    warped = Image(torch.rand_like(fixed.data), fixed.grid)
+    panel = shown(drawn(plot.overview(fixed, moving, warped, unit="mm", title="solids")))
+    assert len(panel) == 15
+    assert torch.equal(pixels(panel[0]), fixed.data[0, 2])
+    assert torch.equal(pixels(panel[1]), moving.data[0, 2])
+    assert torch.equal(pixels(panel[4]), (warped.data - fixed.data)[0, 2])
+    assert torch.equal(pixels(panel[12]), warped.data[0, :, :, 3])
+    change = shown(drawn(plot.difference(fixed, warped, at=(7.0, -20.0, 30.0))))
+    assert torch.equal(pixels(change[2]), (warped.data - fixed.data)[0, :, :, 0])
+    mixed = pixels(shown(drawn(plot.checkerboard(fixed, warped, tiles=5)))[0])
+    ours, theirs = mixed == fixed.data[0, 2], mixed == warped.data[0, 2]
+    assert bool((ours ^ theirs).all()) and bool(ours[0, 0]) and 0.3 < float(ours.double().mean()) < 0.7
+    assert len(shown(drawn(plot.overlay(fixed, warped)))) == 3
+
+
+def test_points_beyond_the_image_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"outside of the image: it covers x 6\.5 to 13\.5, y -24\.5 to -15\.5"):
+        plot.slices(solid(), at=(0.0, -20.0, 30.0))
+    with pytest.raises(ValueError, match="one world point"):
+        plot.slices(solid(), at=(0.0, 1.0))
+    with pytest.raises(ValueError, match="slices are of 3-D images"):
+        plot.slices(Image(torch.rand(1, 8, 8)))
+    with pytest.raises(ValueError, match="leave it out for 2-D"):
+        plot.difference(Image(torch.rand(1, 8, 8)), Image(torch.rand(1, 8, 8)), at=(0.0, 0.0, 0.0))
+
+
+# -- pairs and pyramids ------------------------------------------------------------------------------------------
+
+
+def test_overlay_has_an_image_per_colour() -> None:
+    fixed, warped = (Image(torch.rand(1, 6, 8) * 4 - 1) for _ in range(2))
+    low, high = torch.cat([fixed.data, warped.data]).aminmax()
+    red, green = ((image.data[0] - low) / (high - low) for image in (fixed, warped))
+    found = pixels(shown(drawn(plot.overlay(fixed, warped, title="overlay")))[0])
+    expected = torch.stack([red, green, torch.zeros_like(red), torch.ones_like(red)], -1)
+    torch.testing.assert_close(found, expected)
+    magenta = pixels(shown(plot.overlay(fixed, warped, colours="magenta-green"))[0])
+    torch.testing.assert_close(magenta[..., 2], red)
+    with pytest.raises(ValueError, match="unknown colours 'blue': choose from red-green, magenta-green"):
+        plot.overlay(fixed, warped, colours="blue")  # type: ignore[arg-type]
+
+
+def test_difference_is_symmetric_about_zero() -> None:
+    fixed, warped = Image(torch.zeros(1, 6, 8)), Image(torch.full((1, 6, 8), -0.5))
+    axes = shown(drawn(plot.difference(fixed, warped)))[0]
+    assert torch.equal(pixels(axes), warped.data[0]) and axes.get_images()[0].get_clim() == (-0.5, 0.5)
+    assert "root mean square 0.5" in axes.get_title()
+    assert shown(plot.difference(fixed, warped, reach=2.0))[0].get_images()[0].get_clim() == (-2.0, 2.0)
+    with pytest.raises(ValueError, match="reach is 0"):
+        plot.difference(fixed, warped, reach=0.0)
+
+
+@pytest.mark.parametrize("shape", [(24, 32), (8, 12, 16)])
+def test_pyramid_shows_every_level_in_one_scale(shape: tuple[int, ...]) -> None:
+    image = Image(torch.rand(1, *shape), spacing=0.5)
+    levels = image.pyramid(3)
+    levels = (levels[0], Image(2 + levels[1].data, levels[1].grid), levels[2])  # the brightest is not the first
+    panel = shown(drawn(plot.pyramid(levels, title="pyramid")))
+    rows = 1 if len(shape) == 2 else 3
+    assert len(panel) == rows * 3
+    for axes, level in zip(panel, levels, strict=False):
+        data_of = level.data[0] if len(shape) == 2 else level.data[0, (level.grid.shape[0] - 1) // 2]
+        assert torch.equal(pixels(axes), data_of)
+        assert " × ".join(map(str, level.grid.size)) in axes.get_title()
+        assert axes.get_xlim() == pytest.approx(panel[0].get_xlim())
+        every = torch.cat([pixels(other).flatten() for other in panel])
+        assert axes.get_images()[0].get_clim() == pytest.approx((float(every.min()), float(every.max())))
+
+
+def test_pyramids_that_are_none() -> None:
+    with pytest.raises(ValueError, match="at least one level"):
+        plot.pyramid([])
+    with pytest.raises(ValueError, match="expected one dimension"):
+        plot.pyramid([Image(torch.rand(1, 4, 4)), Image(torch.rand(1, 4, 4, 4))])
+
+
+# -- maps --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Wave(Transform, abstract=True):
+    """x + a sin(y + phase), y + a sin(x): no line stays straight."""
+
+    amplitude: float = 1.0
+
+    def init(self, domain: Any) -> Any:
+        return {"phase": torch.zeros((), dtype=torch.float64)}
+
+    def points(self, params: Any, domain: Any, points: torch.Tensor) -> torch.Tensor:
+        x, y = points.unbind(-1)
+        return torch.stack(
+            [x + self.amplitude * torch.sin(y / 2 + params["phase"]), y + self.amplitude * torch.sin(x / 2)], -1
+        )
+
+
+def wave(grid: Grid, amplitude: float = 1.0) -> Mapping:
+    return Mapping({"phase": torch.tensor(0.4, dtype=torch.float64)}, grid, Wave(amplitude))
+
+
+OBLIQUE = Grid((28, 14), spacing=(0.9, 1.2), center=(3.0, -5.0), direction=[[0.8, -0.6], [0.6, 0.8]])
+
+
+def lines_of(figure: Figure) -> list[list[torch.Tensor]]:
+    found = [artist for artist in figure.axes[0].collections if isinstance(artist, LineCollection)]
+    return [[torch.as_tensor(line) for line in artist.get_segments()] for artist in found]
+
+
+@pytest.mark.parametrize("kind", ["wave", "linear"])
+def test_lines_of_a_warped_grid_are_mapped_points(kind: str) -> None:
+    matrix = torch.tensor([[1.1, -0.3, 2.0], [0.2, 0.9, -1.0]]).double()
+    mapping = wave(OBLIQUE) if kind == "wave" else fnreg.linear_mapping(matrix, OBLIQUE)
+    border, lines = lines_of(drawn(plot.warped_grid(mapping, lines=7, size=256, unit="mm")))
+    # lines at one distance: 7 across the longer side of 25.2, and 5 across the shorter one of 16.8
+    assert len(lines) == 7 + 5 and len(border) == 4 and all(len(line) == 256 for line in lines)
+    along = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    for number, line in enumerate(lines):
+        fixed = torch.linspace(-1, 1, 7)[number] if number < 7 else torch.linspace(-1, 1, 5)[number - 7]
+        still = torch.full_like(along, float(fixed))
+        cube = torch.stack([still, along] if number < 7 else [along, still], -1)
+        torch.testing.assert_close(line, mapping.map_points(OBLIQUE.convert(cube, "cube", "world")), atol=1e-6, rtol=0)
+    (left, top), (right, bottom) = torch.cat([*lines, *border]).aminmax(dim=0)
+    axes = plot.warped_grid(mapping, lines=7).axes[0]
+    assert axes.get_xlim()[0] < left and axes.get_xlim()[1] > top
+    assert axes.get_ylim()[1] < right and axes.get_ylim()[0] > bottom  # y down
+
+
+def test_a_small_warped_grid_is_drawn_large(pair: Any) -> None:
+    _, moving, result = pair
+    figure = drawn(plot.warped_grid(result, image=moving, unit="pixels", title="nine"))
+    width, height = figure.axes[0].get_window_extent().size
+    assert 470 < width < 550 and 470 < height < 550
+    assert torch.equal(pixels(figure.axes[0]), moving.data[0])
+    assert all(len(line) == 512 for line in lines_of(figure)[1])
+    assert figure.axes[0].get_title() == "nine"
+    wide = drawn(plot.warped_grid(wave(Grid((100, 20))), lines=20, size=300))
+    width, height = wide.axes[0].get_window_extent().size
+    assert 270 < width < 330 and height < 120
+
+
+def test_points_that_are_lost_leave_gaps() -> None:
+    mapping = fnreg.linear_mapping(torch.eye(3, dtype=torch.float64), Grid((8, 8)))
+
+    class Torn(Wave, abstract=True):
+        def points(self, params: Any, domain: Any, points: torch.Tensor) -> torch.Tensor:
+            return torch.where(points[:, :1] > 2, torch.nan, points)
+
+    torn = Mapping({"phase": torch.zeros((), dtype=torch.float64)}, Grid((8, 8)), Torn())
+    axes = drawn(plot.warped_grid(torn)).axes[0]
+    assert axes.get_xlim() == plot.warped_grid(mapping).axes[0].get_xlim()
+    drawn(plot.quiver(torn))
+    lost = Mapping({"phase": torch.tensor(math.nan).double()}, Grid((8, 8)), Wave())
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot.warped_grid(lost)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_arrows_are_displacements_in_world_units(scale: float) -> None:
+    figure = drawn(plot.quiver(wave(OBLIQUE), arrows=9, scale=scale, unit="mm"))
+    arrows = figure.axes[0].collections[0]
+    starts = torch.as_tensor(arrows.get_offsets()).double()
+    coarse = OBLIQUE.resize((9, 6))
+    torch.testing.assert_close(starts, coarse.points())
+    vectors = torch.stack([torch.as_tensor(arrows.U), torch.as_tensor(arrows.V)], -1)
+    torch.testing.assert_close(vectors, wave(OBLIQUE).map_points(starts) - starts)
+    torch.testing.assert_close(torch.as_tensor(arrows.get_array()), vectors.norm(dim=-1))
+    assert arrows.angles == arrows.scale_units == "xy" and arrows.scale == pytest.approx(1 / scale)
+    assert ("3 times" in figure.axes[0].get_title()) == (scale == 3.0)
+    part = Grid((4, 4), center=(3.0, -5.0))
+    shown_part = drawn(plot.quiver(wave(OBLIQUE), part, arrows=2, image=Image(torch.rand(1, 4, 4), part)))
+    torch.testing.assert_close(
+        torch.as_tensor(shown_part.axes[0].collections[0].get_offsets()).double(), part.resize(2).points()
+    )
+
+
+def test_colours_of_a_flow_tell_direction_and_length() -> None:
+    grid = Grid((5, 1), spacing=2.0)
+    field = torch.tensor([[4.0, -4.0, 0.0, 0.0, math.nan], [0.0, 0.0, 2.0, 0.0, 0.0]]).reshape(2, 1, 5)
+    figure = drawn(plot.flow(field, grid, unit="mm"))
+    found = pixels(figure.axes[0])[0]
+    red, cyan, half, white = [1, 0, 0, 1], [0, 1, 1, 1], [0.75, 1, 0.5, 1], [1, 1, 1, 1]
+    torch.testing.assert_close(found[:4], torch.tensor([red, cyan, half, white]).double())
+    assert float(found[4, 3]) == 0 and "longest 4 mm" in figure.axes[0].get_title()
+    key = figure.axes[1]
+    assert key.get_xlim() == (-4, 4) and key.get_ylim() == (4, -4)
+    wheel = pixels(key)
+    torch.testing.assert_close(wheel[100, 200], torch.tensor(red).double())  # right, as the first pixel
+    torch.testing.assert_close(wheel[150, 100], torch.tensor(half).double())  # half way down, as the third
+    assert float(wheel[0, 0, 3]) == 0
+    paler = pixels(plot.flow(field, grid, limit=8.0).axes[0])[0]
+    torch.testing.assert_close(paler[0], torch.tensor([1, 0.5, 0.5, 1]).double())
+    drawn(plot.flow(torch.zeros(2, 6, 6), Grid((6, 6))))
+
+
+def test_jacobian_is_centred_at_one() -> None:
+    grid = Grid((3, 2))
+    values = torch.tensor([[0.5, 1.0, 1.5], [1.0, math.nan, 1.0]])
+    figure = drawn(plot.jacobian(values, grid))
+    axes = shown(figure)[0]
+    assert axes.get_images()[0].get_clim() == pytest.approx((0.5, 2.0))
+    assert figure.axes[-1].get_ylim() == pytest.approx((0.5, 2.0))
+    assert [text.get_text() for text in figure.axes[-1].get_yticklabels()] == ["0.5", "0.707", "1", "1.41", "2"]
+    norm = axes.get_images()[0].norm
+    assert norm(1.0) == pytest.approx(0.5) and norm(1 / 1.7) == pytest.approx(1 - norm(1.7))
+    assert axes.get_title() == "Jacobian determinant\n0.5 to 1.5, folded 0 %"
+    assert bool(pixels(axes, 1).isnan().all()) and not figure.legends
+    limited = shown(drawn(plot.jacobian(Image(values.unsqueeze(0), grid), limit=1.2, title="two")))[0]
+    assert limited.get_images()[0].get_clim() == pytest.approx((1 / 1.2, 1.2))
+    assert limited.get_title().startswith("two\n0.5 to 1.5")
+
+
+def test_folds_are_loud() -> None:
+    values = torch.tensor([[[1.0, -0.5], [0.0, 20.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    figure = drawn(plot.jacobian(values[0], Grid((2, 2))))
+    axes = shown(figure)[0]
+    assert axes.get_images()[0].get_clim() == pytest.approx((1 / 8, 8))  # one voxel does not take all colours
+    assert torch.equal(pixels(axes).isnan(), values[0] <= 0)
+    assert torch.equal(pixels(axes, 1).isnan(), values[0] > 0)
+    assert to_hex(axes.get_images()[1].cmap(0.5)) == "#ffe100"
+    assert axes.get_title().endswith("-0.5 to 20, folded 50 %")
+    assert "folded" in figure.legends[0].get_texts()[0].get_text()
+    solids = drawn(plot.jacobian(values, Grid((2, 2, 2))))
+    assert len(shown(solids)) == 3 and "folded 25 %" in solids.get_suptitle()
+    drawn(plot.jacobian(torch.full((4, 4), math.nan), Grid((4, 4))))
+    drawn(plot.jacobian(torch.ones(4, 4), Grid((4, 4))))
+
+
+def test_maps_that_cannot_be_drawn() -> None:
+    grid = Grid((8, 8))
+    solid_map = fnreg.linear_mapping(torch.eye(4, dtype=torch.float64), Grid((4, 4, 4)))
+    many = fnreg.stack([wave(grid), wave(grid)])
+    for draw in (plot.warped_grid, plot.quiver):
+        with pytest.raises(ValueError, match="draws 2-D maps"):
+            draw(solid_map)
+        with pytest.raises(ValueError, match="a batch of maps"):
+            draw(many)
+        with pytest.raises(TypeError, match="expected a Mapping or a Registration"):
+            draw(Wave())  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="draws 2-D images"):
+            draw(wave(grid), image=Image(torch.rand(1, 4, 4, 4)))
+    with pytest.raises(ValueError, match="at least 2 lines"):
+        plot.warped_grid(wave(grid), lines=1)
+    with pytest.raises(ValueError, match="at least one arrow"):
+        plot.quiver(wave(grid), arrows=0)
+    with pytest.raises(ValueError, match="expected a 2-D field"):
+        plot.flow(torch.zeros(2, 4, 4), grid)
+    with pytest.raises(ValueError, match="limit is 0"):
+        plot.flow(torch.zeros(2, 8, 8), grid, limit=0.0)
+    with pytest.raises(ValueError, match="give the grid"):
+        plot.jacobian(torch.ones(8, 8))
+    with pytest.raises(ValueError, match="leave out the other grid"):
+        plot.jacobian(Image(torch.ones(1, 8, 8)), grid)
+    with pytest.raises(ValueError, match="2 channels"):
+        plot.jacobian(torch.ones(2, 8, 8), grid)
+    with pytest.raises(ValueError, match="limit is 1"):
+        plot.jacobian(torch.ones(8, 8), grid, limit=1.0)
+    with pytest.raises(TypeError, match="determinant is list"):
+        plot.jacobian([[1.0]], grid)  # type: ignore[arg-type]

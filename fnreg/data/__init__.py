@@ -1,6 +1,7 @@
-"""Small real images that come with the package: handwritten digits and two slices of a brain.
+"""Small images to try things on: handwritten digits and two slices of a brain, which come with the package, and
+synthetic ones with a formula.
 
-Their authors and licences are in the file NOTICE.md beside them.
+Authors and licences of the real ones are in the file NOTICE.md beside them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fnreg.data.synthetic import c_shape, checkerboard_image, circle, grid_lines, sphere
 from fnreg.grid import Grid
 from fnreg.image import Image
 from fnreg.transforms.base import Mapping
 from fnreg.transforms.linear import Homogeneous
 
-__all__ = ["brain", "brain_truth", "digit_pairs", "digits"]
+__all__ = [
+    "brain",
+    "brain_truth",
+    "digit_pairs",
+    "digits",
+    "circle",
+    "c_shape",
+    "sphere",
+    "grid_lines",
+    "checkerboard_image",
+]
 
 
 def _load(name: str) -> dict[str, np.ndarray]:
