@@ -21,13 +21,22 @@ if TYPE_CHECKING:
     from fnreg.image import Image as Image
     from fnreg.image import Subject as Subject
     from fnreg.losses import functional as functional
+    from fnreg.losses import penalties as penalties
     from fnreg.losses.terms import Objective as Objective
     from fnreg.losses.terms import Term as Term
+    from fnreg.losses.terms import bending as bending
+    from fnreg.losses.terms import curvature as curvature
+    from fnreg.losses.terms import diffusion as diffusion
+    from fnreg.losses.terms import divergence as divergence
+    from fnreg.losses.terms import elasticity as elasticity
+    from fnreg.losses.terms import folding as folding
     from fnreg.losses.terms import huber as huber
+    from fnreg.losses.terms import log_jacobian as log_jacobian
     from fnreg.losses.terms import mae as mae
     from fnreg.losses.terms import mse as mse
     from fnreg.losses.terms import ncc as ncc
     from fnreg.losses.terms import term as term
+    from fnreg.losses.terms import total_variation as total_variation
     from fnreg.optim import adam as adam
     from fnreg.optim import chain as chain
     from fnreg.optim import clip as clip
@@ -48,6 +57,9 @@ if TYPE_CHECKING:
     from fnreg.transforms.base import Sequential as Sequential
     from fnreg.transforms.base import Transform as Transform
     from fnreg.transforms.base import warp as warp
+    from fnreg.transforms.dense import SVF as SVF
+    from fnreg.transforms.dense import Diffeomorphism as Diffeomorphism
+    from fnreg.transforms.dense import Displacement as Displacement
     from fnreg.transforms.linear import Affine as Affine
     from fnreg.transforms.linear import Homogeneous as Homogeneous
     from fnreg.transforms.linear import IsotropicScaling as IsotropicScaling
@@ -59,11 +71,31 @@ if TYPE_CHECKING:
     from fnreg.transforms.linear import Translation as Translation
     from fnreg.transforms.linear import decompose as decompose
     from fnreg.transforms.linear import linear_mapping as linear_mapping
+    from fnreg.transforms.spline import FFD as FFD
+    from fnreg.transforms.spline import SVFFD as SVFFD
+    from fnreg.transforms.tps import TPS as TPS
+    from fnreg.transforms.tps import tps_mapping as tps_mapping
 
 _HOME = {
     "fnreg.grid": ("Grid",),
     "fnreg.image": ("Image", "Subject"),
-    "fnreg.losses.terms": ("Objective", "Term", "huber", "mae", "mse", "ncc", "term"),
+    "fnreg.losses.terms": (
+        "Objective",
+        "Term",
+        "bending",
+        "curvature",
+        "diffusion",
+        "divergence",
+        "elasticity",
+        "folding",
+        "huber",
+        "log_jacobian",
+        "mae",
+        "mse",
+        "ncc",
+        "term",
+        "total_variation",
+    ),
     "fnreg.optim": ("adam", "chain", "clip", "sgd"),
     "fnreg.pytree": ("stack",),
     "fnreg.registration": ("Event", "Registration", "RegistrationError", "Stage", "evaluate", "register"),
@@ -71,6 +103,9 @@ _HOME = {
     "fnreg.solvers.descent": ("Descent",),
     "fnreg.solvers.gauss_newton": ("GaussNewton",),
     "fnreg.transforms.base": ("Held", "Mapping", "Sequential", "Transform", "warp"),
+    "fnreg.transforms.dense": ("Diffeomorphism", "Displacement", "SVF"),
+    "fnreg.transforms.spline": ("FFD", "SVFFD"),
+    "fnreg.transforms.tps": ("TPS", "tps_mapping"),
     "fnreg.transforms.linear": (
         "Affine",
         "Homogeneous",
@@ -91,6 +126,7 @@ _MODULES = {
     "functional": "fnreg.losses.functional",
     "io": "fnreg.io",
     "optim": "fnreg.optim",
+    "penalties": "fnreg.losses.penalties",
     "plot": "fnreg.plot",
 }
 

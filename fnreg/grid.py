@@ -92,6 +92,7 @@ class Grid:
     center: Tensor
     spacing: Tensor
     direction: Tensor
+    base: tuple[int, ...] | None = static(default=None)  # size of the finest grid, on the coarser levels of a pyramid
 
     def __init__(
         self,
@@ -142,6 +143,7 @@ class Grid:
             ("center", centers),
             ("spacing", spacings),
             ("direction", directions),
+            ("base", None),
         ):
             object.__setattr__(self, name, value)
 
@@ -296,15 +298,14 @@ class Grid:
 
     # -- other grids over the same place ----------------------------------------------------------------------
 
-    def _with(self, size: tuple[int, ...], spacing: Tensor, center: Tensor) -> Grid:
+    def _with(
+        self, size: tuple[int, ...], spacing: Tensor, center: Tensor, base: tuple[int, ...] | None = None
+    ) -> Grid:
         if min(size) < 1:
             raise ValueError(f"a grid of size {self.size} cannot become {size}: every axis needs a voxel")
-        return tree_unflatten([center, spacing, self.direction], tree_flatten(Grid._sized(size))[1])
-
-    @staticmethod
-    def _sized(size: tuple[int, ...]) -> Grid:
-        grid = object.__new__(Grid)
-        for name, value in (("size", size), ("center", 0), ("spacing", 0), ("direction", 0)):
+        grid: Any = object.__new__(Grid)
+        leaves = (("center", center), ("spacing", spacing), ("direction", self.direction))
+        for name, value in (("size", size), *leaves, ("base", base)):
             object.__setattr__(grid, name, value)
         return grid
 
@@ -319,6 +320,12 @@ class Grid:
         sizes = self._integers("size", size)
         count = torch.tensor(sizes, dtype=torch.float64, device=self.center.device)
         return self._with(sizes, self.extent / count, self.center)
+
+    def level(self, size: Integers) -> Grid:
+        """`resize` as a coarser level of a pyramid: the new grid remembers this one's size as its `base`."""
+        coarse = self.resize(size)
+        base = self.size if self.base is None else self.base
+        return coarse._with(coarse.size, coarse.spacing, coarse.center, None if coarse.size == base else base)
 
     def resample(self, spacing: Scalars, *, size: Integers | None = None) -> Grid:
         """The given spacing about the same centre; the size covers the extent unless it is given.
@@ -357,7 +364,7 @@ class Grid:
             raise ValueError(f"levels is {levels}: a pyramid has at least one level")
         grids: list[Grid] = [self]
         while len(grids) < levels and grids[-1].downsample(min_size=min_size).size != grids[-1].size:
-            grids.append(self.resize(grids[-1].downsample(min_size=min_size).size))
+            grids.append(self.level(grids[-1].downsample(min_size=min_size).size))
         return tuple(grids)
 
     def crop(self, low: Integers, high: Integers | None = None) -> Grid:

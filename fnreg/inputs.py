@@ -237,7 +237,7 @@ def _pyramid(known: Subject, levels: int, min_size: int) -> tuple[tuple[Image, .
 def _coarser(known: Subject, finest: Grid, size: tuple[int, ...]) -> Subject:
     """The next level: image and mask resized, the grid made from the finest so that no rounding adds up."""
     rank, data, mask = finest.ndim + 1, known.image.data, known.mask
-    grid = over_batch(lambda g: g.resize(size), grid=(finest, finest.ranks()))
+    grid = over_batch(lambda g: g.level(size), grid=(finest, finest.ranks()))
     if mask is None:
         return Subject(Image(over_batch(lambda d: resize(d, size), image=(data, rank)), grid))
     data, mask = over_batch(lambda d, m: _resize_within(d, m, size), image=(data, rank), mask=(mask, rank))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, jacfwd, jvp, vjp, vmap
 
-from fnreg.grid import apply_matrix, index_points
+from fnreg.grid import Grid, apply_matrix, index_points
 from fnreg.image import Image
 from fnreg.losses.terms import Objective
+from fnreg.optim import scale
 from fnreg.pytree import (
     Axes,
     batch_axes,
@@ -31,7 +32,7 @@ from fnreg.pytree import (
 )
 from fnreg.sampling import Padding, Sampled, sample
 from fnreg.squares import squares
-from fnreg.transforms.base import Domain, Mapping, Transform, domain_ranks, single
+from fnreg.transforms.base import Domain, Mapping, Transform, domain_ranks, first_domain, single, split_coords
 
 
 @pytree_dataclass
@@ -70,17 +71,18 @@ def _pair_matrix(transform: Transform, params: Any, pair: Pair) -> Tensor:
     return (pair.to_moving @ transform.matrix(params, pair.domain) @ pair.from_fixed)[:-1]
 
 
-def _world_matrix(transform: Transform, step: Any, params: Any, domain: Domain) -> Tensor:
-    """(D + 1, D + 1) in world coordinates after a step."""
-    return transform.matrix(transform.perturb(params, step, domain), domain)
+def _pair_split(transform: Transform, step: Any, params: Any, domain: Domain) -> dict[str, Tensor]:
+    """The parts of the map after a step, by name: `shift` and `matrix` of its `split` where it has them."""
+    found = transform.split(transform.perturb(params, step, domain), domain)
+    return {name: part for name, part in found._asdict().items() if part is not None}
 
 
 def _pair_coords(transform: Transform, params: Any, pair: Pair) -> Tensor:
     """Voxel indices (D, N) in the moving image of what the fixed voxels map to."""
     dtype, grid = pair.fixed.data.dtype, pair.fixed.grid
-    if transform.linear and pair.to_moving is not None:
-        matrix = _pair_matrix(transform, params, pair)
-        return matrix.to(dtype) @ index_points(grid.size, dtype, matrix.device)
+    if pair.to_moving is not None and _splits(transform, pair):
+        found = transform.split(params, pair.domain)
+        return split_coords(found, pair.to_moving, pair.from_fixed, grid.size, dtype)
     points = transform.points(params, pair.domain, grid.points())
     if pair.to_moving is not None:
         return apply_matrix(pair.to_moving, points).mT.to(dtype)
@@ -112,6 +114,21 @@ def _in_sight(value: Tensor, weights: Tensor | None) -> Tensor:
     return value if weights is None else torch.where((weights > 0).any(), value, torch.inf)
 
 
+def _splits(transform: Transform, pair: Pair) -> bool:
+    """Whether the map splits over the voxels of the fixed image."""
+    return transform.splits and (transform.linear or pair.given_domain is None)
+
+
+def _pair_map(transform: Transform, params: Any, domain: Domain, grid: Grid, needs: frozenset[str]) -> dict[str, Any]:
+    """What terms may ask for that is of the map alone."""
+    found: dict[str, Any] = {"params": params, "transform": transform, "domain": domain}
+    if "displacement" in needs:
+        found["displacement"] = transform.displacement(params, domain, grid)
+    if "field" in needs:
+        found["field"] = transform.field(params, domain)
+    return found
+
+
 def _pair_found(
     transform: Transform,
     params: Any,
@@ -122,17 +139,12 @@ def _pair_found(
 ) -> dict[str, Any]:
     """What terms may ask for, by name."""
     grid = pair.fixed.grid
-    found: dict[str, Any] = {
+    images = {
         "warped": warped.reshape(pair.fixed.data.shape),
         "fixed": pair.fixed.data,
         "weights": None if weights is None else weights.reshape(1, *grid.shape),
-        "params": params,
-        "transform": transform,
-        "domain": pair.domain,
     }
-    if "displacement" in needs:
-        found["displacement"] = transform.displacement(params, pair.domain, grid)
-    return found
+    return images | _pair_map(transform, params, pair.domain, grid, needs)
 
 
 def _pair_energy(
@@ -151,8 +163,21 @@ def _pair_gradient(transform: Transform, padding: Padding | None, params: Any, p
     def energy(step: Any) -> Tensor:
         return _pair_energy(transform, padding, transform.perturb(params, step, pair.domain), pair)[0]
 
-    gradient, value = grad_and_value(energy)(transform.zero_step(pair.domain))
+    zero = transform.cast(transform.zero_step(pair.domain), pair.fixed.data.dtype)
+    gradient, value = grad_and_value(energy)(zero)
     return transform.precondition(gradient, pair.domain), value
+
+
+def _pair_penalty(
+    transform: Transform, params: Any, step: Any, objective: Objective, domain: Domain
+) -> tuple[Any, Tensor]:
+    """Gradient by the step at zero, and value, of terms that ask for the map alone."""
+
+    def energy(change: Any) -> Tensor:
+        after = transform.perturb(params, change, domain)
+        return objective.value(_pair_map(transform, after, domain, first_domain(domain), objective.needs))[0]
+
+    return grad_and_value(energy)(step)
 
 
 def _pair_normal_equations(
@@ -162,7 +187,7 @@ def _pair_normal_equations(
 
     Weights count as constants: that is the Gauss-Newton approximation.
     """
-    zero = transform.zero_step(pair.domain)
+    zero = transform.cast(transform.zero_step(pair.domain), pair.fixed.data.dtype)
     linear = transform.linear and pair.to_moving is not None
 
     def along(step: Any) -> tuple[Tensor, Tensor]:
@@ -237,6 +262,7 @@ class Level:
     @functools.cached_property
     def _zero(self) -> Any:
         zero = self.transform.zero_step(single(self.pairs.domain))
+        zero = self.transform.cast(zero, self.pairs.fixed.data.dtype)
         return tree_map(lambda leaf: leaf.expand(self.size, *leaf.shape), zero)
 
     def value(self, params: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -248,41 +274,62 @@ class Level:
         return self._gradient_of_squares(params) or self._over(_pair_gradient, params)
 
     @functools.cached_property
-    def _by_squares(self) -> bool:
-        """Whether the objective is what `squares` computes: mean squares under a linear map."""
-        pairs, linear = self.pairs, self.transform.linear and self.pairs.to_moving is not None
-        plain = pairs.objective.mean_squares() is not None and pairs.moving_mask is None
-        return linear and plain and not is_tracked(pairs)
+    def _rest(self) -> Objective | None:
+        """What the objective has beside mean squares that `squares` can compute; None where it cannot."""
+        pairs = self.pairs
+        if pairs.moving_mask is not None or pairs.to_moving is None or not _splits(self.transform, pairs):
+            return None
+        weight, rest = pairs.objective.mean_squares()
+        asks_for_images = not rest.needs.isdisjoint(("warped", "fixed", "weights"))
+        return None if weight is None or asks_for_images or is_tracked(pairs) else rest
 
     def _gradient_of_squares(self, params: Any) -> tuple[Any, Tensor] | None:
-        """The gradient by one pass over the images, which gives the derivative by the matrices."""
-        if not self._by_squares or is_tracked(params):
+        """The gradient by one pass over the images, which gives the derivative by the map."""
+        rest, pairs, domain, axes = self._rest, self.pairs, self.pairs.domain, self._domain_axes
+        if rest is None or is_tracked(params):
             return None
-        pairs, domain, axes = self.pairs, self.pairs.domain, self._domain_axes
 
-        def matrices(step: Any) -> Tensor:
-            return tree_vmap(functools.partial(_world_matrix, self.transform), (None, None, axes), step, params, domain)
+        def parts_after(step: Any) -> dict[str, Tensor]:
+            return tree_vmap(functools.partial(_pair_split, self.transform), (None, None, axes), step, params, domain)
 
-        made: Any = vjp(matrices, self.zero_step())
-        world, pull = made
-        # Index to index is to_moving @ world @ from_fixed; a batch times one matrix is the faster order.
+        made: Any = vjp(parts_after, self.zero_step())
+        parts, pull = made
+        # Index to index is to_moving @ matrix @ from_fixed; a batch times one matrix is the faster order.
         assert pairs.to_moving is not None
         left, right = pairs.to_moving[..., :-1, :], pairs.from_fixed
+        world = parts["matrix"] @ right if "matrix" in parts else right
+        matrices = (world.mT @ left.mT).mT
         rank = pairs.fixed.grid.ndim + 1
-        moving, fixed = pairs.moving.data, pairs.fixed.data
-        images = [None if t is None else t.reshape(-1, *t.shape[-rank:]) for t in (moving, fixed, pairs.fixed_mask)]
-        found = squares(*images, ((world @ right).mT @ left.mT).mT, padding=self.padding)  # type: ignore[arg-type]
+        moving, fixed, mask, matrices = (
+            None if t is None else t.reshape(-1, *t.shape[-axis:])
+            for t, axis in (
+                (pairs.moving.data, rank),
+                (pairs.fixed.data, rank),
+                (pairs.fixed_mask, rank),
+                (matrices, 2),
+            )
+        )
+        shift = parts["shift"].to(pairs.moving.data.dtype) if "shift" in parts else None
+        found = squares(moving, fixed, mask, matrices, shift, padding=self.padding)  # type: ignore[arg-type]
         if found is None:
             return None
+        by_map: dict[str, Any] = {"matrix": ((found.by_matrix @ right.mT).mT @ left).mT}
+        if found.by_shift is not None:
+            by_map["shift"] = found.by_shift.to(parts["shift"].dtype)
         known = found.weight > 0
-        weight = pairs.objective.mean_squares()
+        weight = pairs.objective.mean_squares()[0]
         assert weight is not None
         factor = weight / (torch.where(known, found.weight, 1) * pairs.fixed.channels)
-        by_matrix = found.by_matrix * factor.reshape(-1, 1, 1)
-        (gradient,) = pull(((by_matrix @ right.mT).mT @ left).mT)
+        gradient = scale(pull({name: by_map[name] for name in parts})[0], factor)
+        value = torch.where(known, found.value * factor, torch.inf)
+        if rest.terms:
+            of_rest = batch_axes("objective", rest, rest.ranks())[0]
+            penalty = functools.partial(_pair_penalty, self.transform)
+            more, cost = tree_vmap(penalty, (None, None, of_rest, axes), params, self.zero_step(), rest, domain)
+            gradient, value = tree_map(torch.add, gradient, more), value + cost
         if type(self.transform).precondition is not Transform.precondition:
             gradient = tree_vmap(self.transform.precondition, (None, axes), gradient, domain)
-        return gradient, torch.where(known, found.value * factor, torch.inf).to(fixed.dtype)
+        return gradient, value.to(pairs.fixed.data.dtype)
 
     def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Value (B,), J^T r (B, P) and J^T J (B, P, P)."""
@@ -300,7 +347,8 @@ class Level:
 
         return tree_vmap(one, (None, None, self._domain_axes), params, step, self.pairs.domain)
 
-    def refine(self, params: Any, finer: Level) -> Any:
+    def refine(self, params: Any, finer: Any) -> Any:
         """The parameters over the domain of a finer level."""
-        domains = self.pairs.domain, finer.pairs.domain
-        return tree_vmap(self.transform.refine, (None, self._domain_axes, finer._domain_axes), params, *domains)
+        before, after = self.pairs.domain, finer.pairs.domain
+        axes = (self._domain_axes, batch_axes("domain", after, domain_ranks(after))[0])
+        return tree_vmap(self.transform.refine, (None, *axes), params, before, after)

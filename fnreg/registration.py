@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fnreg import optim
+from fnreg.fields import determinant
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.inputs import Input, Inputs, check_dimension, prepare
@@ -27,6 +28,7 @@ from fnreg.pytree import (
     first_pair,
     is_concrete,
     is_transformed,
+    over_batch,
     pytree_dataclass,
     static,
     tree_detach,
@@ -38,6 +40,7 @@ from fnreg.solvers.base import Status, Stop, run
 from fnreg.solvers.descent import Descent
 from fnreg.solvers.gauss_newton import GaussNewton
 from fnreg.starts import Start, begin, expand, initial_ranks, spread
+from fnreg.symmetric import BothWays
 from fnreg.transforms.base import Mapping, Params, Transform, warp
 from fnreg.transforms.linear import Homogeneous
 
@@ -130,6 +133,14 @@ class Registration:
             mapping = dataclasses.replace(mapping, domain=self.moving_grid)
         return dataclasses.replace(self, mapping=mapping, fixed_grid=self.moving_grid, moving_grid=self.fixed_grid)
 
+    def jacobian(self) -> Image:
+        """The determinant of the map's Jacobian matrix at the fixed voxels, (1, [Z,] Y, X): below 1 the map shrinks,
+        at 0 or below it folds."""
+        field, grid = self.mapping.displacement(self.fixed_grid), self.fixed_grid
+        ranks = grid.ndim + 1, grid.ranks()
+        found = over_batch(determinant, displacement=(field, ranks[0]), grid=(grid, ranks[1]))
+        return Image(found.unsqueeze(-grid.ndim - 1), grid)
+
     @property
     def ok(self) -> Tensor:
         """Whether each pair ended without failure; where not, `status` says why."""
@@ -156,6 +167,7 @@ def register(
     starts: Params | None = None,
     start: Start = "header",
     padding: Padding | None = None,
+    symmetric: bool = False,
     stop: Stop | None = Stop(),
     progress: Callable[[Event], None] | None = None,
 ) -> Registration:
@@ -176,6 +188,7 @@ def register(
     start : "header" trusts the world coordinates; "center" aligns the grids' centres, "moments" the centres of mass
     padding : None gives voxels that map outside of the moving image no weight; otherwise they count and see
         "border", "zeros", "reflection" or a number
+    symmetric : the mean of the losses of moving onto fixed and of fixed onto moving, in the stages of SVF and SVFFD
     stop : when a pair is done; None takes all steps, which a run inside vmap or grad needs
     progress : called with an `Event` now and then
 
@@ -198,6 +211,8 @@ def register(
     if not given:
         raise ValueError("no transform: give one, or a sequence of stages")
     stages = [_resolve(stage, default) for stage in given]
+    if symmetric and not any(stage.transform.negates for stage in stages):
+        raise ValueError(f"{stages[-1].transform} has no cheap inverse: symmetric registration goes with SVF and SVFFD")
     whole = prepare(fixed, moving, then, levels=max(_levels(stage) for stage in stages), min_size=min_size)
     if is_transformed([stage.objective for stage in stages], initial, starts):
         whole = dataclasses.replace(whole, wrapped=True)
@@ -220,7 +235,7 @@ def register(
         params, after = begin(
             whole, stage.transform, size, earlier, None if done else initial, "header" if done else start
         )
-        run_of = _Stage(whole, stage, size, after, padding, number, len(stages), progress)
+        run_of = _Stage(whole, stage, size, after, padding, symmetric, number, len(stages), progress)
         failures = done[-1].failures if done else _Failures.at_start(whole, size, single)
         done.append(run_of.solve(params, None if done else starts, failures))
     last = done[-1]
@@ -351,6 +366,7 @@ class _Stage:
     size: int
     then: Mapping | None
     padding: Padding | None
+    symmetric: bool
     number: int
     stages: int
     progress: Callable[[Event], None] | None
@@ -371,14 +387,18 @@ class _Stage:
         status = torch.zeros(self.size, dtype=torch.int64, device=device)
         steps: list[Tensor] = []
         traces: list[Trace] = []
-        level: Level | None = None
+        level: Level | BothWays | None = None
         for depth, count in zip(range(len(counts) - 1, -1, -1), counts, strict=True):
-            finer = whole.level(depth, transform, self.stage.objective, self.size, self.padding, self.then)
+            finer = self._level(depth)
             each = torch.arange(self.size, device=device).repeat_interleave(width)
             work = finer if starts is None else finer.take(each)
-            if level is not None:
+            if level is None:
+                params = transform.cast(params, whole.fixed[0].data.dtype)
+                if not transform.linear and depth > 0:  # given on the finest level
+                    params = self._level(0).take(each).refine(params, work)
+            else:
                 params = (level if starts is None else level.take(each)).refine(params, work)
-            elif whole.visible:
+            if level is None and whole.visible:
                 apart = (work.overlap(params) <= 0).reshape(self.size, width).all(1)
                 failures = failures.add(apart, Status.NO_OVERLAP)
             level = finer
@@ -408,6 +428,11 @@ class _Stage:
         status = torch.where(failures.cause > 0, failures.cause, status)
         return _Solution(transform, params, self.then, value, terms, status, steps, traces, failures)
 
+    def _level(self, depth: int) -> Level | BothWays:
+        stage = self.stage
+        level = self.whole.level(depth, stage.transform, stage.objective, self.size, self.padding, self.then)
+        return BothWays.of(level) if self.symmetric and stage.transform.negates else level
+
     def _counts(self) -> list[int]:
         """Steps per level, coarse to fine; a pyramid that ends early drops the coarsest."""
         asked, steps = _levels(self.stage), self.stage.steps
@@ -420,7 +445,9 @@ class _Stage:
             )
         return counts[-levels:]
 
-    def _best(self, work: Level, params: Params, status: Tensor, width: int, keep: int) -> tuple[Tensor, Tensor]:
+    def _best(
+        self, work: Level | BothWays, params: Params, status: Tensor, width: int, keep: int
+    ) -> tuple[Tensor, Tensor]:
         """Positions of each pair's best start (B,), and of its `keep` best (B keep,), among B width."""
         value = work.value(params)[0]
         useless = ~torch.isfinite(value) | (status == int(Status.DIVERGED))  # without overlap it is infinite

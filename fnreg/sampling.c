@@ -40,6 +40,7 @@ enum { BORDER = 0, CONSTANT = 1, REFLECTION = 2, BLOCK = 128 };
 #define PICK JOIN(NAME, _pick)
 #define CHANNEL JOIN(NAME, _channel)
 #define SQUARES JOIN(NAME, _squares)
+#define SPREAD JOIN(NAME, _spread)
 #define LERP(a, b, f) ((a) + ((b) - (a)) * (f))
 /* The sum of an expression over the samples q of a block, in vector lanes. */
 #define SUM(term)                                                      \
@@ -211,16 +212,58 @@ void NAME(const REAL *data, const REAL *coords, REAL *value, REAL *gradient, REA
     RESTORE(mode_before);
 }
 
-/* Squared difference under a linear map of the coordinates, nothing but sums in memory:
- *   sum w, sum w r^2 and sum w r dm/dx_k x_j over the points x = (x, y[, z], 1),  r = m(A x) - f,
- * w the inside of the moving image (unless `everywhere`) times the mask.  One task is a chunk of one pair's points, so
- * that the order of the sums depends neither on the batch nor on the threads. */
-void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL *matrices, const REAL *index,
-             double *sums, const int64_t *n, const int64_t *items, int64_t channels, int64_t points, int64_t chunk,
-             int everywhere, int mode, double fill, double tolerance, int64_t begin, int64_t end) {
+/* The transpose of linear interpolation: every sample's value spread over the corners of its cell.  One task is one
+ * channel of one data item, so that no two threads write to one place and the order of the sums is fixed. */
+void SPREAD(const REAL *values, const REAL *coords, REAL *data, const int64_t *n, int64_t items, int64_t channels,
+            int64_t batch, int64_t points, int64_t div, int mode, double tolerance, int64_t begin, int64_t end) {
     const unsigned mode_before = flush_denormals();
     JOIN(NAME, _block) block;
-    REAL x[DIM][BLOCK], value[BLOCK], gradient[DIM][BLOCK], weight[BLOCK];
+    int64_t stride[DIM], voxels = 1;
+    for (int k = 0; k < DIM; k++) { stride[k] = voxels; voxels *= n[k]; }
+    for (int64_t task = begin; task < end; task++) {
+        const int64_t item = task / channels, channel = task - item * channels;
+        REAL *out = data + task * voxels;
+        for (int64_t first = item * div; first < batch; first += items * div)
+            for (int64_t b = first; b < first + div && b < batch; b++) {
+                const REAL *value = values + (b * channels + channel) * points, *x = coords + b * DIM * points;
+                for (int64_t p = 0; p < points; p += BLOCK) {
+                    const int count = (int)(points - p < BLOCK ? points - p : BLOCK);
+                    for (int k = 0; k < DIM; k++)
+                        INDEX(&block, k, x + k * points + p, 0, count, n[k], stride[k], mode, (REAL)tolerance);
+                    for (int q = 0; q < count; q++) {
+                        int lost = 0;
+                        for (int k = 0; k < DIM; k++) lost |= x[k * points + p + q] != x[k * points + p + q];
+                        if (lost) continue;
+                        for (int corner = 0; corner < 1 << DIM; corner++) {
+                            REAL share = value[p + q];
+                            int32_t at = 0;
+                            for (int k = 0; k < DIM; k++) {
+                                const int up = corner >> k & 1;
+                                const REAL f = block.fraction[k][q];
+                                share *= up ? f : 1 - f;
+                                if (mode == CONSTANT) share *= up ? block.up_known[k][q] : block.low_known[k][q];
+                                at += up ? block.upper[k][q] : block.lower[k][q];
+                            }
+                            out[at] += share;
+                        }
+                    }
+                }
+            }
+    }
+    RESTORE(mode_before);
+}
+
+/* Squared difference under a map x = A (y, 1) of the points y = i (+ shift), with its derivative by the map:
+ *   sum w, sum w r^2 and sum w r dm/dx_k y_j,  r = m(x) - f,  and per point sum_k 2 w r dm/dx_k A_kj,
+ * w the inside of the moving image (unless `everywhere`) times the mask.  Nothing else goes to memory.  One task is a
+ * chunk of one pair's points, so that the order of the sums depends neither on the batch nor on the threads. */
+void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL *matrices, const REAL *index,
+             const REAL *shifts, double *sums, REAL *by_shift, const int64_t *n, const int64_t *items,
+             int64_t channels, int64_t points, int64_t chunk, int everywhere, int mode, double fill, double tolerance,
+             int64_t begin, int64_t end) {
+    const unsigned mode_before = flush_denormals();
+    JOIN(NAME, _block) block;
+    REAL y[DIM][BLOCK], x[DIM][BLOCK], value[BLOCK], gradient[DIM][BLOCK], weight[BLOCK], back[DIM][BLOCK];
     int64_t stride[DIM], voxels = 1;
     for (int k = 0; k < DIM; k++) { stride[k] = voxels; voxels *= n[k]; }
     const int64_t chunks = (points + chunk - 1) / chunk;
@@ -228,22 +271,32 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
         const int64_t b = task / chunks, first = (task - b * chunks) * chunk;
         const int64_t last = first + chunk < points ? first + chunk : points;
         const REAL *m = moving + b % items[0] * channels * voxels, *f = fixed + b % items[1] * channels * points;
-        const REAL *w = mask ? mask + b % items[2] * points : 0, *A = matrices + b % items[3] * DIM * (DIM + 1);
+        const REAL *w = mask ? mask + b % items[2] * points : 0;
+        const REAL *u = shifts ? shifts + b * DIM * points : 0;
+        REAL A[DIM][DIM + 1];
+        for (int k = 0; k < DIM * (DIM + 1); k++) A[0][k] = matrices[b % items[3] * DIM * (DIM + 1) + k];
         double *out = sums + task * (2 + DIM * (DIM + 1));
         for (int k = 0; k < 2 + DIM * (DIM + 1); k++) out[k] = 0;
         for (int64_t p = first; p < last; p += BLOCK) {
             const int count = (int)(last - p < BLOCK ? last - p : BLOCK);
             int special = 0;
+            for (int j = 0; j < DIM; j++) {
+                for (int q = 0; q < count; q++) y[j][q] = index[j * points + p + q];
+                if (u)
+                    for (int q = 0; q < count; q++) y[j][q] += u[j * points + p + q];
+            }
             for (int k = 0; k < DIM; k++) {
-                for (int q = 0; q < count; q++) x[k][q] = A[k * (DIM + 1) + DIM];
+                for (int q = 0; q < count; q++) x[k][q] = A[k][DIM];
                 for (int j = 0; j < DIM; j++)
-                    for (int q = 0; q < count; q++) x[k][q] += A[k * (DIM + 1) + j] * index[j * points + p + q];
+                    for (int q = 0; q < count; q++) x[k][q] += A[k][j] * y[j][q];
                 special |= INDEX(&block, k, x[k], 0, count, n[k], stride[k], mode, (REAL)tolerance);
             }
             for (int q = 0; q < count; q++) weight[q] = everywhere ? (REAL)1 : block.inside[q];
             if (w)
                 for (int q = 0; q < count; q++) weight[q] *= w[p + q];
             out[0] += SUM(weight[q]);
+            for (int j = 0; by_shift && j < DIM; j++)
+                for (int q = 0; q < count; q++) back[j][q] = 0;
             for (int64_t channel = 0; channel < channels; channel++) {
                 CHANNEL(&block, m + channel * voxels, x[0], BLOCK, count, special, n, stride, mode, (REAL)fill,
                         (REAL)tolerance, value, gradient[0], BLOCK);
@@ -253,10 +306,14 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
                 for (int k = 0; k < DIM; k++) {
                     double *by = out + 2 + k * (DIM + 1);
                     for (int q = 0; q < count; q++) gradient[k][q] *= weight[q] * value[q];
-                    for (int j = 0; j < DIM; j++) by[j] += SUM(gradient[k][q] * index[j * points + p + q]);
+                    for (int j = 0; j < DIM; j++) by[j] += SUM(gradient[k][q] * y[j][q]);
                     by[DIM] += SUM(gradient[k][q]);
+                    for (int j = 0; by_shift && j < DIM; j++)
+                        for (int q = 0; q < count; q++) back[j][q] += 2 * A[k][j] * gradient[k][q];
                 }
             }
+            for (int j = 0; by_shift && j < DIM; j++)
+                for (int q = 0; q < count; q++) by_shift[(b * DIM + j) * points + p + q] = back[j][q];
         }
     }
     RESTORE(mode_before);
@@ -265,6 +322,7 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
 #undef INDEX
 #undef CHANNEL
 #undef SQUARES
+#undef SPREAD
 #undef SUM
 #undef CELLS
 #undef PICK

@@ -4,28 +4,37 @@ Data are `(C, [Z,] Y, X)`, coordinates are voxel indices in planar layout `(D, .
 come back as `(C, ...)`.  (World points are the business of `Image`.)
 
 Linear interpolation computes its spatial gradient in the same pass, so that first derivatives cost no second
-one.  Second derivatives and forward mode go through `gather`, written in differentiable torch.  At a knot,
-where the one-sided derivatives differ, the gradient is their mean.  A NaN coordinate gives NaN.
+one: by the C kernel, or without it by `grid_sample`.  Second derivatives and forward mode go through `gather`,
+written in differentiable torch.  At a knot, where the one-sided derivatives differ, the gradient is their mean.
+A NaN coordinate gives NaN.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample, pad
 
 from fnreg import bspline, native
 from fnreg.pytree import forward_levels
 
 Mode = Literal["linear", "nearest", "cubic"]
 Padding = Literal["border", "zeros", "reflection"] | float
+Place = tuple[Tensor, Tensor | None]  # offsets in memory; with constant padding, whether they are within the image
 
 MODES = ("linear", "nearest", "cubic")
 PADDINGS = ("border", "zeros", "reflection")
 KNOT = {torch.float32: 1e-5, torch.float64: 1e-9}  # how near to a knot counts as on it, in voxels
+BLOCK = (
+    2**16
+)  # points that `grid_sample` gets at once for each core, so that what is made on the way stays in its cache
 
 
 def interpolate(data: Tensor, coords: Tensor, *, mode: Mode = "linear", padding: Padding = "border") -> Tensor:
@@ -120,21 +129,33 @@ def _fill(padding: Padding) -> float:
     return 0.0 if isinstance(padding, str) else float(padding)
 
 
-def _lookup(data: Tensor, indices: list[Tensor], padding: Padding) -> Tensor:
-    """Voxels (C, N) at integer indices, one (N,) per axis, x first; `padding` beyond the image."""
-    flat, known, step = torch.zeros_like(indices[0]), None, 1
-    for index, n in zip(indices, data.shape[:0:-1], strict=True):
-        folded, within = _fold(index, n, padding)
-        if within is not None:
-            known = within if known is None else known & within
-        flat = flat + folded * step
-        step *= n
-    values = data.reshape(data.shape[0], -1)[:, flat]
+def _place(index: Tensor, sizes: Sequence[int], k: int, padding: Padding) -> Place:
+    """Where the index along axis k leads."""
+    folded, known = _fold(index, sizes[k], padding)
+    return folded * math.prod(sizes[:k]), known
+
+
+def _join(a: Place, b: Place) -> Place:
+    """One way, then the other."""
+    known = [within for _, within in (a, b) if within is not None]
+    return a[0] + b[0], functools.reduce(torch.logical_and, known) if known else None
+
+
+def _take(data: Tensor, place: Place, padding: Padding) -> Tensor:
+    """Voxels (C, N); `padding` beyond the image."""
+    offset, known = place
+    values = data.reshape(data.shape[0], -1)[:, offset]
     if known is None:
         return values
     # In the dtype of the data: beside integers a Python float would make float32 of them.
     fill = _fill(padding) if values.is_floating_point() else values.new_full((), int(_fill(padding)))
     return torch.where(known, values, fill)
+
+
+def _lookup(data: Tensor, indices: list[Tensor], padding: Padding) -> Tensor:
+    """Voxels (C, N) at integer indices, one (N,) per axis, x first; `padding` beyond the image."""
+    places = [_place(i, data.shape[:0:-1], k, padding) for k, i in enumerate(indices)]
+    return _take(data, functools.reduce(_join, places), padding)
 
 
 def _nearest(data: Tensor, coords: Tensor, padding: Padding) -> Tensor:
@@ -148,37 +169,54 @@ def _nearest(data: Tensor, coords: Tensor, padding: Padding) -> Tensor:
 # -- linear -----------------------------------------------------------------------------------------------------
 
 
-def _cell(data: Tensor, start: list[Tensor], fraction: list[Tensor], padding: Padding) -> tuple[Tensor, list[Tensor]]:
-    """Value (C, N) and derivatives over the cell that begins at `start`: linear along x, then y, then z."""
-    dimension = len(start)
-    corners: list[Tensor] = []
-    for number in range(2**dimension):
-        corners.append(_lookup(data, [i + (number >> k & 1) for k, i in enumerate(start)], padding))
-    gradients: list[list[Tensor]] = []
+def _corners(data: Tensor, ends: Sequence[Sequence[Place]], padding: Padding) -> list[Tensor]:
+    """Voxels (C, N) at the corners of the cells between two places per axis; x changes fastest."""
+    places = ends[-1]
+    for end in ends[-2::-1]:
+        places = [_join(a, b) for a in places for b in end]
+    return [_take(data, place, padding) for place in places]
+
+
+def _mix(corners: list[Tensor], fraction: list[Tensor]) -> Tensor:
+    """Linear along x, then y, then z."""
     for f in fraction:
-        pairs = list(zip(corners[0::2], corners[1::2], strict=True))
-        gradients = [[a + (b - a) * f for a, b in zip(g[0::2], g[1::2], strict=True)] for g in gradients]
-        gradients.append([b - a for a, b in pairs])
-        corners = [a + (b - a) * f for a, b in pairs]
-    return corners[0], [g[0] for g in gradients]
+        corners = [torch.lerp(a, b, f) for a, b in zip(corners[0::2], corners[1::2], strict=True)]
+    return corners[0]
 
 
-def gather(data: Tensor, coords: Tensor, padding: Padding = "border") -> Sampled:
-    """`sample` in plain differentiable torch: right to any order, in forward mode too."""
-    limited = [_limit(x, n, padding) for x, n in zip(coords, data.shape[:0:-1], strict=True)]
+def _slope(corners: list[Tensor], fraction: list[Tensor], k: int) -> Tensor:
+    """From one end of axis k to the other."""
+    steps = [corners[i | 1 << k] - corner for i, corner in enumerate(corners) if not i >> k & 1]
+    return _mix(steps, fraction[:k] + fraction[k + 1 :])
+
+
+def gather(data: Tensor, coords: Tensor, padding: Padding = "border", item: Tensor | None = None) -> Sampled:
+    """`sample` in plain differentiable torch: right to any order, in forward mode too.
+
+    item : (N,) the image of each point, where data are several, (C, I, [Z,] Y, X)
+    """
+    sizes = data.shape[:0:-1]  # I comes last
+    limited = [_limit(x, n, padding) for x, n in zip(coords, sizes, strict=False)]
     start = [torch.floor(x.detach()).long() for x in limited]
     fraction = [x - i for x, i in zip(limited, start, strict=True)]
-    value, gradient = _cell(data, start, fraction, padding)
+
+    def place(index: Tensor, k: int) -> Place:
+        return _place(index, sizes, k, padding)
+
+    ends: list[Sequence[Place]] = [(place(i, k), place(i + 1, k)) for k, i in enumerate(start)]
+    ends += [] if item is None else [(place(item, len(start)),)]
+    corners = _corners(data, ends, padding)
+    gradient: list[Tensor] = []
     near = KNOT.get(coords.dtype, 1e-2)
-    for k, f in enumerate(fraction):
-        low = f < near
-        side = [i + torch.where(low, -1, 1) if j == k else i for j, i in enumerate(start)]
-        other = _cell(data, side, fraction, padding)[1][k]
-        gradient[k] = torch.where(low | (f > 1 - near), (gradient[k] + other) / 2, gradient[k])
+    for k, (i, f) in enumerate(zip(start, fraction, strict=True)):
+        low, high = f < near, f > 1 - near
+        wide = place(torch.where(low, i - 1, i), k), place(torch.where(high, i + 2, i + 1), k)  # both cells at a knot
+        across = _slope(_corners(data, [*ends[:k], wide, *ends[k + 1 :]], padding), fraction, k)
+        gradient.append(torch.where(low | high, across / 2, _slope(corners, fraction, k)))
     lost = torch.isnan(coords).any(0)
-    away = [(x - (n - 1) / 2).abs() <= n / 2 + near for x, n in zip(coords, data.shape[:0:-1], strict=True)]
-    slope = torch.where(lost, torch.nan, torch.stack(gradient, 1))
-    return Sampled(torch.where(lost, torch.nan, value), slope, torch.stack(away).all(0).to(data.dtype))
+    away = [(x - (n - 1) / 2).abs() <= n / 2 + near for x, n in zip(coords, sizes, strict=False)]
+    value, slope = (torch.where(lost, torch.nan, part) for part in (_mix(corners, fraction), torch.stack(gradient, 1)))
+    return Sampled(value, slope, torch.stack(away).all(0).to(data.dtype))
 
 
 def _items(data: Tensor, coords: Tensor, div: int) -> Tensor:
@@ -192,9 +230,19 @@ def _batched(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sample
     return every(data[0] if data.shape[0] == 1 else data[_items(data, coords, div)], coords)
 
 
+def _concrete(data: Tensor, coords: Tensor) -> bool:
+    """Whether there are numbers to look at, in a precision that the faster ways know."""
+    if data.dtype not in KNOT or torch.compiler.is_compiling():
+        return False
+    try:
+        return all(t.data_ptr() or not t.numel() for t in (data, coords))
+    except RuntimeError:  # no storage: batched by autograd itself, which asks for no vmap rule
+        return False
+
+
 def _compiled(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sampled | None:
     """The same by the C kernel; None where it cannot serve."""
-    if data.device.type != "cpu" or data.dtype not in KNOT or torch.compiler.is_compiling():
+    if data.device.type != "cpu":
         return None
     if math.prod(data.shape[2:]) >= 2**31:  # offsets within a channel have 32 bits
         return None
@@ -210,10 +258,7 @@ def _compiled(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sampl
     kernel: Any = getattr(library, native.name(data.dtype, dimension))
     size = (ctypes.c_int64 * dimension)(*data.shape[:1:-1])
     code = {"border": 0, "reflection": 2}.get(str(padding), 1)
-    try:
-        tensors = [ctypes.c_void_p(t.data_ptr()) for t in (data, coords, value, gradient, inside)]
-    except RuntimeError:  # no storage: batched by autograd itself, which asks for no vmap rule
-        return None
+    tensors = [ctypes.c_void_p(t.data_ptr()) for t in (data, coords, value, gradient, inside)]
     counts = [ctypes.c_int64(v) for v in (data.shape[0], channels, points, div)]
     options = (ctypes.c_int(code), ctypes.c_double(_fill(padding)), ctypes.c_double(KNOT[data.dtype]))
 
@@ -224,13 +269,88 @@ def _compiled(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sampl
     return Sampled(value, gradient, inside)
 
 
+def _by_grid_sample(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sampled | None:
+    """The same by torch's `grid_sample` and its derivative; some points are left to `gather`: near a knot, lost, far
+    away, or in constant padding.  None where it cannot serve."""
+    if data.device.type not in ("cpu", "cuda"):
+        return None
+    # There, torch calls the derivative nondeterministic, and a graph in the making cannot ask what is left.
+    if data.is_cuda and (torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing()):
+        return None
+    batch, dimension, points = coords.shape
+    items = _items(data, coords, div)
+    images = data.expand(batch, *data.shape[1:]) if len(data) == 1 else data if len(data) == batch else data[items]
+    value = data.new_empty(batch, data.shape[1], points)
+    gradient = data.new_empty(batch, data.shape[1], dimension, points)
+    inside = data.new_empty(batch, points)
+    length = max(1, batch * points if data.is_cuda else BLOCK * torch.get_num_threads())
+    rows = max(1, length // max(1, points))
+    parts = [items.new_empty(0, 2)]
+    for b, p in itertools.product(range(0, batch, rows), range(0, points, length)):
+        part, where = slice(b, b + rows), slice(p, p + length)
+        out = Sampled(value[part, :, where], gradient[part, ..., where], inside[part, where])
+        parts.append(_block(images[part], coords[part, :, where], padding, out) + items.new_tensor([b, p]))
+    several = data.transpose(0, 1).flatten(1).unflatten(1, (len(data), *data.shape[2:]))  # (C, I, *shape), copied once
+    left = torch.cat(parts)
+    for begin in range(0, len(left), length):
+        b, p = left[begin : begin + length].unbind(1)
+        exact = gather(several, coords[b, :, p].mT.contiguous(), padding, items[b])
+        value[b, :, p] = exact.value.mT
+        gradient[b, :, :, p] = exact.gradient.permute(2, 0, 1)
+    return Sampled(value, gradient, inside)
+
+
+def _block(images: Tensor, coords: Tensor, padding: Padding, out: Sampled) -> Tensor:
+    """Fill `out` for images (B, C, *shape) at coords (B, D, N); returns the (b, p) of what is left, (M, 2)."""
+    batch, dimension, points = coords.shape
+    sizes = images.shape[:1:-1]
+    constant = _fill(padding) != 0
+    mode = "border" if constant else padding if isinstance(padding, str) else "zeros"
+    align = mode == "reflection"  # about the centres of the outer voxels; the others agree in both conventions
+    near = KNOT[coords.dtype]
+    axes = [((n - 1) / 2, n / 2 + near, max(1, n - align) / 2) for n in sizes]
+    middle, edge, half = coords.new_tensor(axes).T.unsqueeze(2)  # (D, 1)
+
+    beyond = torch.amax((coords - middle).abs_().sub_(edge), 1, out=out.inside)  # the borders, in voxels
+    # Rounding on the way to the cube and back may choose the wrong side of a knot.
+    slack = 2 * torch.finfo(coords.dtype).eps * max(sizes) * (5 if align else 1)
+    left = ~(coords.round().sub_(coords).abs_().amin(1) > near + slack)
+    reach = -0.5 - near if constant else 4.0 * max(sizes) if align else 2.0**20
+    cube = (coords + (0.0 if align else 0.5)).div_(half).sub_(1.0)  # loses least in this order
+    if not bool(beyond.amax() <= reach):
+        left |= ~(beyond <= reach)
+        cube.masked_fill_(left.unsqueeze(1), 0.0)  # torch 2.13 crashes at NaN in float64
+    beyond.le_(0.0)
+
+    if dimension == 1:  # one row of a 2-D image
+        images, cube = images.unsqueeze(2), pad(cube, (0, 0, 0, 1))
+    pieces = math.gcd(points, 64) if batch == 1 else 1  # `grid_sample` has one thread for each image
+    images = images.expand(batch * pieces, *images.shape[1:])
+    where = cube.unflatten(2, (pieces, -1)).transpose(1, 2).mT.flatten(0, 1)  # (B * pieces, N / pieces, D)
+    where = where.reshape(len(where), *[1] * (where.shape[2] - 1), *where.shape[1:])
+    found = grid_sample(images, where, padding_mode=mode, align_corners=align).flatten(2)
+    out.value.unflatten(2, (pieces, -1)).copy_(found.unflatten(0, (batch, pieces)).transpose(1, 2))
+    derivative: Any = getattr(torch.ops.aten, f"grid_sampler_{where.shape[-1]}d_backward")
+    code = ("zeros", "border", "reflection").index(mode)
+    ones = where.new_ones(len(where), 1, *where.shape[1:-1])
+    for c in range(images.shape[1]):
+        by_cube = derivative(ones, images[:, c : c + 1], where, 0, code, align, [False, True])[1]
+        by_cube = by_cube.reshape(batch, pieces, -1, where.shape[-1]).permute(0, 3, 1, 2)[:, :dimension]
+        torch.div(by_cube, half.unsqueeze(2), out=out.gradient[:, c].unflatten(2, (pieces, -1)))
+    return left.nonzero()
+
+
 class _Linear(torch.autograd.Function):
     """Value and gradient as outputs of one node: the derivative of the value is the saved second output, whose
     own derivative is taken through `gather` only where somebody asks for it."""
 
     @staticmethod
     def forward(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sampled:
-        return _compiled(data, coords, padding, div) or _batched(data, coords, padding, div)
+        if _concrete(data, coords):
+            found = _compiled(data, coords, padding, div) or _by_grid_sample(data, coords, padding, div)
+            if found is not None:
+                return found
+        return _batched(data, coords, padding, div)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sampled) -> None:
@@ -250,7 +370,10 @@ class _Linear(torch.autograd.Function):
             to_coords = (
                 (by_value.unsqueeze(2) * gradient).sum(1) if gradient.shape[1] > 1 else by_value * gradient[:, 0]
             )
-        if data_wanted or by_gradient is not None:
+        if data_wanted and by_gradient is None and by_value is not None and not forward_levels():
+            shape = tuple(data.shape[2:])
+            to_data = _Spread.apply(by_value, coords, shape, data.shape[0], ctx.padding, ctx.div)  # type: ignore[no-untyped-call]
+        elif data_wanted or by_gradient is not None:
 
             def both(d: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
                 return _batched(d, x, ctx.padding, ctx.div)[:2]
@@ -298,6 +421,74 @@ class _Linear(torch.autograd.Function):
             data = data.reshape(-1, *data.shape[2:])
         found = _Linear.apply(data, coords.reshape(-1, *coords.shape[2:]), padding, div)  # type: ignore[no-untyped-call]
         return tuple(part.reshape(size, batch, *part.shape[1:]) for part in found), (0, 0, 0)
+
+
+def _spread_compiled(
+    values: Tensor, coords: Tensor, shape: tuple[int, ...], items: int, padding: Padding, div: int
+) -> Tensor | None:
+    """`_Spread` by the C kernel; None where it cannot serve."""
+    if values.device.type != "cpu" or math.prod(shape) >= 2**31 or not _concrete(values, coords):
+        return None
+    library = native.load()
+    if library is None:
+        return None
+    batch, channels, points = values.shape
+    values, coords = values.contiguous(), coords.contiguous()
+    out = values.new_zeros(items, channels, *shape)
+    kernel: Any = getattr(library, native.name(values.dtype, len(shape)) + "_spread")
+    size = (ctypes.c_int64 * len(shape))(*shape[::-1])
+    tensors = [ctypes.c_void_p(t.data_ptr()) for t in (values, coords, out)]
+    counts = [ctypes.c_int64(v) for v in (items, channels, batch, points, div)]
+    options = (native.padding_code(padding)[0], ctypes.c_double(KNOT[values.dtype]))
+
+    def call(begin: int, end: int) -> None:
+        kernel(*tensors, size, *counts, *options, ctypes.c_int64(begin), ctypes.c_int64(end))
+
+    native.parallel(call, items * channels, each=max(1, batch // items) * points)
+    return out
+
+
+class _Spread(torch.autograd.Function):
+    """The transpose of linear interpolation in the data: values (B, C, N) spread over the voxels (I, C, *shape)."""
+
+    @staticmethod
+    def forward(
+        values: Tensor, coords: Tensor, shape: tuple[int, ...], items: int, padding: Padding, div: int
+    ) -> Tensor:
+        out = _spread_compiled(values, coords, shape, items, padding, div)
+        if out is not None:
+            return out
+        zero = values.new_zeros(items, values.shape[1], *shape)
+        made: Any = torch.func.vjp(lambda data: _batched(data, coords, padding, div).value, zero)
+        return made[1](values)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        values, coords, _, _, ctx.padding, ctx.div = inputs
+        ctx.save_for_backward(values, coords)
+
+    @staticmethod
+    def backward(ctx: Any, by_data: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        values, coords = ctx.saved_tensors
+        found = _Linear.apply(by_data, coords, _without_fill(ctx.padding), ctx.div)  # type: ignore[no-untyped-call]
+        return found[0], (values.unsqueeze(2) * found[1]).sum(1), None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        values, coords, shape, items, padding, div = args
+        size = info.batch_size
+        values, coords = (
+            t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip((values, coords), in_dims[:2], strict=True)
+        )
+        batch = values.shape[1]
+        flat = values.reshape(-1, *values.shape[2:]), coords.reshape(-1, *coords.shape[2:])
+        if items == 1 or batch == div * items:
+            out = _Spread.apply(*flat, shape, size * items, padding, batch if items == 1 else div)  # type: ignore[no-untyped-call]
+            return out.reshape(size, items, *out.shape[1:]), 0
+        each = _Spread.apply(*flat, shape, size * batch, padding, 1).reshape(size, batch, -1, *shape)  # type: ignore[no-untyped-call]
+        which = torch.arange(batch, device=values.device) // div % items
+        return each.new_zeros(size, items, *each.shape[2:]).index_add(1, which, each), 0
 
 
 def _without_fill(padding: Padding) -> Padding:

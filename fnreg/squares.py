@@ -1,8 +1,8 @@
-"""The squared difference of two images under linear maps, with its derivative by the maps, in one pass.
+"""The squared difference of two images under a map, with its derivative by the map, in one pass.
 
-What a rigid or affine registration by mean squares asks for at every step.  Composed of sampling and a loss it reads
-and writes every intermediate image; here nothing but sums is written.  There is no plain torch path: callers compose
-the same from its parts where `squares` gives None.
+What a registration by mean squares asks for at every step.  Composed of sampling and a loss it reads and writes every
+intermediate image; here nothing but sums, and the derivative by the field where there is one, is written.  There is no
+plain torch path: callers compose the same from its parts where `squares` gives None.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ CHUNK = 16384  # points that are summed in one go: fixed, so that sums do not de
 
 
 class Squares(NamedTuple):
-    """Sums over the voxels of each pair's fixed grid and over channels, float64, of r = moving(A i) - fixed(i)."""
+    """Sums over the fixed voxels i and channels of each pair, float64, with r = moving(A (i + u(i))) - fixed(i)."""
 
     weight: Tensor  # (B,) sum w, of one channel
     value: Tensor  # (B,) sum w r^2
     by_matrix: Tensor  # (B, D, D + 1) derivative of the value by the matrix A, the weights held
+    by_shift: Tensor | None  # (B, D, [Z,] Y, X) derivative by the shift u, in the type of the images
 
 
 def squares(
@@ -34,6 +35,7 @@ def squares(
     fixed: Tensor,
     mask: Tensor | None,
     matrices: Tensor,
+    shift: Tensor | None = None,
     *,
     padding: Padding | None = None,
 ) -> Squares | None:
@@ -41,7 +43,8 @@ def squares(
 
     moving : (B, C, [Z,] Y, X), or with a batch axis of 1 for all
     fixed, mask : (B or 1, C, [Z,] Y, X), (B or 1, 1, [Z,] Y, X)
-    matrices : (B, D, D + 1) from voxel index of the fixed grid to voxel index of the moving image
+    matrices : (B or 1, D, D + 1) from voxel index of the fixed grid to voxel index of the moving image
+    shift : (B, D, [Z,] Y, X) voxels of the fixed grid, before the matrix; None for none
     padding : None gives voxels that map outside no weight, see `register`
 
     The tensors are plain: neither batched nor differentiated by torch.func.
@@ -51,15 +54,17 @@ def squares(
     library = native.load()
     if library is None or torch.compiler.is_compiling():
         return None
-    batch, dimension = matrices.shape[:2]
+    dimension = matrices.shape[1]
+    batch = max(t.shape[0] for t in (moving, fixed, matrices, mask, shift) if t is not None)
     points = math.prod(fixed.shape[2:])
     index = index_points(tuple(fixed.shape[:1:-1]), moving.dtype, moving.device)
     matrices = matrices.to(moving.dtype)
-    given = [None if t is None else t.contiguous() for t in (moving, fixed, mask, matrices, index)]
+    given = [None if t is None else t.contiguous() for t in (moving, fixed, mask, matrices, index, shift)]
+    by_shift = None if shift is None else torch.empty_like(given[5])  # type: ignore[arg-type]
     chunks = -(-points // CHUNK)
     sums = torch.empty(batch, chunks, 2 + dimension * (dimension + 1), dtype=torch.float64)
     kernel: Any = getattr(library, native.name(moving.dtype, dimension) + "_squares")
-    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (*given, sums)]
+    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (*given, sums, by_shift)]
     size = (ctypes.c_int64 * dimension)(*moving.shape[:1:-1])
     items = (ctypes.c_int64 * 4)(*(1 if t is None else t.shape[0] for t in given[:4]))
     counts = [ctypes.c_int64(v) for v in (moving.shape[1], points, CHUNK)]
@@ -71,4 +76,5 @@ def squares(
 
     native.parallel(call, batch * chunks, each=min(points, CHUNK))
     total = sums.sum(1)
-    return Squares(total[:, 0], total[:, 1], 2 * total[:, 2:].reshape(batch, dimension, dimension + 1))
+    by_matrix = 2 * total[:, 2:].reshape(batch, dimension, dimension + 1)
+    return Squares(total[:, 0], total[:, 1], by_matrix, by_shift)

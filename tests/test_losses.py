@@ -363,7 +363,7 @@ def test_a_term_is_given_what_it_asks_for() -> None:
     seen: list[set[str]] = []
 
     def everything(
-        warped: Any, fixed: Any, weights: Any, displacement: Any, params: Any, transform: Any, domain: Any
+        warped: Any, fixed: Any, weights: Any, displacement: Any, field: Any, params: Any, transform: Any, domain: Any
     ) -> Tensor:
         seen.append({name for name, value in locals().items() if value == name})
         return tensor(1.0)

@@ -23,7 +23,7 @@ from torch.nn.functional import grid_sample
 from torch.testing import assert_close
 
 from fnreg import native, sampling
-from fnreg.sampling import KNOT, Padding, gather, interpolate, sample
+from fnreg.sampling import KNOT, Padding, Sampled, gather, interpolate, sample
 
 PADDINGS: tuple[Padding, ...] = ("border", "zeros", "reflection", -3.5)
 SHAPES = {1: (7,), 2: (5, 6), 3: (4, 5, 6)}
@@ -115,11 +115,13 @@ def test_linear_equals_scipy(shape: list[int], modes: tuple[Padding, str]) -> No
     assert_close(interpolate(data, coords, padding=padding), tensor(np.array(expected)), rtol=0, atol=1e-12)
 
 
-def test_float32_is_as_near_to_the_truth_as_grid_sample() -> None:
+@both_paths
+def test_float32_is_as_near_to_the_truth_as_grid_sample(native_path: bool) -> None:
     data = uniform(1, 96, 96, 96)
     coords = inner((96, 96, 96), 96**3)
     truth = sample(data, coords).value
-    ours = interpolate(data.float(), coords.float())
+    with path(native_path):
+        ours = interpolate(data.float(), coords.float())
     theirs = torch_sample(data.float(), coords.float(), "border")
     errors = [float((found - truth).abs().max()) for found in (ours, theirs)]
     assert 0 < errors[0] <= errors[1] < 1e-3
@@ -172,8 +174,8 @@ def test_values_by_hand() -> None:
         for kernel in (True, False):
             with path(kernel):
                 found = sample(data, coords, padding=padding)
-            assert found.value.tolist() == [values]
-            assert found.gradient[0].tolist() == [slopes[padding]]
+            assert_close(found.value, tensor([values]), rtol=0, atol=1e-14)
+            assert_close(found.gradient[0], tensor([slopes[padding]]), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("fill", [-1024.0, 1e30, math.inf, math.nan])
@@ -242,6 +244,105 @@ def test_the_kernel_equals_the_plain_path_on_axes_of_any_length(
 ) -> None:
     data = uniform(channels, *shape, seed=seed).to(dtype)
     agree(data, scattered(data.shape[:0:-1], count, seed + 1).to(dtype), padding)
+
+
+# -- without the kernel ----------------------------------------------------------------------------------------
+
+
+def folded(
+    shape: list[int], images: int, div: int, count: int, dtype: torch.dtype, channels: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Images (I, C, *shape) and coordinates (B, D, N) as `_Linear` folds them: each image at `div` sets, and again."""
+    sets = [scattered(tuple(shape[::-1]), count, seed) for seed in range(images * div * 2)]
+    return uniform(images, channels, *shape).to(dtype), torch.stack(sets).to(dtype)
+
+
+@given(
+    shapes,
+    st.sampled_from((*PADDINGS, 0.0, math.nan)),
+    st.sampled_from(DTYPES),
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    st.integers(1, 200),
+    st.sampled_from((1, 40, 2**16)),
+)
+def test_grid_sample_equals_gather(
+    shape: list[int], padding: Padding, dtype: torch.dtype, counts: tuple[int, int, int], count: int, block: int
+) -> None:
+    """Everywhere, in any batch, whatever the blocks into which it is cut."""
+    images, div, channels = counts
+    data, coords = folded(shape, images, div, count, dtype, channels)
+    with mock.patch.object(sampling, "BLOCK", block):
+        found = sampling._by_grid_sample(data, coords, padding, div)
+    expected = sampling._batched(data, coords, padding, div)
+    assert found is not None
+    # `grid_sample` keeps what it reflects to a rounding error of as many voxels as it is away.
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5 if padding == "reflection" else 4e-6
+    for name, a, b in zip(Sampled._fields, found, expected, strict=True):
+        assert a.dtype == dtype
+        assert_close(a, b, rtol=0, atol=tolerance, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros", "reflection"])
+@pytest.mark.parametrize("size", [28, 333, 1000])
+@every_dtype
+def test_rounding_of_grid_sample_does_not_choose_a_side(padding: Any, size: int, dtype: torch.dtype) -> None:
+    """Its coordinates lose up to half of a millionth of the size, which is more than what counts as on the knot."""
+    data = uniform(1, 2, size).to(dtype)
+    knots = torch.arange(-3.0 * size, 4.0 * size, dtype=torch.float64)
+    away = torch.cat([sign * KNOT[dtype] * tensor([0.5, 1.5, 3.0, 10.0, 30.0]) for sign in (-1, 1)])
+    x = (knots[:, None] + away).reshape(-1).to(dtype)
+    coords = torch.stack([x, torch.full_like(x, 0.25)])
+    with path(False):
+        found = sample(data, coords, padding=padding).gradient[:, 0]
+    expected = gather(data, coords, padding).gradient[:, 0]
+    assert_close(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+@every_dimension
+def test_reflections_from_far_away_are_exact(dimension: int) -> None:
+    data, coords = uniform(1, *SHAPES[dimension]), anywhere(SHAPES[dimension][::-1], 40)
+    coords = coords + tensor([-5e5, -3e4, 4e4, 5e5]).repeat(10)
+    with path(False):
+        found = sample(data, coords, padding="reflection")
+    for a, b in zip(found, gather(data, coords, "reflection"), strict=True):
+        assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_only_some_points_are_left_to_gather() -> None:
+    """By `grid_sample` where all is smooth; near knots, lost and far away, and in constant padding, by `gather`."""
+    data, coords = uniform(2, 4, 5, 6), off_the_knots((6, 5, 4), 50)
+    outside = int(((coords < 0) | (coords > tensor([[5.0], [4.0], [3.0]]))).any(0).sum())
+    odd = coords.clone()
+    odd[0, 3], odd[1, 7], odd[2, 11], odd[2, 40] = 2.0, math.nan, -math.inf, 1e7
+    with path(False), mock.patch.object(sampling, "gather", wraps=gather) as spy:
+        for where, padding, expected in (
+            (coords, "border", []),
+            (coords, "zeros", []),
+            (coords, "reflection", []),
+            (odd, "border", [4]),
+            (coords, -3.5, [outside]),
+        ):
+            sample(data, where, padding=padding)  # type: ignore[arg-type]
+            assert [call.args[1].shape[1] for call in spy.call_args_list] == expected, padding
+            spy.reset_mock()
+
+
+def test_without_numbers_to_look_at_the_plain_path_is_taken() -> None:
+    data, coords = (x.to("meta") for x in (uniform(2, 4, 5), inner((5, 4), 7)))
+    with path(False), mock.patch.object(sampling, "_by_grid_sample", side_effect=AssertionError("looks at numbers")):
+        assert [part.shape for part in sample(data, coords)] == [(2, 7), (2, 2, 7), (7,)]
+
+
+@pytest.mark.cuda
+@every_dimension
+@every_padding
+@every_dtype
+def test_a_gpu_equals_the_plain_path(dimension: int, padding: Padding, dtype: torch.dtype) -> None:
+    data = uniform(2, *SHAPES[dimension]).to("cuda", dtype)
+    agree(data, scattered(SHAPES[dimension][::-1], 300).to("cuda", dtype), padding)
+
+
+# -- single voxels, layouts, sizes and dtypes ------------------------------------------------------------------
 
 
 @every_dimension

@@ -42,17 +42,18 @@ pytestmark = pytest.mark.skipif(
 SHAPES = {1: (37,), 2: (19, 23), 3: (30, 27, 25)}  # the last is more than one chunk
 
 
-def composed(moving: Tensor, fixed: Tensor, mask: Tensor, matrix: Tensor, padding: Any) -> Squares:
+def composed(moving: Tensor, fixed: Tensor, mask: Tensor, matrix: Tensor, shift: Tensor, padding: Any) -> Squares:
     """The same sums for one pair, by sampling and autograd."""
     index = index_points(tuple(fixed.shape[:0:-1]), fixed.dtype, fixed.device)
 
-    def energy(a: Tensor) -> tuple[Tensor, Tensor]:
-        seen = sample(moving, a @ index, padding="border" if padding is None else padding)
+    def energy(a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        coords = a[:, :-1] @ (index[:-1] + u.flatten(1)) + a[:, -1:]
+        seen = sample(moving, coords, padding="border" if padding is None else padding)
         weights = mask.flatten() * (seen.inside if padding is None else 1)
         return (weights * (seen.value - fixed.flatten(1)).square()).sum(), weights.sum()
 
-    gradient, (value, weight) = grad_and_value(energy, has_aux=True)(matrix)
-    return Squares(weight, value, gradient)
+    (by_matrix, by_shift), (value, weight) = grad_and_value(energy, argnums=(0, 1), has_aux=True)(matrix, shift)
+    return Squares(weight, value, by_matrix, by_shift)
 
 
 @pytest.mark.parametrize("dimension", (1, 2, 3))
@@ -68,16 +69,23 @@ def test_sums_are_those_of_sampling_and_squaring(dimension: int, padding: Any, m
     same = torch.eye(dimension + 1, dtype=dtype)[:-1]
     matrices = same + 0.2 * torch.randn(pairs, dimension, dimension + 1, dtype=dtype)
     matrices[0] = same  # all on knots
-    found = squares(moving, fixed, mask, matrices, padding=padding)
-    assert found is not None
+    shift = 0.7 * torch.randn(pairs, dimension, *shape, dtype=dtype)
+    linear = squares(moving, fixed, mask, matrices, padding=padding)
     weights = torch.ones(pairs, 1, *shape, dtype=dtype) if mask is None else mask
 
-    def truth(kind: torch.dtype) -> Any:
-        given = [x.to(kind) for x in (moving, weights, matrices)]
-        return vmap(lambda m, w, a: composed(m, fixed[0].to(kind), w, a, padding))(*given)
+    def truth(kind: torch.dtype, shift: Tensor) -> Any:
+        given = [x.to(kind) for x in (moving, weights, matrices, shift)]
+        return vmap(lambda m, w, a, u: composed(m, fixed[0].to(kind), w, a, u, padding))(*given)
 
-    for name, value, exact, apart in zip(Squares._fields, found, truth(torch.float64), truth(dtype), strict=True):
-        assert value.dtype == torch.float64
+    assert linear is not None
+    assert linear.by_shift is None
+    assert [part.dtype for part in linear[:3]] == [torch.float64] * 3
+    none = torch.zeros_like(shift)
+    results = [*zip(Squares._fields, linear, truth(torch.float64, none), truth(dtype, none), strict=True)][:3]
+    bent = squares(moving, fixed, mask, matrices, shift, padding=padding)
+    assert bent is not None
+    results += zip(Squares._fields, bent, truth(torch.float64, shift), truth(dtype, shift), strict=True)
+    for name, value, exact, apart in results:
         scale = float(exact.abs().max())
         error, usual = (float((x.double() - exact).abs().max()) / scale for x in (value, apart))
         # float32 may not be further from the truth than the composition, up to chance
@@ -131,7 +139,7 @@ def test_gradients_of_a_level_are_those_of_its_parts(
 ) -> None:
     mask = torch.rand(3, 1, 10, 12, dtype=torch.float64) if masked else None
     level, params = levels(transform, weight, padding=padding, fixed=mask)
-    assert level._by_squares  # pyright: ignore[reportPrivateUsage]
+    assert level._rest is not None  # pyright: ignore[reportPrivateUsage]
     gradient, value = level.gradient(params)
     expected, same = level._over(_pair_gradient, params)  # pyright: ignore[reportPrivateUsage]
     tree_map(lambda a, b: assert_close(a, b, rtol=1e-11, atol=1e-12), gradient, expected)
@@ -145,7 +153,7 @@ def test_what_needs_more_takes_the_way_through_its_parts() -> None:
     data = level.pairs.fixed.data.clone().requires_grad_()
     image = dataclasses.replace(level.pairs.fixed, data=data)
     recorded = dataclasses.replace(level, pairs=dataclasses.replace(level.pairs, fixed=image))
-    assert [part._by_squares for part in (level, masked, other, recorded)] == [True, False, False, False]  # pyright: ignore[reportPrivateUsage]
+    assert [part._rest is not None for part in (level, masked, other, recorded)] == [True, False, False, False]  # pyright: ignore[reportPrivateUsage]
     assert bool(masked.gradient(params)[1].isfinite().all())
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnreg.losses import functional
+from fnreg.losses import functional, penalties
 from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_unflatten
 
-# `weights` is (1, [Z,] Y, X), or None where every voxel counts.
-NAMES = ("warped", "fixed", "weights", "displacement", "params", "transform", "domain")
+# `weights` is (1, [Z,] Y, X), or None where every voxel counts; `field` is the `DenseField` or `SplineField` of a
+# displacement or a velocity on which penalties act.
+NAMES = ("warped", "fixed", "weights", "displacement", "field", "params", "transform", "domain")
 
 
 @pytree_dataclass
@@ -133,10 +134,12 @@ class Objective:
         assert total is not None
         return total, values
 
-    def mean_squares(self) -> Tensor | None:
-        """The factor of `mse` where there is no other term, else None."""
-        plain = all(term.function is functional.mse and not term.options for term in self.terms)
-        return torch.as_tensor(sum(term.weight for term in self.terms)) if plain else None
+    def mean_squares(self) -> tuple[Tensor | None, Objective]:
+        """The factor of `mse`, None where it is no term, and all other terms."""
+        squared = [term.function is functional.mse and not term.options for term in self.terms]
+        weights = [term.weight for term, yes in zip(self.terms, squared, strict=True) if yes]
+        rest = Objective(tuple(term for term, yes in zip(self.terms, squared, strict=True) if not yes))
+        return torch.as_tensor(sum(weights)) if weights else None, rest
 
     def check_squares(self) -> None:
         """ValueError where a term is no sum of squares, or a weight is negative and can be looked at."""
@@ -219,3 +222,23 @@ huber = term(functional.huber)
 ncc = term(functional.ncc, functional.ncc_residuals)
 
 SIMILARITIES: dict[str, Term] = {"mse": mse, "mae": mae, "huber": huber, "ncc": ncc}
+
+bending = term(penalties.bending)
+diffusion = term(penalties.diffusion)
+curvature = term(penalties.curvature)
+elasticity = term(penalties.elasticity)
+divergence = term(penalties.divergence)
+total_variation = term(penalties.total_variation)
+folding = term(penalties.folding)
+log_jacobian = term(penalties.log_jacobian)
+
+PENALTIES: dict[str, Term] = {
+    "bending": bending,
+    "diffusion": diffusion,
+    "curvature": curvature,
+    "elasticity": elasticity,
+    "divergence": divergence,
+    "total_variation": total_variation,
+    "folding": folding,
+    "log_jacobian": log_jacobian,
+}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ from fnreg.sampling import Mode, Padding, interpolate
 Params = Any
 Step = Any
 Domain = Any  # a Grid; for Sequential also a tuple with the domain of each part
+
+
+class Split(NamedTuple):
+    """A map of a grid's voxels i: to i + shift(i) along the grid's axes, from there to world, then by the matrix."""
+
+    shift: Tensor | None  # (D, [Z,] Y, X)
+    matrix: Tensor | None  # (D + 1, D + 1) world, float64; None for the identity
 
 
 class Transform:
@@ -73,6 +80,28 @@ class Transform:
     def points(self, params: Params, domain: Domain, points: Tensor) -> Tensor:
         """World points (N, D) to world points (N, D)."""
         raise NotImplementedError
+
+    @property
+    def negates(self) -> bool:
+        """Whether the negative parameters are those of the inverse map."""
+        return False
+
+    @property
+    def splits(self) -> bool:
+        """Whether the map at the domain's voxels is a shift with a matrix after it: what registers and warps fast."""
+        return self.linear
+
+    def split(self, params: Params, domain: Domain) -> Split:
+        """The map at the domain's voxels as a shift and a matrix."""
+        return Split(None, self.matrix(params, domain))
+
+    def field(self, params: Params, domain: Domain) -> Any:
+        """What penalties act on, a `DenseField` or `SplineField` of displacements or velocities."""
+        raise ValueError(f"{self} yields no field: penalties such as bending go with FFD, SVFFD, SVF or Displacement")
+
+    def cast(self, params: Any, dtype: torch.dtype) -> Any:
+        """Parameters, or a step, in the precision of the images where they are fields; matrices stay float64."""
+        return params
 
     def displacement(self, params: Params, domain: Domain, grid: Grid | None = None) -> Tensor:
         """T(p) - p at the voxels of a grid (default: the domain), world vectors (D, [Z,] Y, X)."""
@@ -256,6 +285,28 @@ class Sequential(Transform):
             points = t.points(p, d, points)
         return points
 
+    @property
+    def splits(self) -> bool:
+        return self.transforms[0].splits and all(t.linear for t in self.transforms[1:])
+
+    def split(self, params: Params, domain: Domain) -> Split:
+        (first, of_first, begin), *rest = self._parts(domain, params)
+        begun = first.split(begin, of_first)
+        matrices = [t.matrix(p, d) for t, d, p in rest]
+        matrices = matrices if begun.matrix is None else [begun.matrix, *matrices]
+        return Split(
+            begun.shift, functools.reduce(lambda total, matrix: matrix @ total, matrices) if matrices else None
+        )
+
+    def field(self, params: Params, domain: Domain) -> Any:
+        for t, d, p in self._parts(domain, params):
+            if not t.linear:
+                return t.field(p, d)
+        return super().field(params, domain)
+
+    def cast(self, params: Any, dtype: torch.dtype) -> Any:
+        return tuple(t.cast(p, dtype) for t, p in zip(self.transforms, params, strict=True))
+
     def refine(self, params: Params, domain: Domain, finer: Domain) -> Params:
         parts = zip(self._parts(domain, params), self._parts(finer), strict=True)
         return tuple(t.refine(p, d, f) for (t, d, p), (_, f) in parts)
@@ -323,6 +374,19 @@ class Held(Transform):
     def project(self, params: Params, domain: Domain) -> Params:
         return self.transform.project(params, domain)
 
+    @property
+    def splits(self) -> bool:
+        return self.transform.splits
+
+    def split(self, params: Params, domain: Domain) -> Split:
+        return self.transform.split(params, domain)
+
+    def field(self, params: Params, domain: Domain) -> Any:
+        return self.transform.field(params, domain)
+
+    def cast(self, params: Any, dtype: torch.dtype) -> Any:
+        return self.transform.cast(params, dtype)
+
     def points(self, params: Params, domain: Domain, points: Tensor) -> Tensor:
         return self.transform.points(params, domain, points)
 
@@ -343,18 +407,32 @@ class Held(Transform):
         return self.transform.inverse(params, domain)
 
 
-def moving_coords(mapping: Mapping, grid: Grid, moving: Grid, dtype: torch.dtype) -> Tensor:
-    """Voxel indices (D, N) in the moving grid of what the voxels of `grid` map to.
+def split_coords(
+    found: Split, to_moving: Tensor, from_fixed: Tensor, size: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Voxel indices (D, N) in the moving image of what the voxels of a grid of `size` map to.
 
-    Linear maps are composed in float64 from index to index and cast at the end, so large world coordinates cost
-    no precision.
+    from_fixed : (D + 1, D + 1) from voxel index of that grid to world; to_moving : from world to moving voxel index
+
+    Matrices are composed in float64 from index to index and cast at the end, so large world coordinates cost no
+    precision.
     """
-    if mapping.transform.linear:
-        matrix = mapping.transform.matrix(mapping.params, mapping.domain)
-        whole = moving.matrix("world", "index") @ matrix @ grid.affine
-        return whole[:-1].to(dtype) @ index_points(grid.size, dtype, whole.device)
-    points = mapping.transform.points(mapping.params, mapping.domain, grid.points())
-    return apply_matrix(moving.matrix("world", "index"), points).mT.to(dtype)
+    world = to_moving if found.matrix is None else to_moving @ found.matrix
+    matrix = (world @ from_fixed)[:-1].to(dtype)
+    index = index_points(size, dtype, matrix.device)
+    if found.shift is None:
+        return matrix @ index
+    return matrix[:, :-1] @ (index[:-1] + found.shift.flatten(1).to(dtype)) + matrix[:, -1:]
+
+
+def moving_coords(mapping: Mapping, grid: Grid, moving: Grid, dtype: torch.dtype) -> Tensor:
+    """Voxel indices (D, N) in the moving grid of what the voxels of `grid` map to."""
+    transform, to_moving = mapping.transform, moving.matrix("world", "index")
+    if transform.linear or (transform.splits and grid is first_domain(mapping.domain)):
+        found = transform.split(mapping.params, mapping.domain)
+        return split_coords(found, to_moving, grid.affine, grid.size, dtype)
+    points = transform.points(mapping.params, mapping.domain, grid.points())
+    return apply_matrix(to_moving, points).mT.to(dtype)
 
 
 @overload

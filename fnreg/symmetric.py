@@ -1,0 +1,105 @@
+"""Registration both ways: the loss of moving onto fixed and of fixed onto moving, by one velocity and its negative.
+
+For transforms whose inverse has the negative parameters.  Both losses live on the fixed grid, where the moving image
+is seen through whatever acts after; so neither image is privileged, and the inverse is consistent by construction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnreg.grid import Grid
+from fnreg.image import Image
+from fnreg.problem import Level, Pair
+from fnreg.pytree import batch_axes, over_batch, tree_map
+from fnreg.sampling import sample
+from fnreg.transforms.base import Split, split_coords
+
+
+def _negative(params: Any) -> Any:
+    return tree_map(torch.neg, params)
+
+
+def mirrored(level: Level) -> Level:
+    """The problem of the fixed image onto the moving one, on the fixed grid."""
+    pairs = level.pairs
+    if pairs.to_moving is None:
+        raise ValueError("symmetric registration needs a linear map to act after, or none: resample the moving image")
+
+    def seen(pair: Pair) -> tuple[Tensor, Tensor]:
+        grid, dtype = pair.fixed.grid, pair.fixed.data.dtype
+        assert pair.to_moving is not None
+        coords = split_coords(Split(None, None), pair.to_moving, pair.from_fixed, grid.size, dtype)
+        found = sample(pair.moving.data, coords, padding="border" if level.padding is None else level.padding)
+        weights = found.inside.unsqueeze(0) if level.padding is None else torch.ones_like(found.inside).unsqueeze(0)
+        if pair.moving_mask is not None:
+            weights = weights * sample(pair.moving_mask, coords, padding="zeros").value
+        return found.value.reshape(-1, *grid.shape), weights.reshape(1, *grid.shape)
+
+    def to_index(grid: Grid) -> Tensor:
+        return grid.matrix("world", "index")
+
+    grid = pairs.fixed.grid
+    data, mask = over_batch(seen, pair=(pairs, pairs.ranks()))
+    to_fixed = over_batch(to_index, grid=(grid, grid.ranks()))
+    back = Pair(
+        Image(data, grid), pairs.fixed, pairs.objective, pairs.from_fixed, mask, pairs.fixed_mask, to_moving=to_fixed
+    )
+    return dataclasses.replace(level, pairs=back, axes=batch_axes("pair", back, back.ranks())[0])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BothWays:
+    """The mean of a problem and its mirror image: `solvers.base.Problem`."""
+
+    forward: Level
+    backward: Level
+
+    @staticmethod
+    def of(level: Level) -> BothWays:
+        """A problem with its mirror image."""
+        return BothWays(level, mirrored(level))
+
+    @property
+    def size(self) -> int:
+        """Number of pairs."""
+        return self.forward.size
+
+    @property
+    def pairs(self) -> Pair:
+        """The pairs as they were given."""
+        return self.forward.pairs
+
+    def take(self, index: Tensor) -> BothWays:
+        """The same for some of the pairs."""
+        return BothWays(self.forward.take(index), self.backward.take(index))
+
+    def zero_step(self) -> Any:
+        """The step of no change, (B, ...)."""
+        return self.forward.zero_step()
+
+    def value(self, params: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Value (B,) and each term's, means of both ways."""
+        return tree_map(lambda a, b: (a + b) / 2, self.forward.value(params), self.backward.value(_negative(params)))
+
+    def gradient(self, params: Any) -> tuple[Any, Tensor]:
+        """Gradient by the step, and the value (B,): what a step adds to the velocity, it takes from its negative."""
+        there, value = self.forward.gradient(params)
+        back, other = self.backward.gradient(_negative(params))
+        return tree_map(lambda a, b: (a - b) / 2, there, back), (value + other) / 2
+
+    def overlap(self, params: Any) -> Tensor:
+        """Share of the fixed voxels that count (B,)."""
+        return self.forward.overlap(params)
+
+    def retract(self, params: Any, step: Any) -> Any:
+        """Parameters after a step."""
+        return self.forward.retract(params, step)
+
+    def refine(self, params: Any, finer: Any) -> Any:
+        """The parameters over the domain of a finer level."""
+        return self.forward.refine(params, finer)

@@ -1,0 +1,212 @@
+"""Transforms by a vector at every voxel of the domain: displacements, velocities, compositions of small steps.
+
+Parameters are world vectors (D, [Z,] Y, X) on the domain's grid, in the precision of the images; a map is constant
+beyond the outer voxels.  Steps are voxels along the domain's own axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fnreg.fields import compose_shift, exp_shift, folds, invert_shift
+from fnreg.filters import gaussian, resize
+from fnreg.grid import Grid
+from fnreg.losses.penalties import DenseField
+from fnreg.pytree import is_concrete, tree_map
+from fnreg.sampling import sample
+from fnreg.transforms.base import Domain, Mapping, Params, Split, Step, Transform, first_domain
+
+SMALLEST = 0.1  # voxels: the residual that an inverse may have
+
+
+def zeros(grid: Grid, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A field of zeros (D, ...)."""
+    return torch.zeros(
+        grid.ndim, *(grid.shape if shape is None else shape), dtype=torch.float64, device=grid.center.device
+    )
+
+
+def in_voxels(vectors: Tensor, grid: Grid) -> Tensor:
+    """World vectors (D, ...) as voxels along the grid's axes."""
+    return _turn(grid.inverse_affine, vectors)
+
+
+def in_world(vectors: Tensor, grid: Grid) -> Tensor:
+    """Voxels along the grid's axes (D, ...) as world vectors."""
+    return _turn(grid.affine, vectors)
+
+
+def _turn(affine: Tensor, vectors: Tensor) -> Tensor:
+    return (affine[:-1, :-1].to(vectors.dtype) @ vectors.flatten(1)).reshape(vectors.shape)
+
+
+def along(grid: Grid, shift: Tensor) -> Tensor:
+    """World lengths along the grid's own axes of a shift in voxels."""
+    return shift * grid.spacing.to(shift.dtype).reshape(-1, *(1,) * (shift.ndim - 1))
+
+
+class Dense(Transform, abstract=True):
+    """What the transforms with a field share: the shift of the domain's voxels says all about the map."""
+
+    def shift(self, params: Params, domain: Domain) -> Tensor:
+        """T(p) - p at the domain's voxels, in voxels along its axes (D, [Z,] Y, X)."""
+        raise NotImplementedError
+
+    @property
+    def splits(self) -> bool:
+        return True
+
+    def split(self, params: Params, domain: Domain) -> Split:
+        return Split(self.shift(params, domain), None)
+
+    def points(self, params: Params, domain: Domain, points: Tensor) -> Tensor:
+        grid = first_domain(domain)
+        index = grid.world_to_index(points)
+        moved = sample(self.shift(params, domain).to(index.dtype), index.mT).value.mT
+        return points + grid.convert(moved, "index", "world", vectors=True)
+
+    def displacement(self, params: Params, domain: Domain, grid: Grid | None = None) -> Tensor:
+        own = first_domain(domain)
+        if grid is None or grid is own:
+            return in_world(self.shift(params, domain), own)
+        return super().displacement(params, domain, grid)
+
+    def cast(self, params: Any, dtype: torch.dtype) -> Any:
+        return tree_map(lambda leaf: leaf.to(dtype), params)
+
+    def inverse(self, params: Params, domain: Domain) -> Mapping:
+        """By Newton's method at the domain's voxels; ValueError where the map folds, or more than a tenth of a voxel is
+        left."""
+        grid, shift = first_domain(domain), self.shift(params, domain)
+        found = invert_shift(shift)
+        if is_concrete(found.residual):
+            advice = (
+                "use a stronger penalty, or a diffeomorphism such as SVFFD; fnreg.fields.invert takes what there is"
+            )
+            if not bool(found.residual <= SMALLEST):
+                left = float(found.residual)
+                raise ValueError(f"the inverse of {self} did not converge: {left:.3g} voxels are left; {advice}")
+            count = int(folds(in_world(shift, grid), grid))
+            if count > 0:  # points have several origins there: one of them is found, and no residual tells
+                raise ValueError(f"the map of {self} folds at {count} voxels, so it has no inverse: {advice}")
+        return Mapping({"displacement": in_world(found.field, grid)}, grid, Displacement())
+
+
+def refine_vectors(vectors: Tensor, domain: Grid, finer: Grid) -> Tensor:
+    """A field (D, ...) on another grid of the same pyramid, else on any grid."""
+    if finer.size == domain.size:
+        return vectors
+    if (finer.base or finer.size) == (domain.base or domain.size):
+        return resize(vectors, finer.size)
+    index = domain.world_to_index(finer.points()).mT.to(vectors.dtype)
+    return sample(vectors, index).value.reshape(-1, *finer.shape)
+
+
+class _OneField(Dense, abstract=True):
+    """One field of parameters."""
+
+    name: ClassVar[str]
+
+    def init(self, domain: Domain) -> Params:
+        return {self.name: zeros(first_domain(domain))}
+
+    def retract(self, params: Params, step: Step, domain: Domain) -> Params:
+        grid = first_domain(domain)
+        return {self.name: params[self.name] + in_world(step[self.name], grid)}
+
+    def refine(self, params: Params, domain: Domain, finer: Domain) -> Params:
+        return {self.name: refine_vectors(params[self.name], first_domain(domain), first_domain(finer))}
+
+    def field(self, params: Params, domain: Domain) -> Any:
+        grid = first_domain(domain)
+        return DenseField(along(grid, in_voxels(params[self.name], grid)), grid.spacing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Displacement(_OneField):
+    """T(p) = p + u(p), params displacement u (D, [Z,] Y, X): a world vector at every voxel, linear in between."""
+
+    name: ClassVar[str] = "displacement"
+
+    def shift(self, params: Params, domain: Domain) -> Tensor:
+        return in_voxels(params["displacement"], first_domain(domain))
+
+
+@dataclasses.dataclass(frozen=True)
+class SVF(_OneField):
+    """T = exp(v), params velocity v (D, [Z,] Y, X), by `steps` squarings; its inverse is exp(-v).
+
+    Arsigny et al. 2006, doi 10.1007/11866565_113.
+    """
+
+    steps: int = 6
+    name: ClassVar[str] = "velocity"
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+
+    def shift(self, params: Params, domain: Domain) -> Tensor:
+        return exp_shift(in_voxels(params["velocity"], first_domain(domain)), self.steps)
+
+    @property
+    def negates(self) -> bool:
+        return True
+
+    def inverse(self, params: Params, domain: Domain) -> Mapping:
+        return Mapping(tree_map(torch.neg, params), domain, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffeomorphism(_OneField):
+    """Small smooth steps, composed: u <- d + u o (id + d), params displacement u (D, [Z,] Y, X).
+
+    The gradient is taken with respect to the displacement as it stands and smoothed before the optimizer sees it; the
+    field is smoothed after each step.  It descends no single stated objective.  Avants et al. 2008,
+    doi 10.1016/j.media.2007.06.004; Christensen et al. 1996, doi 10.1109/83.536892.
+
+    gradient, smooth : standard deviations of the Gaussians, in voxels of the level
+    limit : no voxel moves by more than this many voxels in a step; the steps of a pair shrink as a whole
+    """
+
+    gradient: float = 1.0
+    smooth: float = 0.75
+    limit: float = 0.5
+    name: ClassVar[str] = "displacement"
+
+    def __post_init__(self) -> None:
+        if not (self.gradient >= 0 and self.smooth >= 0 and self.limit > 0):
+            raise ValueError(f"{self!r}: expected gradient and smooth >= 0 and limit > 0")
+
+    def shift(self, params: Params, domain: Domain) -> Tensor:
+        return in_voxels(params["displacement"], first_domain(domain))
+
+    def perturb(self, params: Params, step: Step, domain: Domain) -> Params:
+        return super().retract(params, step, domain)
+
+    def retract(self, params: Params, step: Step, domain: Domain) -> Params:
+        grid = first_domain(domain)
+        small = step["displacement"]
+        longest = small.square().sum(0).amax().clamp(min=self.limit**2).sqrt()
+        small = small * (self.limit / longest)
+        moved = compose_shift(small, in_voxels(params["displacement"], grid))
+        return {"displacement": in_world(moved, grid)}
+
+    def precondition(self, gradient: Step, domain: Domain) -> Step:
+        return {"displacement": _smooth(gradient["displacement"], self.gradient)}
+
+    def project(self, params: Params, domain: Domain) -> Params:
+        return {"displacement": _smooth(params["displacement"], self.smooth)}
+
+
+def _smooth(vectors: Tensor, sigma: float) -> Tensor:
+    return gaussian(vectors, sigma) if sigma > 0 else vectors
+
+
+def check_steps(steps: int) -> None:
+    """The number of squarings of an exponential."""
+    if steps < 0:
+        raise ValueError(f"steps is {steps}: the number of squarings is at least 0")

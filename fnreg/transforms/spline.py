@@ -1,0 +1,157 @@
+"""Transforms by cubic B-splines on a lattice: free-form deformations, and velocities of diffeomorphisms.
+
+Lattices belong to the finest grid of a pyramid: control points lie `stride` of its voxels apart, twice as far on each
+coarser level, symmetric about the centre.  So a level's splines are among those of the next, at every image size.
+Parameters are world vectors (D, lattice), in the precision of the images; a map is constant beyond the outer voxels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fnreg import bspline
+from fnreg.bspline import Lattice
+from fnreg.fields import exp_shift
+from fnreg.losses.penalties import SplineField
+from fnreg.pytree import tree_map
+from fnreg.transforms.base import Domain, Mapping, Params, Step, first_domain
+from fnreg.transforms.dense import Dense, along, check_steps, in_voxels, in_world, zeros
+
+Stride = int | tuple[int, ...]
+
+
+@functools.cache
+def level_lattice(size: tuple[int, ...], base: tuple[int, ...], stride: Stride) -> Lattice:
+    """The lattice of level l of a pyramid, of this size, over `base` voxels: a point every `stride` 2^l of these."""
+    finest = bspline.lattice(base, stride)  # checks the stride; on coarse levels it may be longer than the image
+    return Lattice(base, tuple(s * _factor(n, m) for s, n, m in zip(finest.stride, base, size, strict=True)))
+
+
+def _check_stride(stride: Any) -> Stride:
+    """One whole number, or a tuple of them."""
+    given = tuple(stride) if isinstance(stride, Iterable) else (stride,)
+    if not given or not all(isinstance(s, Integral) and int(s) > 0 for s in given):
+        raise ValueError(f"stride is {stride!r}: expected positive whole numbers of voxels, one or one per axis")
+    whole = tuple(int(s) for s in given)
+    return whole if isinstance(stride, Iterable) else whole[0]
+
+
+def _factor(finest: int, size: int) -> int:
+    factor = 1
+    while -(-finest // factor) > size:
+        factor *= 2
+    return factor
+
+
+class _Spline(Dense, abstract=True):
+    """One field of coefficients, of the displacement or of the velocity."""
+
+    stride: Stride
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stride", _check_stride(self.stride))
+
+    def lattice(self, domain: Domain) -> Lattice:
+        """Where the control points lie."""
+        grid = first_domain(domain)
+        return level_lattice(grid.size, grid.size if grid.base is None else grid.base, self.stride)
+
+    def init(self, domain: Domain) -> Params:
+        return {self.name: zeros(first_domain(domain), self.lattice(domain).shape)}
+
+    def retract(self, params: Params, step: Step, domain: Domain) -> Params:
+        grid = first_domain(domain)
+        return {self.name: params[self.name] + in_world(step[self.name], grid)}
+
+    def spline(self, params: Params, domain: Domain) -> Tensor:
+        """The splines at the domain's voxels, in voxels along its axes (D, [Z,] Y, X)."""
+        grid = first_domain(domain)
+        return bspline.evaluate(in_voxels(params[self.name], grid), self.lattice(domain), grid.size)
+
+    def field(self, params: Params, domain: Domain) -> Any:
+        grid, lattice = first_domain(domain), self.lattice(domain)
+        # lengths along the axes, and the spacing of the finest grid, whose voxels the lattice counts
+        finest = grid.spacing * (torch.tensor(grid.size, dtype=torch.float64) / torch.tensor(lattice.size)).to(
+            grid.spacing
+        )
+        return SplineField(along(grid, in_voxels(params[self.name], grid)), finest, lattice, grid.size)
+
+    def refine(self, params: Params, domain: Domain, finer: Domain) -> Params:
+        before, after = self.lattice(domain), self.lattice(finer)
+        coefficients = params[self.name]
+        while before.size == after.size and any(a > b for a, b in zip(before.stride, after.stride, strict=True)):
+            axes = tuple(a > b for a, b in zip(before.stride, after.stride, strict=True))
+            coefficients, before = bspline.subdivide(coefficients, before, axes=axes), before.halved(axes)
+        if before == after:
+            return {self.name: coefficients}
+        # No level of the same pyramid: the nearest spline in the least-squares sense.
+        grid, other = first_domain(domain), first_domain(finer)
+        index = grid.convert(other.points(), "world", "index").mT
+        scale = [n / m for n, m in zip(before.size, grid.size, strict=True)]
+        factor = torch.tensor(scale, dtype=index.dtype, device=index.device).unsqueeze(1)
+        values = bspline.evaluate_at(coefficients.to(index.dtype), before, (index + 0.5) * factor - 0.5)
+        fitted = bspline.fit(values.reshape(-1, *other.shape), after)
+        return {self.name: fitted.to(coefficients.dtype)}
+
+
+@dataclasses.dataclass(frozen=True)
+class FFD(_Spline):
+    """T(p) = p + u(p), u a cubic B-spline, params coefficients (D, lattice).
+
+    Free-form deformation; Rueckert et al. 1999, doi 10.1109/42.796284.
+
+    stride : voxels of the finest level between control points, one number or one per axis
+    """
+
+    stride: Stride = 4
+    name: ClassVar[str] = "coefficients"
+
+    def shift(self, params: Params, domain: Domain) -> Tensor:
+        return self.spline(params, domain)
+
+    def points(self, params: Params, domain: Domain, points: Tensor) -> Tensor:
+        grid, lattice = first_domain(domain), self.lattice(domain)
+        index = grid.world_to_index(points).mT
+        scale = [n / m for n, m in zip(lattice.size, grid.size, strict=True)]
+        factor = torch.tensor(scale, dtype=index.dtype, device=index.device).unsqueeze(1)
+        return (
+            points
+            + bspline.evaluate_at(params["coefficients"].to(index.dtype), lattice, (index + 0.5) * factor - 0.5).mT
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SVFFD(_Spline):
+    """T = exp(v), v a cubic B-spline, params coefficients (D, lattice); its inverse is exp(-v).
+
+    Stationary velocity free-form deformation; Modat et al. 2012, doi 10.1117/12.910397.
+
+    stride : voxels of the finest level between control points, one number or one per axis
+    steps : squarings
+    """
+
+    stride: Stride = 4
+    steps: int = 6
+    name: ClassVar[str] = "coefficients"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_steps(self.steps)
+
+    def shift(self, params: Params, domain: Domain) -> Tensor:
+        return exp_shift(self.spline(params, domain), self.steps)
+
+    @property
+    def negates(self) -> bool:
+        return True
+
+    def inverse(self, params: Params, domain: Domain) -> Mapping:
+        return Mapping(tree_map(torch.neg, params), domain, self)
