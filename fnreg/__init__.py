@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fnreg import data as data
+    from fnreg import fields as fields
     from fnreg import io as io
     from fnreg import optim as optim
     from fnreg import plot as plot
@@ -123,6 +124,7 @@ _HOME = {
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _MODULES = {
     "data": "fnreg.data",
+    "fields": "fnreg.fields",
     "functional": "fnreg.losses.functional",
     "io": "fnreg.io",
     "optim": "fnreg.optim",

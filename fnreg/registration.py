@@ -7,6 +7,8 @@ and so for every leaf of images, grids, masks, parameters and weights; shared le
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, overload
@@ -239,6 +241,8 @@ def register(
         failures = done[-1].failures if done else _Failures.at_start(whole, size, single)
         done.append(run_of.solve(params, None if done else starts, failures))
     last = done[-1]
+    if whole.visible:
+        _warn_of_speed(last, whole.domain)
 
     def shaped(tree: Any) -> Any:
         return tree_map(lambda leaf: leaf[0], tree) if single else tree
@@ -313,6 +317,23 @@ def _resolve(given: Stage | Transform, default: Stage) -> Stage:
         steps=default.steps if stage.steps is None else stage.steps,
         stop=stop,
     )
+
+
+def _warn_of_speed(found: _Solution, domain: Grid) -> None:
+    """Squaring a flow is inaccurate where its first step is longer than a voxel: say so."""
+    mapping = found.map(domain)
+
+    def one(mapping: Mapping) -> Any:
+        return mapping.transform.first_step(mapping.params, mapping.domain)
+
+    step = over_batch(one, mapping=(mapping, mapping.ranks()))
+    if step is not None and bool((step > 1).any()):
+        more = math.ceil(math.log2(float(step[torch.isfinite(step)].max())))
+        warnings.warn(
+            f"velocities of {found.transform} are too fast for its squarings in {int((step > 1).sum())} of {len(step)} "
+            f"pairs, so its inverse is inaccurate there: use {more} steps more, or a stronger penalty",
+            stacklevel=3,
+        )
 
 
 def _levels(stage: Stage) -> int:

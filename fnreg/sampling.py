@@ -190,7 +190,7 @@ def _slope(corners: list[Tensor], fraction: list[Tensor], k: int) -> Tensor:
     return _mix(steps, fraction[:k] + fraction[k + 1 :])
 
 
-def gather(data: Tensor, coords: Tensor, padding: Padding = "border", item: Tensor | None = None) -> Sampled:
+def gather(data: Tensor, coords: Tensor, padding: Padding = "border", *, item: Tensor | None = None) -> Sampled:
     """`sample` in plain differentiable torch: right to any order, in forward mode too.
 
     item : (N,) the image of each point, where data are several, (C, I, [Z,] Y, X)
@@ -294,7 +294,7 @@ def _by_grid_sample(data: Tensor, coords: Tensor, padding: Padding, div: int) ->
     left = torch.cat(parts)
     for begin in range(0, len(left), length):
         b, p = left[begin : begin + length].unbind(1)
-        exact = gather(several, coords[b, :, p].mT.contiguous(), padding, items[b])
+        exact = gather(several, coords[b, :, p].mT.contiguous(), padding, item=items[b])
         value[b, :, p] = exact.value.mT
         gradient[b, :, :, p] = exact.gradient.permute(2, 0, 1)
     return Sampled(value, gradient, inside)
@@ -464,14 +464,27 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        values, coords, _, _, ctx.padding, ctx.div = inputs
+        values, coords, ctx.shape, ctx.items, ctx.padding, ctx.div = inputs
         ctx.save_for_backward(values, coords)
+        ctx.save_for_forward(values, coords)
 
     @staticmethod
     def backward(ctx: Any, by_data: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         values, coords = ctx.saved_tensors
         found = _Linear.apply(by_data, coords, _without_fill(ctx.padding), ctx.div)  # type: ignore[no-untyped-call]
         return found[0], (values.unsqueeze(2) * found[1]).sum(1), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        values, coords = ctx.saved_tensors
+        how = (ctx.shape, ctx.items, ctx.padding, ctx.div)
+        found = values.new_zeros(ctx.items, values.shape[1], *ctx.shape)
+        if tangents[1] is not None:  # the transpose of the slope, of what the coordinates change
+            made: Any = torch.func.vjp(lambda data: _batched(data, coords, ctx.padding, ctx.div).gradient, found)
+            found = made[1](values.unsqueeze(2) * tangents[1].unsqueeze(1))[0]
+        if tangents[0] is not None:
+            found = found + _Spread.apply(tangents[0], coords, *how)  # type: ignore[no-untyped-call]
+        return found
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

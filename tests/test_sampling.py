@@ -924,3 +924,35 @@ def test_values_keep_the_shape_of_the_coordinates() -> None:
     assert interpolate(data, torch.zeros(2)).shape == (3,)
     assert interpolate(data, torch.zeros(2, 4, 7, 2)).shape == (3, 4, 7, 2)
     assert interpolate(data, torch.zeros(2, 0)).shape == (3, 0)
+
+
+# -- the derivative by the data ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", ("border", "zeros", "reflection", 0.3))
+@pytest.mark.parametrize("shape", ((9,), (7, 9), (5, 6, 7)))
+@pytest.mark.parametrize("kernel", (True, False))
+def test_the_derivative_by_the_data_is_the_transpose(shape: tuple[int, ...], padding: Any, kernel: bool) -> None:
+    torch.manual_seed(len(shape))
+    count, dimension = 3, len(shape)
+    coords = torch.rand(count, dimension, 40, dtype=torch.float64) * 12 - 2
+    coords[1, 0, 5] = torch.nan
+    values = torch.randn(count, 2, 40, dtype=torch.float64)
+    shared = torch.randn(2, *shape, dtype=torch.float64)
+    own = torch.randn(count, 2, *shape, dtype=torch.float64)
+
+    def total(data: Tensor, where: Tensor, value: Tensor) -> Tensor:
+        return (sample(data, where, padding=padding).value.nan_to_num() * value).sum()
+
+    def exact(data: Tensor, where: Tensor, value: Tensor) -> Tensor:
+        return (gather(data, where, padding).value.nan_to_num() * value).sum()
+
+    with path(kernel):
+        for data, axis in ((shared, None), (own, 0)):
+            dims = (axis, 0, 0)
+            found = vmap(grad(total), in_dims=dims)(data, coords, values)
+            assert_close(found, vmap(grad(exact), in_dims=dims)(data, coords, values), rtol=0, atol=1e-12)
+            # nested batches: values of one more axis, coordinates shared
+            more = values.expand(4, *values.shape) * torch.arange(1.0, 5.0, dtype=torch.float64).reshape(4, 1, 1, 1)
+            nested = vmap(lambda v, data=data, dims=dims: vmap(grad(total), in_dims=dims)(data, coords, v))(more)
+            assert_close(nested[3], 4 * found, rtol=0, atol=1e-12)

@@ -33,7 +33,7 @@ from fnreg.problem import Level, _pair_gradient  # pyright: ignore[reportPrivate
 from fnreg.pytree import tree_map
 from fnreg.sampling import sample
 from fnreg.squares import Squares, squares
-from tests.scenes import equal_bits
+from scenes import equal_bits
 
 pytestmark = pytest.mark.skipif(
     native.load() is None, reason="squares need a C compiler; without one nobody calls them"

@@ -99,6 +99,10 @@ class Transform:
         """What penalties act on, a `DenseField` or `SplineField` of displacements or velocities."""
         raise ValueError(f"{self} yields no field: penalties such as bending go with FFD, SVFFD, SVF or Displacement")
 
+    def first_step(self, params: Params, domain: Domain) -> Tensor | None:
+        """Where the map is the flow of a velocity: the length in voxels of the longest step that is then squared."""
+        return None
+
     def cast(self, params: Any, dtype: torch.dtype) -> Any:
         """Parameters, or a step, in the precision of the images where they are fields; matrices stay float64."""
         return params

@@ -150,7 +150,10 @@ class SVF(_OneField):
         check_steps(self.steps)
 
     def shift(self, params: Params, domain: Domain) -> Tensor:
-        return exp_shift(in_voxels(params["velocity"], first_domain(domain)), self.steps)
+        return exp_shift(in_voxels(params["velocity"], first_domain(domain)), self.steps, midpoint=True)
+
+    def first_step(self, params: Params, domain: Domain) -> Tensor | None:
+        return longest(in_voxels(params["velocity"], first_domain(domain))) / 2**self.steps
 
     @property
     def negates(self) -> bool:
@@ -204,6 +207,11 @@ class Diffeomorphism(_OneField):
 
 def _smooth(vectors: Tensor, sigma: float) -> Tensor:
     return gaussian(vectors, sigma) if sigma > 0 else vectors
+
+
+def longest(shift: Tensor) -> Tensor:
+    """The greatest length of a vector of a field."""
+    return shift.square().sum(0).amax().sqrt()
 
 
 def check_steps(steps: int) -> None:

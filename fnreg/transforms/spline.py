@@ -22,7 +22,7 @@ from fnreg.fields import exp_shift
 from fnreg.losses.penalties import SplineField
 from fnreg.pytree import tree_map
 from fnreg.transforms.base import Domain, Mapping, Params, Step, first_domain
-from fnreg.transforms.dense import Dense, along, check_steps, in_voxels, in_world, zeros
+from fnreg.transforms.dense import Dense, along, check_steps, in_voxels, in_world, longest, zeros
 
 Stride = int | tuple[int, ...]
 
@@ -147,7 +147,10 @@ class SVFFD(_Spline):
         check_steps(self.steps)
 
     def shift(self, params: Params, domain: Domain) -> Tensor:
-        return exp_shift(self.spline(params, domain), self.steps)
+        return exp_shift(self.spline(params, domain), self.steps, midpoint=True)
+
+    def first_step(self, params: Params, domain: Domain) -> Tensor | None:
+        return longest(self.spline(params, domain)) / 2**self.steps
 
     @property
     def negates(self) -> bool:

@@ -45,9 +45,7 @@ class TPS(Dense):
 
     def __post_init__(self) -> None:
         if self.count < 2 or not 0 <= self.stiffness < math.inf:
-            raise ValueError(
-                f"{self!r}: expected count >= 2 and a finite stiffness >= 0"
-            )
+            raise ValueError(f"{self!r}: expected count >= 2 and a finite stiffness >= 0")
 
     def init(self, domain: Domain) -> Params:
         grid = first_domain(domain)
@@ -126,11 +124,11 @@ def tps_mapping(fixed_points: Tensor, moving_points: Tensor, domain: Domain, *, 
 
 def _check_spread(fixed: Tensor, stiffness: float) -> None:
     """The landmarks determine an affine map, and no two of them are in one place."""
-    z, _, size = _normalized(fixed)
-    extents = torch.linalg.svdvals(z)
-    if not bool((size > 0) & (extents[-1] > FLAT * extents[0])):
+    extents = torch.linalg.svdvals(fixed - fixed.mean(0))
+    if not bool(extents[-1] > FLAT * extents[0]):
         flat = ("in one point", "on one line", "in one plane")[fixed.shape[1] - 1]
         raise ValueError(f"the {len(fixed)} fixed landmarks lie {flat}: add some beside it")
+    z = _normalized(fixed)[0]
     apart = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
     apart = apart + torch.diag(torch.full_like(apart[0], torch.inf))
     if stiffness == 0 and bool(apart.min() <= COINCIDE):
