@@ -56,9 +56,9 @@ typedef struct {
     REAL low_known[DIM][BLOCK], up_known[DIM][BLOCK], fraction[DIM][BLOCK], inside[BLOCK];
 } JOIN(NAME, _block);
 
-/* Cells along axis k, moved by `shift`; returns whether a fraction is near a knot or not a number.  Short loops
+/* Cells along axis k, moved by `side` where it is given; returns whether a fraction is near a knot or not a number.  Short loops
  * of one kind each: so the compiler vectorises all of them. */
-static int INDEX(JOIN(NAME, _block) *restrict s, int k, const REAL *restrict x, REAL shift, int count, int64_t size,
+static int INDEX(JOIN(NAME, _block) *restrict s, int k, const REAL *restrict x, const REAL *side, int count, int64_t size,
                  int64_t stride, int mode, REAL near) {
     const REAL n = (REAL)size, last = n - 1, limit = (REAL)(mode == REFLECTION ? 1e6 : 2);
     const int32_t step = (int32_t)stride;
@@ -71,15 +71,19 @@ static int INDEX(JOIN(NAME, _block) *restrict s, int k, const REAL *restrict x, 
         c = c < n + limit ? c : n + limit;
         const REAL whole = JOIN(FLOOR_, REAL)(c);
         f[p] = c - whole;
-        a[p] = whole + shift;
-        b[p] = whole + shift + 1;
+        a[p] = whole;
+        b[p] = whole + 1;
+    }
+    for (int p = 0; side && p < count; p++) {
+        a[p] += side[p];
+        b[p] += side[p];
     }
     const REAL middle = last / 2, reach = n / 2 + near;
-    for (int p = 0; p < count; p++) {
+    for (int p = 0; !side && p < count; p++) {
         const REAL away = x[p] - middle, within = away <= reach && -away <= reach ? (REAL)1 : (REAL)0;
         s->inside[p] = k == 0 ? within : s->inside[p] * within;
     }
-    for (int p = 0; p < count; p++) special |= (f[p] < near) | (f[p] > 1 - near) | (x[p] != x[p]);
+    for (int p = 0; !side && p < count; p++) special |= (f[p] < near) | (f[p] > 1 - near) | (x[p] != x[p]);
     if (mode == REFLECTION && last > 0) {
         const REAL period = 2 * last;
         for (int p = 0; p < count; p++) {
@@ -156,7 +160,7 @@ static inline __attribute__((always_inline)) void CELLS(const JOIN(NAME, _block)
 
 /* Value and gradient of one channel at the samples of a block whose coordinates begin at `x`, the rows `row` apart;
  * `special` says that some lie on a knot or are not numbers. */
-static inline __attribute__((always_inline)) void CHANNEL(const JOIN(NAME, _block) *restrict s, const REAL *image,
+static inline __attribute__((always_inline)) void CHANNEL(JOIN(NAME, _block) *restrict s, const REAL *image,
                                                           const REAL *x, int64_t row, int count, int special,
                                                           const int64_t *n, const int64_t *stride, int mode, REAL fill,
                                                           REAL near, REAL *restrict v, REAL *restrict g,
@@ -166,19 +170,36 @@ static inline __attribute__((always_inline)) void CHANNEL(const JOIN(NAME, _bloc
     else
         CELLS(s, image, count, 0, fill, v, g, points);
     if (!special) return;
-    JOIN(NAME, _block) one;
+    REAL side[BLOCK], other_value[BLOCK], other[DIM * BLOCK];
+    int32_t lower[BLOCK], upper[BLOCK];
+    REAL low_known[BLOCK], up_known[BLOCK];
+    for (int k = 0; k < DIM; k++) {
+        int near_knot = 0;
+        for (int q = 0; q < count; q++) {
+            const REAL f = s->fraction[k][q];
+            side[q] = f < near ? (REAL)-1 : f > 1 - near ? (REAL)1 : (REAL)0;
+            near_knot |= side[q] != 0;
+        }
+        if (!near_knot) continue;
+        for (int q = 0; q < count; q++) { /* the cells on the other side of the knots, in place of their own */
+            lower[q] = s->lower[k][q], upper[q] = s->upper[k][q];
+            low_known[q] = s->low_known[k][q], up_known[q] = s->up_known[k][q];
+        }
+        INDEX(s, k, x + k * row, side, count, n[k], stride[k], mode, near);
+        if (mode == CONSTANT)
+            CELLS(s, image, count, 1, fill, other_value, other, BLOCK);
+        else
+            CELLS(s, image, count, 0, fill, other_value, other, BLOCK);
+        for (int q = 0; q < count; q++) {
+            s->lower[k][q] = lower[q], s->upper[k][q] = upper[q];
+            s->low_known[k][q] = low_known[q], s->up_known[k][q] = up_known[q];
+            const REAL own = g[k * points + q], mean = (own + other[k * BLOCK + q]) / 2;
+            g[k * points + q] = side[q] != 0 ? mean : own;
+        }
+    }
     for (int q = 0; q < count; q++) {
         int lost = 0;
         for (int k = 0; k < DIM; k++) lost |= x[k * row + q] != x[k * row + q];
-        for (int k = 0; k < DIM && !lost; k++) {
-            const REAL f = s->fraction[k][q];
-            if (!(f < near || f > 1 - near)) continue;
-            REAL other_value, other[DIM]; /* the cell on the other side of the knot */
-            for (int j = 0; j < DIM; j++)
-                INDEX(&one, j, x + j * row + q, j != k ? 0 : f < near ? -1 : 1, 1, n[j], stride[j], mode, near);
-            CELLS(&one, image, 1, mode == CONSTANT, fill, &other_value, other, 1);
-            g[k * points + q] = (g[k * points + q] + other[k]) / 2;
-        }
         if (!lost) continue;
         v[q] = (REAL)NAN;
         for (int k = 0; k < DIM; k++) g[k * points + q] = (REAL)NAN;
