@@ -14,7 +14,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from fnreg import GaussNewton, Grid, Held, Image, Mapping, Sequential, Transform, adam, stack
+from fnreg import (
+    FFD,
+    SVF,
+    SVFFD,
+    TPS,
+    Diffeomorphism,
+    Displacement,
+    GaussNewton,
+    Grid,
+    Held,
+    Image,
+    Mapping,
+    Sequential,
+    Transform,
+    adam,
+    fields,
+    stack,
+)
+from fnreg.filters import gaussian
 from fnreg.pytree import tree_flatten, tree_map, tree_unflatten, tree_vmap
 from fnreg.transforms.linear import (
     Affine,
@@ -53,11 +71,26 @@ def transforms_of(dimension: int) -> tuple[Transform, ...]:
     return ANY_DIMENSION if dimension == 1 else ANY_DIMENSION + TURNING
 
 
+# Maps that are not linear; their grids may have two voxels along an axis.
+FIELDS: tuple[Transform, ...] = (Displacement(), SVF(3), Diffeomorphism(), FFD(2), SVFFD(2, 3))
+BENT: tuple[Transform, ...] = (
+    *FIELDS,
+    TPS(5),
+    Sequential((SVFFD(2, 3), Affine())),
+    Sequential((FFD(2), Held(Affine(), ("matrix",)))),
+    Sequential((Affine(), Displacement())),
+)
+
+# What registers in the scenes below.
+WARPS: tuple[Transform, ...] = (Displacement(), SVF(4), Diffeomorphism(), FFD(4), SVFFD(4, 4))
+
 # A law that runs for every transform and dimension needs fewer examples of each.
 few = hypothesis.settings(max_examples=max(3, hypothesis.settings.default.max_examples // 6))
 
 EVERY = [(transform, dimension) for dimension in (1, 2, 3) for transform in transforms_of(dimension)]
 EVERY_ID = [f"{dimension}-{transform}" for transform, dimension in EVERY]
+BENDING = [(transform, dimension) for dimension in (1, 2, 3) for transform in BENT]
+BENDING_ID = [f"{dimension}-{transform}" for transform, dimension in BENDING]
 
 
 def tensor(values: object) -> Tensor:
@@ -140,6 +173,32 @@ def random_params(transform: Transform, domain: Any, seed: int, size: float = 0.
 
 def random_mapping(transform: Transform, domain: Any, seed: int, size: float = 0.3) -> Mapping:
     return Mapping(random_params(transform, domain, seed, size), domain, transform)
+
+
+def smooth_step(transform: Transform, domain: Grid, seed: int, size: float, sigma: float = 2.0) -> Any:
+    """A step of fields that are smooth and no entry of which exceeds `size` voxels; other leaves are a tenth of it."""
+
+    def smooth(leaf: Tensor) -> Tensor:
+        if leaf.ndim <= 2 and domain.ndim > 1:
+            return 0.1 * size * leaf
+        made = gaussian(leaf, sigma) if leaf.ndim == domain.ndim + 1 else leaf
+        return size * made / made.abs().max()
+
+    return tree_map(smooth, random_step(transform, domain, seed, 1.0))
+
+
+def smooth_mapping(transform: Transform, domain: Grid, seed: int = 0, size: float = 1.0, sigma: float = 2.0) -> Mapping:
+    """A map away from the identity that does not fold, where `size` is not large beside `sigma`."""
+    params, left = transform.init(domain), size
+    while left > 1e-9:  # no single step may be larger than a Diffeomorphism takes
+        params = transform.retract(params, smooth_step(transform, domain, seed, min(left, 0.5), sigma), domain)
+        left -= 0.5
+    return Mapping(params, domain, transform)
+
+
+def least_determinant(mapping: Mapping) -> float:
+    """Of the map's derivative at the voxels of its domain; not positive where it folds."""
+    return float(fields.determinant(mapping.displacement(), mapping.domain).min())
 
 
 # -- laws ----------------------------------------------------------------------------------------------------------
@@ -311,7 +370,8 @@ def several_pairs(dimension: int = 2) -> tuple[list[Image], list[Image]]:
     fixed, moving = [], []
     for number in range(4):
         grid = {"turn": (0.2 * number, 0.1, -0.1), "spacing": 1 + 0.05 * number, "mirror": number == 2}
-        truth = random_mapping(Rigid(), scene(dimension, **grid).grid, number, 0.0 if number == 1 else 1.0)
+        turned = Rigid() if dimension > 1 else Affine()
+        truth = random_mapping(turned, scene(dimension, **grid).grid, number, 0.0 if number == 1 else 1.0)
         fixed.append(scene(dimension, truth, **grid))
         moving.append(moving_scene(dimension, turn=(0.1, 0.1 * number, 0.0), spacing=0.9 + 0.04 * number))
     return fixed, moving

@@ -218,6 +218,16 @@ def test_newton_converges_where_the_fixed_point_iteration_does_not() -> None:
     assert residual < 1e-12
 
 
+@pytest.mark.parametrize(("dimension", "seed", "amplitude"), [(1, 4, 2.0), (2, 1, 2.5), (2, 6, 3.0)])
+def test_steps_that_overshoot_are_halved(dimension: int, seed: int, amplitude: float) -> None:
+    """These have an inverse that full steps of Newton's method do not find."""
+    grid, generator = Grid((20,) * dimension), torch.Generator().manual_seed(seed)
+    shift = fields.random_field(grid, amplitude=amplitude, smoothness=5, generator=generator, dtype=torch.float64)
+    assert fields.determinant(shift, grid).min() > 0.1
+    inverse, residual = invert_shift(shift, iterations=30)
+    assert max(residual, length(scipy_compose(inverse, shift))) < 1e-12
+
+
 @every_dimension
 def test_a_fold_has_no_inverse_and_the_residual_says_so(dimension: int) -> None:
     size = (9,) * dimension

@@ -9,6 +9,7 @@ import torch
 from scenes import (
     DESCENT,
     SAME,
+    WARPS,
     both_solvers,
     equal_bits,
     few_steps,
@@ -126,6 +127,58 @@ def test_one_pair_in_a_batch_of_weights_or_beginnings(what: str) -> None:
         alone = register(fixed, moving, Rigid(), **one(number), **options)
         points = fixed.grid.points()
         assert float((batch.map_points(points)[number] - alone.map_points(points)).abs().max()) < SAME
+
+
+# -- transforms with a field ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", [*WARPS, fnreg.Sequential((fnreg.FFD(4), Affine()))], ids=str)
+def test_a_field_of_a_pair_alone_equals_that_in_a_batch(transform: fnreg.Transform) -> None:
+    """Pairs on grids of their own, one of which has nothing left to find; compaction changes nothing."""
+    fixed, moving = several_pairs()
+    for stop in (None, Stop(every=1, patience=3)):
+        options: dict[str, Any] = {
+            "levels": 2,
+            "steps": 10,
+            "stop": stop,
+            "objective": fnreg.mse + 1e-3 * fnreg.diffusion,
+        }
+        batch = register(stack(fixed), stack(moving), transform, **options)
+        for n in range(4):
+            alone = register(fixed[n], moving[n], transform, **options)
+            assert voxels_apart(take(batch.mapping, n), alone.mapping, fixed[n].grid) < SAME
+            assert torch.equal(batch.steps[n], alone.steps)
+            assert_close(batch.value[n], alone.value, atol=1e-12, rtol=0)
+            assert_close(batch.jacobian().data[n], alone.jacobian().data, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("transform", WARPS, ids=str)
+def test_fields_of_pairs_in_space_equal_the_loop(transform: fnreg.Transform) -> None:
+    fixed, moving = several_pairs(3)
+    batch = register(stack(fixed), stack(moving), transform, **few_steps(DESCENT, 3))
+    shared = register(
+        fixed[0], Image(torch.stack([m.data for m in moving]), moving[0].grid), transform, **few_steps(DESCENT, 3)
+    )
+    for n in range(4):
+        alone = register(fixed[n], moving[n], transform, **few_steps(DESCENT, 3))
+        assert voxels_apart(take(batch.mapping, n), alone.mapping, fixed[n].grid) < SAME
+        same_place = Image(moving[n].data, moving[0].grid)
+        alone = register(fixed[0], same_place, transform, **few_steps(DESCENT, 3))
+        assert voxels_apart(take_batched(shared.mapping, n), alone.mapping, fixed[0].grid) < SAME
+
+
+@pytest.mark.parametrize("transform", WARPS, ids=str)
+def test_neighbours_change_no_bit_of_a_field(transform: fnreg.Transform) -> None:
+    fixed, moving = several_pairs()
+    options: dict[str, Any] = {"levels": 2, "steps": 6, "stop": Stop(compact=False)}
+    clean = register(stack(fixed), stack(moving), transform, **options)
+    for name in ("NaN", "constant", "elsewhere"):
+        spoiled = [fixed[0], SPOILS[name](fixed[1]), fixed[2], SPOILS[name](fixed[3])]
+        dirty = register(stack(spoiled), stack(moving), transform, **options)
+        assert dirty.ok.tolist() == [True, False, True, False]
+        for n in (0, 2):
+            assert equal_bits(take(dirty.mapping, n), take(clean.mapping, n)), name
+            assert equal_bits((dirty.value[n], dirty.steps[n]), (clean.value[n], clean.steps[n])), name
 
 
 # -- neighbours ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from scenes import equal_bits
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.testing import assert_close
@@ -33,7 +34,6 @@ from fnreg.problem import Level, _pair_gradient  # pyright: ignore[reportPrivate
 from fnreg.pytree import tree_map
 from fnreg.sampling import sample
 from fnreg.squares import Squares, squares
-from scenes import equal_bits
 
 pytestmark = pytest.mark.skipif(
     native.load() is None, reason="squares need a C compiler; without one nobody calls them"

@@ -11,6 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scenes import (
+    BENDING,
+    BENDING_ID,
+    BENT,
     EVERY,
     EVERY_ID,
     close,
@@ -35,7 +38,8 @@ from fnreg.transforms.linear import Affine, Linear, Rigid, Rotation, Scaling, Sh
 
 Params = Any
 WORLD = 1e-10  # world units; the grids reach some hundreds of units from the origin
-every = pytest.mark.parametrize(("transform", "dimension"), EVERY, ids=EVERY_ID)
+every = pytest.mark.parametrize(("transform", "dimension"), EVERY + BENDING, ids=EVERY_ID + BENDING_ID)
+linear = pytest.mark.parametrize(("transform", "dimension"), EVERY, ids=EVERY_ID)
 seeds = st.integers(0, 2**16)
 
 
@@ -85,7 +89,7 @@ def test_no_step_changes_nothing(transform: Transform, dimension: int) -> None:
     check()
 
 
-@every
+@linear
 def test_perturb_has_the_derivative_of_retract(transform: Transform, dimension: int) -> None:
     grid = Grid((4, 3, 5)[:dimension], spacing=(1.0, 2.0, 0.5)[:dimension])
     params, step = random_params(transform, grid, 1), random_step(transform, grid, 2, 1.0)
@@ -101,7 +105,7 @@ def test_perturb_has_the_derivative_of_retract(transform: Transform, dimension: 
     assert bool(along(transform.perturb).abs().max() > 0.1)
 
 
-@every
+@linear
 def test_preconditioning_keeps_the_structure_of_a_step(transform: Transform, dimension: int) -> None:
     grid = Grid((4, 3, 5)[:dimension])
     gradient = random_step(transform, grid, 3, 1.0)
@@ -113,7 +117,7 @@ def test_preconditioning_keeps_the_structure_of_a_step(transform: Transform, dim
 # -- maps ----------------------------------------------------------------------------------------------------------
 
 
-@every
+@linear
 def test_inverse_undoes_the_map_and_is_undone_by_it(transform: Transform, dimension: int) -> None:
     @few
     @given(grids(dimension), seeds)
@@ -158,7 +162,7 @@ def test_displacement_is_what_the_points_move_by(transform: Transform, dimension
     check()
 
 
-@every
+@linear
 def test_matrix_maps_the_points(transform: Transform, dimension: int) -> None:
     @few
     @given(grids(dimension), seeds)
@@ -178,6 +182,32 @@ def test_matrix_maps_the_points(transform: Transform, dimension: int) -> None:
 
 
 @every
+def test_a_split_is_the_map_of_the_voxels(transform: Transform, dimension: int) -> None:
+    """A shift in voxels, from there to world, then a matrix."""
+
+    @few
+    @given(grids(dimension), seeds)
+    def check(items: list[Grid], seed: int) -> None:
+        params = [random_params(transform, grid, seed) for grid in items]
+
+        def parted(grid: Grid, values: Params) -> Any:
+            found = transform.split(values, grid)
+            index = grid.world_to_index(grid.points())
+            shifted = index if found.shift is None else index + found.shift.flatten(1).mT
+            world = grid.index_to_world(shifted)
+            whole = world if found.matrix is None else world @ found.matrix[:-1, :-1].mT + found.matrix[:-1, -1]
+            return whole, transform.points(values, grid, grid.points())
+
+        law(parted, items, params, atol=1e-9)
+
+    last = transform.transforms[-1] if isinstance(transform, Sequential) else transform
+    assert transform.splits == (last.linear or not isinstance(transform, Sequential))
+    if transform.splits:
+        check()
+    assert transform.linear == ((transform, dimension) in EVERY)
+
+
+@linear
 def test_points_keep_their_dtype_and_parameters_stay_float64(transform: Transform, dimension: int) -> None:
     grid = Grid((4, 3, 5)[:dimension])
     mapping = random_mapping(transform, grid, 4)
@@ -187,7 +217,7 @@ def test_points_keep_their_dtype_and_parameters_stay_float64(transform: Transfor
     assert mapping.displacement().dtype == mapping.matrix().dtype == torch.float64
 
 
-@every
+@linear
 def test_a_finer_domain_keeps_the_map(transform: Transform, dimension: int) -> None:
     @few
     @given(grids(dimension), seeds)
@@ -305,7 +335,7 @@ def test_held_refuses_what_is_not_there() -> None:
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transform", transforms_of(3), ids=str)
+@pytest.mark.parametrize("transform", transforms_of(3) + BENT, ids=str)
 def test_json_gives_the_transform_back(transform: Transform) -> None:
     text = json.dumps(transform.to_dict())
     again = Transform.from_dict(json.loads(text))
@@ -340,6 +370,7 @@ def test_unknown_and_missing_options_are_named() -> None:
 def test_every_listed_transform_can_be_made() -> None:
     needs: dict[str, Any] = {"Held": {"transform": {"type": "Rigid"}, "names": ["rotation"]}}
     needs["Sequential"] = {"transforms": [{"type": "Rigid"}]}
+    needs["TPS"] = {"count": 4}
     assert {"Rigid", "Affine", "Held", "Sequential"} <= set(Transform.types)
     for name, cls in Transform.types.items():
         assert dataclasses.is_dataclass(cls)
@@ -376,12 +407,15 @@ def test_a_batch_of_mappings_equals_the_loop(transform: Transform, dimension: in
     assert_close(found, loop, atol=1e-12, rtol=0)
     if not (own_domain or own_params):
         return
-    assert_close(batch.matrix(), torch.stack([m.matrix() for m in singles]), atol=1e-12, rtol=0)
+    if transform.linear:
+        assert_close(batch.matrix(), torch.stack([m.matrix() for m in singles]), atol=1e-12, rtol=0)
     assert_close(batch.displacement(), torch.stack([m.displacement() for m in singles]), atol=1e-12, rtol=0)
     wheres = {"shared": (others[0], [others[0]] * count), "own": (stack(others), others)}
     for where, each in wheres.values():
         loop = torch.stack([m.displacement(g) for m, g in zip(singles, each, strict=True)])
         assert_close(batch.displacement(where), loop, atol=1e-12, rtol=0)
+    if not transform.linear:
+        return  # random fields fold
     back = batch.inverse().map_points(found)
     assert_close(
         back, torch.stack([m.inverse().map_points(f) for m, f in zip(singles, found, strict=True)]), atol=1e-9, rtol=0

@@ -97,7 +97,10 @@ class Transform:
 
     def field(self, params: Params, domain: Domain) -> Any:
         """What penalties act on, a `DenseField` or `SplineField` of displacements or velocities."""
-        raise ValueError(f"{self} yields no field: penalties such as bending go with FFD, SVFFD, SVF or Displacement")
+        raise ValueError(
+            f"{self} yields no field: penalties such as bending go with FFD, SVFFD, SVF, Displacement and "
+            "Diffeomorphism; a linear stage gets an objective of its own, Stage(Affine(), objective=mse)"
+        )
 
     def first_step(self, params: Params, domain: Domain) -> Tensor | None:
         """Where the map is the flow of a velocity: the length in voxels of the longest step that is then squared."""

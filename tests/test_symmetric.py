@@ -1,0 +1,95 @@
+"""Registration both ways: exchange of the images, consistency of the inverse, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from scenes import equal_bits
+from torch.func import grad
+from torch.testing import assert_close
+
+from fnreg import FFD, SVF, SVFFD, Affine, Grid, Image, Rigid, Stage, Subject, Transform, bending, mse, register, stack
+from fnreg.inputs import prepare
+from fnreg.losses.terms import objective
+from fnreg.pytree import tree_leaves, tree_map
+from fnreg.symmetric import BothWays
+
+GRID = Grid((20, 18), spacing=(1.0, 1.5), direction=[[0.6, -0.8], [0.8, 0.6]])
+
+
+def blobs(seed: int, grid: Grid = GRID) -> Image:
+    """A smooth random image."""
+    generator = torch.Generator().manual_seed(seed)
+    return Image(torch.rand(1, *grid.shape, generator=generator, dtype=torch.float64), grid).gaussian(2.5, unit="voxel")
+
+
+def few(**options: Any) -> dict[str, Any]:
+    return {"levels": 2, "steps": 20, "objective": mse + 1e-3 * bending, "symmetric": True} | options
+
+
+@pytest.mark.parametrize("transform", (SVFFD(stride=4), SVF()))
+def test_exchanged_images_give_the_inverse(transform: Transform) -> None:
+    fixed, moving = blobs(0), blobs(1)
+    there = register(fixed, moving, transform, **few())
+    back = register(moving, fixed, transform, **few())
+    for a, b in zip(tree_leaves(there.mapping.params), tree_leaves(back.mapping.params), strict=True):
+        assert float(a.abs().max()) > 0.1
+        assert_close(a, -b, rtol=0, atol=1e-9)
+    assert_close(there.value, back.value, rtol=1e-12, atol=0)
+    one_way = register(fixed, moving, transform, **few(symmetric=False))
+    other = register(moving, fixed, transform, **few(symmetric=False))
+    pairs = zip(tree_leaves(one_way.mapping.params), tree_leaves(other.mapping.params), strict=True)
+    assert max(float((a + b).abs().max()) for a, b in pairs) > 1e-3  # which is not so of its own
+
+
+def test_the_gradient_is_that_of_the_value() -> None:
+    transform = SVFFD(stride=4)
+    whole = prepare(blobs(0), blobs(1), None, levels=1, min_size=4)
+    level = BothWays.of(whole.level(0, transform, objective(mse + 0.01 * bending), 1, None))
+    params = tree_map(lambda leaf: 0.7 * torch.randn(1, *leaf.shape, dtype=leaf.dtype), transform.init(GRID))
+    direction = tree_map(torch.randn_like, level.zero_step())
+
+    def along(size: torch.Tensor) -> torch.Tensor:
+        return level.value(level.retract(params, tree_map(lambda leaf: size * leaf, direction)))[0].sum()
+
+    slope, value = level.gradient(params)
+    found = sum((a * b).sum() for a, b in zip(tree_leaves(slope), tree_leaves(direction), strict=True))
+    assert_close(found, grad(along)(torch.zeros((), dtype=torch.float64)), rtol=1e-6, atol=1e-12)
+    assert_close(value, level.value(params)[0], rtol=1e-12, atol=0)
+
+
+def test_masks_and_a_map_after_it_count_on_both_sides() -> None:
+    fixed, moving = blobs(0), blobs(1)
+    hole = torch.ones(1, *GRID.shape, dtype=torch.float64)
+    hole[:, 5:10, 5:10] = 0
+    spoiled = Image(torch.where(hole > 0, moving.data, 100.0), GRID)
+    clean = register(fixed, Subject(moving, mask=hole), SVFFD(stride=4), **few(steps=5))
+    found = register(fixed, Subject(spoiled, mask=hole), SVFFD(stride=4), **few(steps=5))
+    assert_close(found.mapping.displacement(), clean.mapping.displacement(), rtol=0, atol=1e-9)
+    result = register(fixed, moving, [Stage(Rigid(), objective=mse), SVFFD(stride=4)], **few())
+    assert float(result.value) < float(register(fixed, moving, Rigid(), levels=2, steps=20).value)
+
+
+def test_a_pair_alone_equals_the_pair_in_a_batch() -> None:
+    fixeds, movings = stack([blobs(n) for n in range(3)]), stack([blobs(n) for n in (5, 6, 7)])
+    batch = register(fixeds, movings, SVFFD(stride=4), **few())
+    alone = register(blobs(1), blobs(6), SVFFD(stride=4), **few())
+    assert_close(batch.mapping.displacement()[1], alone.mapping.displacement(), rtol=0, atol=1e-9)
+    assert equal_bits(batch.status[1], alone.status)
+
+
+def test_transforms_without_a_cheap_inverse_are_refused() -> None:
+    for transform in (FFD(), Affine()):
+        with pytest.raises(ValueError, match="symmetric registration goes with SVF and SVFFD"):
+            register(blobs(0), blobs(1), transform, symmetric=True)
+
+
+def test_velocities_too_fast_for_their_squarings_are_told() -> None:
+    fixed, moving = blobs(0), blobs(1)
+    fast = {"coefficients": 8 * torch.ones(2, *SVFFD(stride=4).lattice(GRID).shape, dtype=torch.float64)}
+    options: dict[str, Any] = {"levels": 1, "steps": 0, "initial": fast, "padding": "border"}
+    with pytest.warns(UserWarning, match="too fast for its squarings in 1 of 1 pairs.*use 3 steps more"):
+        register(fixed, moving, SVFFD(stride=4, steps=1), **options)
+    register(fixed, moving, SVFFD(stride=4, steps=4), **options)
