@@ -13,9 +13,22 @@ import cyclopts
 from cyclopts import Parameter
 
 from fnreg import __version__
-from fnreg.settings import OPTIMIZERS, PADDINGS, SAVES, SIMILARITIES, TRANSFORMS, Settings, SettingsError
+from fnreg.settings import (
+    OPTIMIZERS,
+    PADDINGS,
+    PENALTIES,
+    SAVES,
+    SIMILARITIES,
+    SYMMETRIC,
+    TRANSFORMS,
+    Settings,
+    SettingsError,
+    choose,
+)
 
 OK, FAILED, USAGE, REFUSED, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+DEMOS = ("story", "circle-to-c")
 
 app = cyclopts.App(
     name="fnreg",
@@ -48,10 +61,21 @@ def register(
     *,
     output: _Output,
     transform: Annotated[
-        str | None, _option(f"Stages joined by +, of: {', '.join(TRANSFORMS)}. [default: rigid]")
+        str | None,
+        _option(f"Stages joined by +, of: {', '.join(TRANSFORMS)}; options as affine+svffd:stride=4. [default: rigid]"),
     ] = None,
     similarity: Annotated[
         str | None, _option(f"One of {', '.join(SIMILARITIES)}; options as huber:delta=0.1. [default: mse]")
+    ] = None,
+    penalty: Annotated[
+        list[str] | None,
+        _option(
+            f"What keeps ffd and the like smooth, with its weight, as bending=1e-3; may be given again; one of "
+            f"{', '.join(PENALTIES)}; options as elasticity=0.01:mu=2. [default: none]"
+        ),
+    ] = None,
+    symmetric: Annotated[
+        bool | None, _option(f"Count the loss of both directions, in the stages of {' and '.join(SYMMETRIC)}.")
     ] = None,
     optimizer: Annotated[
         str | None,
@@ -76,7 +100,7 @@ def register(
         ),
     ] = None,
     save: Annotated[
-        str | None, _option(f"What to write, joined by +, of: {', '.join(SAVES)}. [default: all but inverse]")
+        str | None, _option(f"What to write, joined by +, of: {', '.join(SAVES)}. [default: params+xfm+warped+figures]")
     ] = None,
     seed: Annotated[int | None, _option("Of random numbers. [default: 0]")] = None,
     threads: Annotated[int | None, _option("Of torch. [default: as torch chooses]")] = None,
@@ -97,8 +121,9 @@ def register(
         Image that is to look like it.
     """
     given = {
-        "transform": transform, "similarity": similarity, "optimizer": optimizer, "levels": levels, "steps": steps,
-        "init": init, "padding": padding, "save": save, "seed": seed, "threads": threads, "device": device,
+        "transform": transform, "similarity": similarity, "penalty": "+".join(penalty) if penalty else None,
+        "symmetric": symmetric, "optimizer": optimizer, "levels": levels, "steps": steps, "init": init,
+        "padding": padding, "save": save, "seed": seed, "threads": threads, "device": device,
     }  # fmt: skip
     chosen = Settings.gather(given, settings)
     from fnreg import results, run
@@ -134,16 +159,37 @@ def _summary(record: dict[str, Any], verbose: bool) -> str:
     lines = [f"{record['settings']['transform']}: {record['status']} after {record['seconds']:.1f} s, "
              f"{sum(record['steps'])} steps on {len(record['steps'])} levels"]  # fmt: skip
     for name, value in record["terms_after"].items():
-        lines.append(f"  {name:<12} {record['terms_before'][name]:.6g} before, {value:.6g} after")
+        before = record["terms_before"].get(name)
+        told = "" if before is None else f"{before:.6g} before, "
+        lines.append(f"  {name:<12} {told}{'not finite' if value is None else f'{value:.6g} after'}")
     if "rotation_degrees" in record:
         lines.append(f"  {'rotation':<12} {record['rotation_degrees']:.3f} degrees")
     told = ", ".join(f"{value:.3f}" for value in record["translation_of_center"])
     lines.append(f"  {'shift':<12} ({told}) at the middle of the fixed image")
+    if "folds" in record:
+        lines += _regularity(record)
     lines.append(f"  {'written':<12} {record['output']}: {', '.join(record['written'])}")
     if verbose:
         lines.append(f"  {'memory':<12} {record['peak_mb']:.0f} MB at most")
-        lines += [f"  {'matrix' if not row else '':<12} {values}" for row, values in enumerate(record["matrix"])]
+        lines += [
+            f"  {'matrix' if not row else '':<12} {values}" for row, values in enumerate(record.get("matrix", ()))
+        ]
     return "\n".join(lines)
+
+
+def _regularity(record: dict[str, Any]) -> list[str]:
+    """How regular a map with a field is."""
+    told = {name: "unknown" if value is None else f"{value:.3g}" for name, value in record.items() if _plain(value)}
+    folds = "no folds" if record["folds"] == 0 else f"folds at {100 * (record['folds'] or 0):.3g} % of the pixels"
+    lines = [f"  {'determinant':<12} {told['jac_min']} to {told['jac_max']}, {folds}"]
+    lines.append(f"  {'displacement':<12} {told['max_displacement']} at most")
+    if "inverse_residual" in record:
+        lines.append(f"  {'inverse':<12} leaves {told['inverse_residual']} pixels at most")
+    return lines
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, float)
 
 
 @app.command
@@ -174,16 +220,25 @@ def doctor(*, as_json: Annotated[bool, _option("Print JSON.", "--json")] = False
 
 @app.command
 def demo(
+    name: str = DEMOS[0],
+    /,
     *,
     output: Annotated[Path, _option("Folder for the figures. [default: fnreg-demo]", "--output", "-o")] = Path(
         "fnreg-demo"
     ),
     verbose: _Verbose = False,
 ) -> int:
-    """Search, descend, and register one pair and a hundred; needs less than a minute and the extra plot."""
-    from fnreg.demo import run_demo
+    """Search, descend, and register one pair and a hundred; needs about a minute and the extra plot.
 
-    run_demo(output)
+    Parameters
+    ----------
+    name
+        story, or circle-to-c: a disc becomes a C, a large deformation with its inverse.
+    """
+    choose("demo", name, DEMOS)
+    from fnreg.demo import run_circle_to_c, run_demo
+
+    {"story": run_demo, "circle-to-c": run_circle_to_c}[name](output)
     return OK
 
 

@@ -7,15 +7,18 @@ import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fnreg import io
+from fnreg import extras, fields, io
+from fnreg.grid import Grid
 from fnreg.image import Image
+from fnreg.io.itk import parts
 from fnreg.registration import Registration
 from fnreg.solvers.base import Status
+from fnreg.transforms.base import Mapping, first_domain
 from fnreg.transforms.linear import decompose
 from fnreg.transforms.rotation import matrix_to_angle
 
@@ -24,18 +27,24 @@ KNOWN = (
     "warped.tif",
     "transform.safetensors",
     "transform.tfm",
+    "transform.h5",
+    "displacement.nii.gz",
+    "jacobian.nii.gz",
     "inverse.safetensors",
     "inverse.tfm",
+    "inverse.h5",
+    "inverse_displacement.nii.gz",
     "figures/overview.png",
     "figures/checkerboard.png",
     "figures/losses.png",
+    "figures/warped_grid.png",
+    "figures/flow.png",
+    "figures/jacobian.png",
 )
 
 
 def outcome(result: Registration, before: float, before_terms: dict[str, Tensor]) -> dict[str, Any]:
-    """How a registration of one pair by a linear transform went, as plain data."""
-    matrix = result.mapping.matrix().cpu()
-    shift, factors = decompose(matrix)
+    """How a registration of one pair went, as plain data."""
     center = result.fixed_grid.center
     found: dict[str, Any] = {
         "ended": Status(int(result.status)).name.lower(),
@@ -44,17 +53,77 @@ def outcome(result: Registration, before: float, before_terms: dict[str, Tensor]
         "terms_before": {name: _number(float(value)) for name, value in before_terms.items()},
         "terms_after": {name: _number(float(value)) for name, value in result.terms.items()},
         "steps": result.steps.tolist(),
-        "matrix": matrix.tolist(),
         "translation_of_center": (result.map_points(center[None])[0] - center).tolist(),
-        "scale": factors.scale.tolist(),
         "history": [
             {"stage": trace.stage, "level": trace.level, "value": [v for v in trace.value.tolist() if math.isfinite(v)]}
             for trace in result.history
         ],
     }
+    return found | (_linear(result.mapping) if result.mapping.transform.linear else _dense(result))
+
+
+def _linear(mapping: Mapping) -> dict[str, Any]:
+    matrix = mapping.matrix().cpu()
+    shift, factors = decompose(matrix)
+    found: dict[str, Any] = {"matrix": matrix.tolist(), "scale": factors.scale.tolist()}
     if len(shift) == 2:
         found["rotation_degrees"] = math.degrees(float(matrix_to_angle(factors.rotation)))
     return found
+
+
+def _dense(result: Registration) -> dict[str, Any]:
+    """How regular the map is at the fixed voxels: the columns that users of registrations know by these names."""
+    grid = result.fixed_grid
+    told = fields.statistics(result.mapping.displacement(grid), grid)
+    return {
+        "jac_min": _number(float(told.min_determinant)),
+        "jac_max": _number(float(told.max_determinant)),
+        "folds": _number(float(told.folds)),  # share of voxels
+        "sdlogj": _number(float(told.sd_log_determinant)),
+        "max_displacement": _number(float(told.max_displacement)),
+        "linear_parts": [part.matrix().tolist() for part in parts(result.mapping) if part.transform.linear],
+    }
+
+
+class Inverse(NamedTuple):
+    """The inverse of a registration as far as it could be found."""
+
+    result: Registration | None
+    residual: float | None  # see `residual`; None for linear maps and where there is no inverse
+    note: str | None = None
+
+
+def invert(result: Registration) -> Inverse:
+    """The inverse, or why there is none: where a map folds it has none, and the rest of the run still counts."""
+    try:
+        inverse = result.inverse()
+    except ValueError as problem:
+        return Inverse(None, None, f"no inverse was written: {problem}")
+    linear = result.mapping.transform.linear
+    return Inverse(inverse, None if linear else _number(residual(result.mapping, inverse.mapping)))
+
+
+def residual(mapping: Mapping, inverse: Mapping) -> float:
+    """The largest |S(T(p)) - p| in voxels for the inverse S at the voxels p of the domain that stay within it.
+
+    A linear part has an exact inverse: T and S are the parts with a field, where there is one of them.
+    """
+    there = [part for part in parts(mapping) if not part.transform.linear]
+    back = [part for part in parts(inverse) if not part.transform.linear]
+    if len(there) == len(back) == 1:
+        mapping, inverse = there[0], back[0]
+    away = there_and_back(mapping, inverse, first_domain(mapping.domain))
+    return float(away.max()) if len(away) else 0.0
+
+
+def there_and_back(mapping: Mapping, inverse: Mapping, grid: Grid) -> Tensor:
+    """|S(T(p)) - p| in voxels (N,) at the voxels p of a grid that T leaves within it."""
+    points = grid.points()
+    moved = mapping.map_points(points)
+    index = grid.world_to_index(moved)
+    stays = ((index >= 0) & (index <= 2 * grid.index_center)).all(-1)
+    away = grid.convert(inverse.map_points(moved) - points, "world", "index", vectors=True)
+    return away.norm(dim=-1)[stays]
 
 
 def _number(value: float) -> float | None:
@@ -70,10 +139,19 @@ def peak_megabytes(device: torch.device) -> float:
 
 
 def write(
-    folder: Path, result: Registration, fixed: Image, moving: Image, saves: Sequence[str], objective: str, title: str
+    folder: Path,
+    result: Registration,
+    fixed: Image,
+    moving: Image,
+    saves: Sequence[str],
+    *,
+    inverse: Registration | None = None,
+    objective: str,
+    title: str,
 ) -> None:
     """Write into a folder what `saves` names; see `fnreg.settings.SAVES`.
 
+    inverse : what "inverse" writes, where there is one
     objective : what the course of it is labelled with; title : of the overview
     """
     fixed, moving = fixed.to("cpu"), moving.to("cpu")
@@ -83,23 +161,49 @@ def write(
         io.write_image(folder / "warped.png", warped, window=_window(moving))
     if "params" in saves:
         io.write_transform(folder / "transform.safetensors", result.mapping)
-    if "xfm" in saves:
-        io.write_itk(folder / "transform.tfm", result.mapping)
-    if "inverse" in saves:
-        inverse = result.inverse().mapping
-        io.write_transform(folder / "inverse.safetensors", inverse)
-        io.write_itk(folder / "inverse.tfm", inverse)
+    for_itk = "xfm" in saves and _write_for_itk(folder / "transform", result.mapping)
+    if "displacement" in saves or ("xfm" in saves and not for_itk):
+        io.write_displacement(
+            folder / "displacement.nii.gz", result.mapping, grid=result.fixed_grid, dtype=fixed.data.dtype
+        )
+    if "jacobian" in saves:
+        io.write_map(folder / "jacobian.nii.gz", result.jacobian())
+    if "inverse" in saves and inverse is not None:
+        io.write_transform(folder / "inverse.safetensors", inverse.mapping)
+        if not _write_for_itk(folder / "inverse", inverse.mapping) or "displacement" in saves:
+            name = folder / "inverse_displacement.nii.gz"
+            io.write_displacement(name, inverse.mapping, grid=inverse.fixed_grid, dtype=fixed.data.dtype)
     if "figures" in saves:
-        from fnreg import plot
+        _draw(folder / "figures", result, fixed, moving, warped, objective, title)
 
-        (folder / "figures").mkdir()
-        figures = {
-            "overview": plot.overview(fixed, moving, warped, unit="pixels", title=title),
-            "checkerboard": plot.checkerboard(fixed, warped, unit="pixels"),
-            "losses": plot.losses(result, objective=objective),
-        }
-        for name, figure in figures.items():
-            figure.savefig(folder / "figures" / f"{name}.png")
+
+def _write_for_itk(path: Path, mapping: Mapping) -> bool:
+    """Whether the mapping could be written as a transform of ITK: one with a field needs SimpleITK."""
+    if not mapping.transform.linear and not all(extras.present("itk").values()):
+        return False
+    io.write_itk(path.with_suffix(".tfm" if mapping.transform.linear else ".h5"), mapping)
+    return True
+
+
+def _draw(
+    folder: Path, result: Registration, fixed: Image, moving: Image, warped: Image, objective: str, title: str
+) -> None:
+    from fnreg import plot
+
+    folder.mkdir()
+    figures = {
+        "overview": plot.overview(fixed, moving, warped, unit="pixels", title=title),
+        "checkerboard": plot.checkerboard(fixed, warped, unit="pixels"),
+        "losses": plot.losses(result, objective=objective),
+    }
+    if not result.mapping.transform.linear:
+        field = result.mapping.displacement(result.fixed_grid)
+        figures["jacobian"] = plot.jacobian(result.jacobian().to("cpu"), unit="pixels")
+        if fixed.grid.ndim == 2:
+            figures["flow"] = plot.flow(field, fixed.grid, unit="pixels")
+            figures["warped_grid"] = plot.warped_grid(result, image=moving, unit="pixels", title=title)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png")
 
 
 def _window(moving: Image) -> tuple[float, float]:

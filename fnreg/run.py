@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ from fnreg import extras, io, results
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.io.files import ImageReadError, TransformReadError, write_bytes
+from fnreg.io.itk import parts
 from fnreg.output import OutputFolder
+from fnreg.pytree import tree_leaves, tree_map
 from fnreg.registration import Event, Stage, evaluate, register
-from fnreg.settings import STARTS, Settings
-from fnreg.transforms.base import Mapping
-from fnreg.transforms.linear import Linear
+from fnreg.settings import INITS, STARTS, Settings, SettingsError
+from fnreg.transforms.base import Mapping, Transform, first_domain
 
 
 class DeviceError(RuntimeError):
@@ -47,6 +48,20 @@ class Files:
     moving_mask: Path | None = None
 
 
+class Begin(NamedTuple):
+    """Where a run starts."""
+
+    initial: Any = None  # parameters of the first stage, or for a linear one a linear mapping
+    then: Mapping | None = None  # what acts after a first stage that is not linear
+
+    def mapping(self, first: Transform, grid: Grid) -> Mapping:
+        """The whole map."""
+        if isinstance(self.initial, Mapping):
+            return self.initial
+        begun = Mapping(first.init(grid) if self.initial is None else self.initial, grid, first)
+        return begun if self.then is None else self.then @ begun
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """A run all of whose inputs have been read and found in order."""
@@ -55,17 +70,16 @@ class Plan:
     settings: Settings
     fixed: Subject
     moving: Subject
-    transforms: list[Linear]
-    objective: Any
+    stages: list[Stage]
     solver: Any
-    initial: Mapping | None
+    begin: Begin | None
     figures: bool
     notes: list[str]
 
     def record(self) -> dict[str, Any]:
         """What is about to be done, for run.json and --dry-run."""
         inputs: dict[str, Any] = {}
-        init = None if self.initial is None else Path(self.settings.init)
+        init = None if self.begin is None else Path(self.settings.init)
         for name in ("fixed", "moving", "fixed_mask", "moving_mask"):
             if (path := getattr(self.files, name)) is not None:
                 inputs[name] = _told(path)
@@ -77,8 +91,8 @@ class Plan:
             "inputs": inputs,
             "output": str(self.files.output),
             "settings": dataclasses.asdict(self.settings),
-            "stages": [repr(transform) for transform in self.transforms],
-            "objective": repr(self.objective),
+            "stages": [repr(stage.transform) for stage in self.stages],
+            "objective": repr(self.stages[-1].objective),
             "solver": repr(self.solver),
             "versions": {"python": platform.python_version(), **versions},
             "threads": torch.get_num_threads(),
@@ -95,7 +109,8 @@ def prepare(files: Files, settings: Settings) -> Plan:
 
     Raises SettingsError, ImageReadError, TransformReadError, DeviceError or MissingExtraError.
     """
-    transforms, objective, solver = settings.transforms(), settings.objective(), settings.solver()
+    stages = [Stage(transform, settings.objective(transform)) for transform in settings.transforms()]
+    solver = settings.solver()
     device = _device(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -111,8 +126,23 @@ def prepare(files: Files, settings: Settings) -> Plan:
     if figures and not all(extras.present("plot").values()):
         figures = False
         notes.append('no figures were drawn, matplotlib is not installed: pip install "fnreg[plot]"')
-    initial = _initial(settings, fixed.grid, device)
-    return Plan(files, settings, subjects[0], subjects[1], transforms, objective, solver, initial, figures, notes)
+    for stage in stages:
+        _try(stage, subjects[0].image)
+    begin = _begin(settings, stages[0].transform, subjects[0].image.grid)
+    return Plan(files, settings, subjects[0], subjects[1], stages, solver, begin, figures, notes)
+
+
+def _try(stage: Stage, fixed: Image) -> None:
+    """SettingsError for a transform or a penalty with options that do not go with the image, before the work begins."""
+    transform, grid = stage.transform, fixed.grid
+    if transform.linear:
+        return
+    try:
+        params = transform.cast(transform.init(grid), fixed.data.dtype)
+        for term in stage.objective.terms[1:]:
+            term.value({"field": transform.field(params, grid)})
+    except (TypeError, ValueError) as problem:
+        raise SettingsError(f"{transform}: {problem}") from None
 
 
 def _device(settings: Settings) -> torch.device:
@@ -137,19 +167,30 @@ def _mask(path: Path | None, of: Path, image: Image, device: torch.device) -> Te
     return (mask.data > 0).to(device)
 
 
-def _initial(settings: Settings, grid: Grid, device: torch.device) -> Mapping | None:
-    if settings.init in ("header", "center", "moments", "search"):
+def _begin(settings: Settings, first: Transform, grid: Grid) -> Begin | None:
+    """The start that a file gives: a linear map, or what an earlier run of the same transform has written."""
+    if settings.init in INITS:
         return None
-    mapping = io.read_transform(settings.init)
-    try:
-        matrix = mapping.matrix()
-    except ValueError as problem:
-        raise TransformReadError(f"{settings.init} cannot be a start: {problem}") from None
-    if matrix.shape != (grid.ndim + 1, grid.ndim + 1):
+    read = io.read_transform(settings.init)
+    if first_domain(read.domain).ndim != grid.ndim:
+        raise TransformReadError(f"{settings.init} is a map of other axes: expected one map of {grid.ndim} axes")
+    if any(leaf.ndim != rank for leaf, rank in zip(tree_leaves(read), tree_leaves(read.ranks()), strict=True)):
+        raise TransformReadError(f"{settings.init} holds a batch: expected one map of {grid.ndim} axes")
+    found = tree_map(lambda leaf: leaf.to(grid.center.device), read)
+    if found.transform.linear:
+        matrix = fnreg.linear_mapping(found.matrix(), grid)
+        return Begin(initial=matrix) if first.linear else Begin(then=matrix)
+    dense, *after = parts(found)
+    fits = dense.transform == first and isinstance(dense.domain, Grid) and dense.domain.same_as(grid)
+    if not fits or not all(part.transform.linear for part in after):
         raise TransformReadError(
-            f"{settings.init} has a matrix {tuple(matrix.shape)}: expected one map of {grid.ndim} axes"
+            f"{settings.init} cannot be a start: it holds {found.transform}, and {first} begins with a linear map, or "
+            "with parameters of its own kind on the grid of the fixed image"
         )
-    return fnreg.linear_mapping(matrix.to(device), grid.to(device))
+    then: Mapping | None = None
+    for part in after:
+        then = part if then is None else part @ then
+    return Begin(dense.params, None if then is None else fnreg.linear_mapping(then.matrix(), grid))
 
 
 def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] | None = None) -> dict[str, Any]:
@@ -157,38 +198,60 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
 
     Raises RegistrationError where the pair could not be registered, OSError where something could not be written.
     """
-    settings, begin = plan.settings, time.perf_counter()
-    first = plan.transforms[0]
+    settings, clock = plan.settings, time.perf_counter()
+    first, last = plan.stages[0].transform, plan.stages[-1]
     grid = plan.fixed.image.grid
-    identity = plan.initial or Mapping(first.init(grid), grid, first)
-    shared: dict[str, Any] = {"objective": plan.objective, "padding": settings.outside()}
+    begin = plan.begin or Begin()
     counts = settings.counts()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        before, before_terms = evaluate(plan.fixed, plan.moving, identity, **shared)
+        # By the last objective: a stage that can be penalised does not move at the start.
+        start = begin.mapping(first, grid)
+        if first.linear and not last.transform.linear:
+            start = start @ Mapping(last.transform.init(grid), grid, last.transform)
+        before, before_terms = evaluate(
+            plan.fixed, plan.moving, start, objective=last.objective, padding=settings.outside()
+        )
         result = register(
             plan.fixed,
             plan.moving,
-            [Stage(transform) for transform in plan.transforms],
+            plan.stages,
             solver=plan.solver,
             levels=settings.levels,
             steps=counts[0] if len(counts) == 1 else counts,
-            initial=plan.initial,
-            starts=first.spread(grid, STARTS) if settings.init == "search" else None,
+            then=begin.then,
+            initial=begin.initial,
+            starts=_starts(first, grid) if settings.init == "search" else None,
             start=settings.init if settings.init in ("center", "moments") else "header",
+            padding=settings.outside(),
+            symmetric=settings.symmetric,
             progress=progress,
-            **shared,
         )
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - clock
     notes = [str(warning.message) for warning in caught]
     if float(result.value) > float(before):
         notes.append(f"the objective rose from {float(before):.4g} to {float(result.value):.4g}: look at the figures")
+    found = results.outcome(result, float(before), before_terms)
+    if found.get("folds"):
+        notes.append(_of_folds(found["folds"], float(before), settings))
     saves = [name for name in settings.saves() if name != "figures" or plan.figures]
+    inverse = results.invert(result) if "inverse" in saves else results.Inverse(None, None)
+    if inverse.residual is not None:
+        found["inverse_residual"] = inverse.residual
+    if inverse.note is not None:
+        notes.append(inverse.note)
     title = f"{plan.files.moving.name} to {plan.files.fixed.name}: {settings.transform}"
     results.write(
-        folder.scratch, result, plan.fixed.image, plan.moving.image, saves, objective=repr(plan.objective), title=title
+        folder.scratch,
+        result,
+        plan.fixed.image,
+        plan.moving.image,
+        saves,
+        inverse=inverse.result,
+        objective=repr(last.objective),
+        title=title,
     )
-    record = plan.record() | results.outcome(result, float(before), before_terms)
+    record = plan.record() | found
     record |= {"status": "warn" if notes else "ok", "warnings": [*plan.notes, *notes], "seconds": round(seconds, 3)}
     record["peak_mb"] = results.peak_megabytes(plan.fixed.image.data.device)
     written = sorted(
@@ -198,3 +261,15 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
     write_bytes(folder.scratch / "run.json", (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
     folder.commit()
     return record
+
+
+def _starts(first: Any, grid: Grid) -> Any:
+    return first.spread(grid, STARTS)
+
+
+def _of_folds(share: float, before: float, settings: Settings) -> str:
+    told = f"the map folds at {100 * share:.3g} % of the pixels: give "
+    if settings.penalty:
+        return f"{told}a larger weight than {settings.penalty}, or use svffd"
+    # Bending is below 1 for smooth maps: so it weighs less than what there is to gain, whatever the intensities.
+    return f"{told}a penalty, such as --penalty bending={abs(before) or 1:.0e}, or use svffd"

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fnreg.losses.terms import Term
-    from fnreg.transforms.linear import Linear
+    from fnreg.losses.terms import Objective, Term
+    from fnreg.transforms.base import Transform
 
 TRANSFORMS = {
     "translation": "Translation",
@@ -26,12 +28,22 @@ TRANSFORMS = {
     "isotropic-scaling": "IsotropicScaling",
     "shearing": "Shearing",
     "affine": "Affine",
+    "ffd": "FFD",
+    "svffd": "SVFFD",
+    "svf": "SVF",
+    "displacement": "Displacement",
+    "diffeomorphism": "Diffeomorphism",
 }
+DENSE = ("ffd", "svffd", "svf", "displacement", "diffeomorphism")
+SYMMETRIC = ("svffd", "svf")  # whose negative parameters are those of the inverse map
+PENALTIES = (
+    "bending", "diffusion", "curvature", "elasticity", "divergence", "total_variation", "folding", "log_jacobian",
+)  # fmt: skip
 SIMILARITIES = ("mse", "mae", "huber", "ncc")
 OPTIMIZERS = ("adam", "sgd", "gauss-newton")
 INITS = ("header", "center", "moments", "search")
 PADDINGS = ("none", "zeros", "border", "reflection")
-SAVES = ("params", "xfm", "warped", "figures", "inverse")
+SAVES = ("params", "xfm", "warped", "figures", "inverse", "displacement", "jacobian")
 STARTS = 36  # of init "search"
 
 
@@ -45,45 +57,89 @@ def choose(what: str, name: str, choices: Iterable[str]) -> str:
     if name in known:
         return name
     near = difflib.get_close_matches(name, known, 1, 0.7)
+    near = near or [one for one in known if len(name) > 2 and one.startswith(name)][:1]
     hint = f"did you mean {near[0]}? " if near else ""
     raise SettingsError(f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}")
 
 
-def parse_spec(what: str, text: str) -> tuple[str, dict[str, float | bool]]:
-    """A name with options: `adam:lr=0.3,decay=0.1` gives ("adam", {"lr": 0.3, "decay": 0.1})."""
-    name, _, rest = text.strip().partition(":")
-    options: dict[str, float | bool] = {}
-    for part in rest.split(",") if rest else ():
+Option = float | bool | tuple[float, ...]
+
+
+def parse_spec(what: str, text: str) -> tuple[str, dict[str, Option]]:
+    """A name with options: `ffd:stride=4x8` gives ("ffd", {"stride": (4.0, 8.0)}), one number or one per axis."""
+    name, colon, rest = text.strip().partition(":")
+    options: dict[str, Option] = {}
+    for part in rest.split(",") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
         try:
-            options[key] = {"true": True, "false": False}[value] if value in ("true", "false") else float(value)
+            options[key] = _option(value)
         except ValueError:
             equals = ""
         if not (key and equals):
             raise SettingsError(f"{what} {text!r}: expected NAME or NAME:option=number, such as adam:lr=0.3")
-    return name, options
+    return name.strip(), options
+
+
+def _option(text: str) -> Option:
+    if text in ("true", "false"):
+        return text == "true"
+    numbers = tuple(float(part) for part in text.split("x"))
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_penalty(text: str) -> tuple[str, float, dict[str, Option]]:
+    """A name with its weight and options: `elasticity=0.01:mu=2` gives ("elasticity", 0.01, {"mu": 2.0})."""
+    head, colon, rest = text.strip().partition(":")
+    name, equals, weight = (piece.strip() for piece in head.partition("="))
+    choose("penalty", name, PENALTIES)
+    try:
+        value = float(weight) if equals else math.nan
+    except ValueError:
+        value = math.nan
+    if not (value >= 0 and math.isfinite(value)):
+        raise SettingsError(f"penalty {text!r}: expected NAME=WEIGHT with a weight of 0 or more, such as bending=1e-3")
+    return name, value, parse_spec("penalty", f"{name}:{rest}")[1] if colon else {}
 
 
 def _make(what: str, text: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     """factory(**options), with errors that name the setting."""
     if isinstance(factory, type):
-        known = [field.name for field in dataclasses.fields(factory)]
+        kinds = {field.name: str(field.type) for field in dataclasses.fields(factory)}
         for name in options:
-            if name not in known:
-                told = ", ".join(known) if known else "none"
+            if name not in kinds:
+                told = ", ".join(kinds) if kinds else "none"
                 raise SettingsError(f"{what} {text!r} has no option {name!r}: its options are {told}")
+        options = {name: _of_kind(f"{what} {text!r}: {name}", value, kinds[name]) for name, value in options.items()}
     try:
         return factory(**options)
     except (TypeError, ValueError) as problem:
         raise SettingsError(f"{what} {text!r}: {problem}") from None
 
 
+def _of_kind(told: str, value: Option, kind: str) -> Any:
+    """The value of an option as its field's annotation wants it: numbers come as floats."""
+    several, switch = isinstance(value, tuple), isinstance(value, bool)
+    if switch != (kind == "bool") or (several and kind != "Stride"):
+        expected = {"bool": "true or false", "Stride": "whole numbers"}.get(kind, "a number")
+        raise SettingsError(f"{told} is {value}: expected {expected}")
+    if kind not in ("int", "Stride"):
+        return value
+    numbers = value if isinstance(value, tuple) else (value,)
+    if not all(number.is_integer() for number in map(float, numbers)):
+        raise SettingsError(f"{told} is {value}: expected whole numbers")
+    whole = tuple(int(number) for number in numbers)
+    return whole if several else whole[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How a pair is registered.
 
-    transform : stages, joined by +, such as "rigid+affine"; see `TRANSFORMS`
+    transform : stages, joined by +, with options, such as "affine+svffd:stride=4"; see `TRANSFORMS`
     similarity : what is minimised, with options, such as "huber:delta=0.1"; see `SIMILARITIES`
+    penalty : on the fields of the stages in `DENSE`, weights by name, joined by +, such as "bending=1e-3", with options
+        as "elasticity=0.01:mu=2,lam=1"; see `PENALTIES`
+    symmetric : the loss of both directions in the stages in `SYMMETRIC`
     optimizer : with options, such as "adam:lr=0.3" or "gauss-newton"; see `OPTIMIZERS`
     levels : images of the pyramid
     steps : per level, from coarse to fine, joined by x, such as "100x50x10"; one number serves all levels
@@ -95,6 +151,8 @@ class Settings:
 
     transform: str = "rigid"
     similarity: str = "mse"
+    penalty: str = ""
+    symmetric: bool = False
     optimizer: str = "adam:lr=0.3"
     levels: int = 3
     steps: str = "100"
@@ -119,10 +177,17 @@ class Settings:
 
     def check(self) -> None:
         """SettingsError for the first thing that is wrong."""
-        for name in self.transform.split("+"):
-            choose("transform", parse_spec("transform", name)[0], TRANSFORMS)
+        names = [choose("transform", parse_spec("transform", text)[0], TRANSFORMS) for text in self.stages()]
+        dense = [name for name in names if name in DENSE]
+        for text in self.penalty_texts():
+            parse_penalty(text)
+            if not dense:
+                raise SettingsError(f"penalty {text!r} acts on {', '.join(DENSE)}, and {self.transform!r} has none")
+        if self.symmetric and not set(names) & set(SYMMETRIC):
+            raise SettingsError(f"symmetric goes with {' and '.join(SYMMETRIC)}, and {self.transform!r} has none")
         choose("similarity", parse_spec("similarity", self.similarity)[0], SIMILARITIES)
-        choose("optimizer", parse_spec("optimizer", self.optimizer)[0], OPTIMIZERS)
+        if choose("optimizer", parse_spec("optimizer", self.optimizer)[0], OPTIMIZERS) == "gauss-newton" and dense:
+            raise SettingsError(f"gauss-newton goes with few parameters, not with {dense[0]}: choose adam or sgd")
         for name in self.saves():
             choose("save", name, SAVES)
         if self.levels < 1:
@@ -139,6 +204,15 @@ class Settings:
         """Steps per level, coarse to fine, or one number for all."""
         return _steps(self.steps)
 
+    def stages(self) -> list[str]:
+        """The transforms with their options, one per stage."""
+        return [text.strip() for text in self.transform.split("+")]
+
+    def penalty_texts(self) -> list[str]:
+        """The penalties with their weights; a + before a number is its sign, as in 1e+3."""
+        found = re.split(r"\+(?![0-9.])", self.penalty) if self.penalty.strip() else []
+        return [text.strip() for text in found]
+
     def saves(self) -> list[str]:
         """What is to be written."""
         return [name.strip() for name in self.save.replace(",", "+").split("+")]
@@ -154,24 +228,24 @@ class Settings:
 
     # -- values, which need torch -----------------------------------------------------------------------------
 
-    def transforms(self) -> list[Linear]:
+    def transforms(self) -> list[Transform]:
         """A transform per stage."""
         import fnreg
 
-        made: list[Linear] = []
-        for text in self.transform.split("+"):
+        made: list[Transform] = []
+        for text in self.stages():
             name, options = parse_spec("transform", text)
             made.append(_make("transform", text, getattr(fnreg, TRANSFORMS[name]), options))
-        first = made[0]
-        if self.init == "search" and "rotation" not in first.parts:
+        first: Any = made[0]
+        if self.init == "search" and "rotation" not in getattr(first, "parts", ()):
             raise SettingsError(f"init search turns the images, but {self.transform!r} does not begin with a rotation")
-        if self.init in ("center", "moments") and not first.translates:
+        if self.init in ("center", "moments") and not getattr(first, "translates", False):
             raise SettingsError(
                 f"init {self.init} shifts the images, but {self.transform!r} does not begin with a shift"
             )
         return made
 
-    def objective(self) -> Term:
+    def measure(self) -> Term:
         """The similarity as a term."""
         from fnreg.losses import terms
 
@@ -179,9 +253,26 @@ class Settings:
         term = terms.SIMILARITIES[name]
         if options:
             term = _make("similarity", self.similarity, term, options)
-            if options.get("delta", 1.0) <= 0:
+            if options.get("delta", 1.0) <= 0:  # pyright: ignore[reportOperatorIssue]
                 raise SettingsError(f"similarity {self.similarity!r}: delta must be positive")
         return term
+
+    def penalties(self) -> list[Term]:
+        """The penalties as terms, weighted."""
+        from fnreg.losses import terms
+
+        made: list[Term] = []
+        for text in self.penalty_texts():
+            name, weight, options = parse_penalty(text)
+            term = terms.PENALTIES[name]
+            made.append(weight * (_make("penalty", text, term, options) if options else term))
+        return made
+
+    def objective(self, transform: Transform) -> Objective:
+        """What a stage minimises: linear maps have no field to penalise."""
+        from fnreg.losses.terms import Objective
+
+        return Objective((self.measure(), *(() if transform.linear else self.penalties())))
 
     def solver(self) -> Any:
         """The solver with its optimizer."""
@@ -189,7 +280,7 @@ class Settings:
 
         name, options = parse_spec("optimizer", self.optimizer)
         if name == "gauss-newton":
-            if self.objective().residuals is None:
+            if self.measure().residuals is None:
                 raise SettingsError(f"gauss-newton minimises squares, {self.similarity} has none: choose mse or ncc")
             return _make("optimizer", self.optimizer, fnreg.GaussNewton, options)
         factory = {"adam": fnreg.adam, "sgd": fnreg.sgd}[name]
@@ -218,11 +309,12 @@ def _read(file: Path) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for key, value in found.items():
         choose(f"setting in {file}:", key, kinds)
-        if key == "steps" and isinstance(value, list):
-            value = "x".join(str(part) for part in value)
+        if key in ("steps", "penalty") and isinstance(value, list):
+            value = {"steps": "x", "penalty": "+"}[key].join(str(part) for part in value)
         if kinds[key] is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         if type(value) is not kinds[key]:
-            raise SettingsError(f"{key} in {file} is {value!r}: expected {'text' if kinds[key] is str else 'a number'}")
+            expected = "text" if kinds[key] is str else "true or false" if kinds[key] is bool else "a number"
+            raise SettingsError(f"{key} in {file} is {value!r}: expected {expected}")
         made[key] = value
     return made

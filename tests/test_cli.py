@@ -182,6 +182,200 @@ def test_settings_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert found["similarity"] == "mse"
 
 
+# -- maps with a field ----------------------------------------------------------------------------------------------
+
+PAIR = ["register", "fixed.png", "moving.png", "--levels", "2", "--json"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    """The record of a run that ends well."""
+    assert cli.main([*PAIR, *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_field_leaves_all_it_promises(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    saves = "params+xfm+warped+figures+inverse+displacement+jacobian"
+    options = ["--transform", "affine+svffd:stride=4,steps=5", "--penalty", "bending=100", "-n", "8", "--save", saves]
+    record = run(capsys, "-o", "out", *options)
+    figures = ("checkerboard", "flow", "jacobian", "losses", "overview", "warped_grid")
+    files = ["run.json", "transform.safetensors", "transform.h5", "inverse.safetensors", "inverse.h5", "warped.png"]
+    files += ["warped.tif", "displacement.nii.gz", "inverse_displacement.nii.gz", "jacobian.nii.gz"]
+    assert listing(folder / "out") == sorted(["figures", *(f"figures/{name}.png" for name in figures), *files])
+    assert record["stages"] == ["Affine()", "SVFFD(stride=4, steps=5)"] and len(record["steps"]) == 4
+    assert record["objective"] == "mse + 100 * bending" and set(record["terms_after"]) == {"mse", "bending"}
+    assert record["value_after"] < record["value_before"] and "matrix" not in record
+
+    mapping, inverse = (io.read_transform(f"out/{name}.safetensors") for name in ("transform", "inverse"))
+    image = io.read_image("fixed.png")
+    moved = mapping.displacement(image.grid)
+    told = fnreg.fields.statistics(moved, image.grid)
+    assert record["jac_min"] == pytest.approx(float(told.min_determinant), abs=1e-5)
+    assert record["jac_max"] == pytest.approx(float(told.max_determinant), abs=1e-5)
+    assert record["folds"] == 0 and record["status"] == "ok" and 0 < record["inverse_residual"] < 1
+    assert record["max_displacement"] == pytest.approx(float(moved.norm(dim=0).max()), abs=1e-4)
+    assert len(record["linear_parts"]) == 1
+    middle = image.grid.center[None]
+    assert float((inverse.map_points(mapping.map_points(middle)) - middle).abs().max()) < 1
+    determinant = sitk.GetArrayFromImage(sitk.ReadImage("out/jacobian.nii.gz"))
+    assert determinant.min() == pytest.approx(record["jac_min"], abs=1e-5)
+
+    # ITK warps the moving image to the same picture, by either file.
+    field = sitk.ReadImage("out/displacement.nii.gz")
+    assert field.GetPixelID() == sitk.sitkVectorFloat32
+    pictures = [sitk.GetImageFromArray(io.read_image(f"{name}.png").numpy()[0]) for name in ("fixed", "moving")]
+    ours = io.read_image("out/warped.tif").numpy()[0]
+    for theirs in (
+        sitk.ReadTransform("out/transform.h5"),
+        sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64)),
+    ):
+        warped = sitk.GetArrayFromImage(sitk.Resample(pictures[1], pictures[0], theirs, sitk.sitkLinear, 0.0))
+        np.testing.assert_allclose(warped, ours, atol=0.01)
+
+
+def test_a_field_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--transform", "svffd", "--penalty", "bending=1e3", "-n", "5", "--save", "params+inverse"]
+    assert cli.main([*PAIR[:-1], "-o", "out", *options]) == 0
+    out = capsys.readouterr().out
+    assert "determinant" in out and "no folds" in out and "displacement" in out and "bending" in out
+    assert "inverse      leaves" in out
+    assert cli.main(["info", "out/transform.safetensors"]) == 0
+    assert "SVFFD(stride=4, steps=6)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "stage", "objective"),
+    [
+        (["--transform", "ffd:stride=4x7", "--penalty", "bending=1e+3"], "FFD(stride=(4, 7))", "mse + 1000 * bending"),
+        (
+            ["--transform", "svf:steps=4", "--penalty", "diffusion=50", "--penalty", "elasticity=10:mu=2,lam=0.5"],
+            "SVF(steps=4)",
+            "mse + 50 * diffusion + 10 * elasticity(lam=0.5, mu=2.0)",
+        ),
+        (["--transform", "displacement", "--penalty", "total_variation=9", "--similarity", "mae"], "Displacement()",
+         "mae + 9 * total_variation"),
+        (
+            ["--transform", "diffeomorphism:gradient=2,smooth=0.5"],
+            "Diffeomorphism(gradient=2.0, smooth=0.5, limit=0.5)",
+            "mse",
+        ),
+    ],
+)  # fmt: skip
+def test_fields_with_options(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], stage: str, objective: str
+) -> None:
+    record = run(capsys, "-o", "out", *options, "-n", "4", "--save", "params")
+    assert record["stages"] == [stage] and record["objective"] == objective
+    assert record["terms_after"][objective.split()[0]] < record["terms_before"][objective.split()[0]]
+    assert repr(io.read_transform("out/transform.safetensors").transform) == stage
+
+
+def test_a_map_that_folds_is_told_and_has_no_inverse(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--transform", "ffd:stride=2", "-n", "40", "--save", "params+inverse"]
+    record = run(capsys, "-o", "out", *options)
+    assert record["status"] == "warn" and record["folds"] > 0 and record["jac_min"] <= 0
+    told = " ".join(record["warnings"])
+    assert "the map folds at" in told and "--penalty bending=9e+03" in told and "no inverse was written" in told
+    assert "inverse_residual" not in record and listing(folder / "out") == ["run.json", "transform.safetensors"]
+    weak = run(capsys, "-o", "weak", *options, "--penalty", "bending=1e-9")
+    assert weak["folds"] > 0 and "a larger weight than bending=1e-9" in weak["warnings"][0]
+    penalized = run(capsys, "-o", "smooth", *options, "--penalty", "bending=1e5")
+    assert penalized["folds"] == 0 and penalized["status"] == "ok" and "inverse.safetensors" in penalized["written"]
+
+
+def test_symmetric_counts_both_directions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--transform", "affine+svffd", "--penalty", "bending=100", "-n", "15", "--save", "params"]
+    one = run(capsys, "-o", "one", *options)
+    both = run(capsys, "-o", "both", *options, "--symmetric")
+    assert both["settings"]["symmetric"] and not one["settings"]["symmetric"]
+    fixed, moving = (io.read_image(f"{name}.png") for name in ("fixed", "moving"))
+
+    def backward(name: str) -> float:
+        mapping = io.read_transform(f"{name}/transform.safetensors").inverse()
+        return float((fnreg.warp(fixed, mapping, moving.grid).data - moving.data).square().mean())
+
+    assert backward("both") < backward("one")
+
+
+def test_a_field_starts_where_another_run_ended(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = ["--save", "params", "--padding", "border"]
+    options = [*shared, "--transform", "affine+ffd:stride=4", "--penalty", "bending=100"]
+    first = run(capsys, "-o", "a", *options, "-n", "8")
+    more = [*shared, "--transform", "ffd:stride=4", "--penalty", "bending=100", "--init", "a/transform.safetensors"]
+    second = run(capsys, "-o", "b", *more, "-n", "0")
+    assert second["value_before"] == pytest.approx(first["value_after"], rel=1e-5)
+    assert second["terms_before"]["bending"] == pytest.approx(first["terms_after"]["bending"], rel=1e-4)
+    assert run(capsys, "-o", "c", *more, "-n", "8")["value_after"] < first["value_after"]
+
+    # A linear map acts after the field.
+    run(capsys, "-o", "linear", *shared, "--transform", "affine", "-n", "8")
+    after = [*shared, "--transform", "ffd:stride=4", "--init", "linear/transform.safetensors", "-n", "0"]
+    third = run(capsys, "-o", "d", *after)
+    assert third["linear_parts"] == [io.read_transform("linear/transform.safetensors").matrix().tolist()]
+
+
+def test_fields_that_cannot_be_a_start(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, size in (("other", (28, 28)), ("small", (20, 28))):
+        grid, transform = fnreg.Grid(size), fnreg.SVFFD(stride=4)
+        io.write_transform(f"{name}.safetensors", fnreg.Mapping(transform.init(grid), grid, transform))
+    many = fnreg.stack([fnreg.data.brain_truth()] * 2)
+    io.write_transform("many.safetensors", many)
+    base = ["register", "fixed.png", "moving.png", "-o", "out", "--transform"]
+    told = "begins with a linear map, or with parameters of its own kind on the grid of the fixed image"
+    for transform, file in (("ffd:stride=4", "other"), ("svffd:stride=2", "other"), ("svffd:stride=4", "small")):
+        refused(capsys, folder, [*base, transform, "--init", f"{file}.safetensors"], 3, told)
+    refused(capsys, folder, [*base, "rigid", "--init", "other.safetensors"], 3, told)
+    refused(capsys, folder, [*base, "ffd", "--init", "many.safetensors"], 3, "holds a batch")
+
+
+def test_without_simpleitk_the_displacement_takes_its_place(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extras, "present", lambda _: {"SimpleITK": False})
+    run(capsys, "-o", "out", "--transform", "svffd", "-n", "2", "--save", "xfm+inverse")
+    files = ["displacement.nii.gz", "inverse.safetensors", "inverse_displacement.nii.gz", "run.json"]
+    assert listing(folder / "out") == files
+
+
+def test_displacement_of_a_linear_map(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    record = run(capsys, "-o", "out", "-n", "5", "--save", "params+displacement+jacobian")
+    field = np.asarray(nibabel.load("out/displacement.nii.gz").dataobj)
+    assert field.shape == (28, 28, 1, 1, 2) and field.dtype == np.float32
+    grid = io.read_image("fixed.png").grid
+    moved = np.array([field[0, 0, 0, 0], field[27, 0, 0, 0]])
+    corners = grid.points()[[0, 27]].numpy()
+    matrix = np.array(record["matrix"])
+    np.testing.assert_allclose(corners + moved, corners @ matrix[:2, :2].T + matrix[:2, 2], atol=1e-4)
+    determinant = np.asarray(nibabel.load("out/jacobian.nii.gz").dataobj)
+    np.testing.assert_allclose(determinant, np.linalg.det(matrix), atol=1e-5)
+
+
+def test_penalties_in_a_settings_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = 'transform = "svffd"\npenalty = ["bending=1", "diffusion=2"]\nsymmetric = true\nsteps = 2\nsave = "params"\n'
+    Path("s.toml").write_text(text)
+    record = run(capsys, "-o", "out", "--settings", "s.toml")
+    assert (
+        record["objective"] == "mse + 1 * bending + 2 * diffusion" or "bending + 2 * diffusion" in record["objective"]
+    )
+    assert record["settings"]["symmetric"] is True
+    other = run(capsys, "-o", "other", "--settings", "s.toml", "--penalty", "curvature=3")
+    assert other["objective"] == "mse + 3 * curvature"
+
+
+def test_settings_know_every_penalty_and_transform() -> None:
+    from fnreg import settings
+    from fnreg.losses import terms
+
+    assert set(settings.PENALTIES) == set(terms.PENALTIES)
+    grid = fnreg.Grid((8, 8))
+    for name in settings.TRANSFORMS:
+        (made,) = Settings.gather({"transform": name}).transforms()
+        assert made.linear == (name not in settings.DENSE) and made.negates == (name in settings.SYMMETRIC)
+        if name in settings.DENSE:
+            assert made.field(made.init(grid), grid) is not None
+
+
 # -- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +410,31 @@ def test_unknown_suffix_is_told_what_is_known(folder: Path, capsys: pytest.Captu
 USAGE = {
     "transform": (["--transform", "rigit"], "unknown transform 'rigit': did you mean rigid? choose from translation"),
     "second stage": (["--transform", "rigid+warp"], "unknown transform 'warp': choose from translation, rotation"),
+    "half a name": (["--transform", "diffeo"], "did you mean diffeomorphism?"),
+    "stride": (["--transform", "ffd:stride=0"], "positive whole numbers"),
+    "half a stride": (["--transform", "ffd:stride=2.5"], "expected whole numbers"),
+    "stride, infinite": (["--transform", "ffd:stride=inf"], "expected whole numbers"),
+    "stride, switch": (["--transform", "ffd:stride=true"], "stride is True: expected whole numbers"),
+    "stride, long": (["--transform", "ffd:stride=40"], "40"),
+    "strides for axes": (["--transform", "ffd:stride=4x4x4"], "FFD(stride=(4, 4, 4))"),
+    "steps of a flow": (["--transform", "svffd:steps=-1"], "number of squarings"),
+    "half a step": (["--transform", "svf:steps=2.5"], "expected whole numbers"),
+    "two steps": (["--transform", "svf:steps=2x3"], "expected a number"),
+    "smooth": (["--transform", "diffeomorphism:smooth=-1"], "expected gradient and smooth >= 0"),
+    "option of a field": (["--transform", "displacement:stride=4"], "no option 'stride': its options are none"),
+    "penalty": (["--transform", "ffd", "--penalty", "bendign=1"], "did you mean bending? choose from bending, diff"),
+    "penalty without weight": (["--transform", "ffd", "--penalty", "bending"], "expected NAME=WEIGHT"),
+    "penalty, no number": (["--transform", "ffd", "--penalty", "bending=much"], "expected NAME=WEIGHT"),
+    "penalty below zero": (["--transform", "ffd", "--penalty", "bending=-1"], "a weight of 0 or more"),
+    "penalty, not finite": (["--transform", "ffd", "--penalty", "bending=nan"], "a weight of 0 or more"),
+    "option of a penalty": (["--transform", "ffd", "--penalty", "bending=1:mu=2"], "no option 'mu'"),
+    "range of a penalty": (["--transform", "ffd", "--penalty", "elasticity=1:mu=-2"], "with a negative constant"),
+    "second penalty": (["--transform", "ffd", "--penalty", "bending=1", "--penalty", "x=1"], "unknown penalty 'x'"),
+    "penalty on nothing": (["--transform", "rigid+affine", "--penalty", "bending=1"], "'rigid+affine' has none"),
+    "symmetric": (["--transform", "affine+ffd", "--symmetric"], "symmetric goes with svffd and svf"),
+    "squares of a field": (["--transform", "ffd", "--optimizer", "gauss-newton"], "not with ffd: choose adam or sgd"),
+    "center of a field": (["--transform", "ffd", "--init", "center"], "does not begin with a shift"),
+    "search of a field": (["--transform", "svf", "--init", "search"], "does not begin with a rotation"),
     "option of a transform": (["--transform", "rigid:stride=4"], "no option 'stride'"),
     "similarity": (["--similarity", "mutual"], "unknown similarity 'mutual': choose from mse, mae, huber, ncc"),
     "option of a similarity": (["--similarity", "huber:gamma=1"], "no option 'gamma': its options are delta"),
@@ -233,7 +452,7 @@ USAGE = {
     "search": (["--init", "search", "--transform", "translation"], "does not begin with a rotation"),
     "center": (["--init", "center", "--transform", "rotation"], "does not begin with a shift"),
     "padding": (["--padding", "black"], "choose from none, zeros, border, reflection"),
-    "save": (["--save", "params+jacobian"], "unknown save 'jacobian'"),
+    "save": (["--save", "params+grid"], "unknown save 'grid'"),
     "unknown option": (["--levles", "3"], "--levles"),
     "too many": (["third.png"], "third.png"),
 }
@@ -259,6 +478,8 @@ def test_incomplete(folder: Path, capsys: pytest.CaptureFixture[str], arguments:
         ("transfrom = 'rigid'", "did you mean transform?"),
         ("levels = 'three'", "levels in s.toml is 'three': expected a number"),
         ("levels = ", "is not valid TOML"),
+        ("symmetric = 1", "symmetric in s.toml is 1: expected true or false"),
+        ("transform = 'ffd'\npenalty = ['bending']", "expected NAME=WEIGHT"),
         (None, "cannot be read"),
     ],
 )
@@ -386,7 +607,7 @@ def test_read_only_folder(tmp_path: Path) -> None:
 
 def test_settings_take_the_defaults_of_register() -> None:
     made = Settings.gather({})
-    assert repr(made.transforms()) == "[Rigid()]" and repr(made.objective()) == "mse"
+    assert repr(made.transforms()) == "[Rigid()]" and repr(made.objective(fnreg.FFD())) == "mse"
     assert made.solver() == fnreg.Descent() and made.counts() == [100] and made.outside() is None
     with pytest.raises(SettingsError, match="steps"):
         Settings.gather({"steps": "-3"})
@@ -443,6 +664,69 @@ def test_the_demo_tells_the_truth_about_the_nines() -> None:
     assert plain.after > 1.5 * search.after and plain.after < plain.before
     assert coarse.after < 1.01 * search.after and many.after < 1.01 * search.after
     assert {"nines-search", "nines"} == set(story.figures)
+
+
+def test_the_demo_bends_without_a_fold_where_it_says_so() -> None:
+    from fnreg.demo import Story
+
+    story = Story(Bars(shown=False))
+    story.free_form()
+    weak, strong, flow = story.rows
+    assert weak.after < 0.5 * strong.after < 0.5 * strong.before
+    assert all(row.determinant is not None and row.degrees is None for row in story.rows)
+    assert weak.determinant[0] < 0.2 < strong.determinant[0] and flow.determinant[0] > 0.2  # type: ignore[index]
+    assert {f"bent-{name}{end}" for name in ("weak", "strong", "svffd") for end in ("", "-grid")} == set(story.figures)
+
+
+def test_there_and_back_is_measured_where_the_map_stays() -> None:
+    from fnreg.results import residual, there_and_back
+
+    grid = fnreg.Grid((8, 6), spacing=(2.0, 4.0))
+    transform = fnreg.Displacement()
+    move = torch.zeros(2, 6, 8, dtype=torch.float64)
+    move[0] = 4.0  # two voxels: the last two columns leave the grid
+
+    def mapping(field: torch.Tensor) -> fnreg.Mapping:
+        return fnreg.Mapping({"displacement": field}, grid, transform)
+
+    away = there_and_back(mapping(move), mapping(-move), grid)
+    assert len(away) == 36 and float(away.max()) == 0
+    missed = -move
+    missed[:, 3, 5] += torch.tensor([6.0, 16.0])  # by three voxels along x and four along y
+    away = there_and_back(mapping(move), mapping(missed), grid)
+    assert float(away.max()) == pytest.approx(5) and int((away > 0).sum()) == 1
+    assert residual(mapping(move), mapping(missed)) == pytest.approx(5)
+    missed[:, :, :2] = 100.0  # where no voxel comes to
+    assert residual(mapping(move), mapping(missed)) == pytest.approx(5)
+    assert residual(mapping(move + 100), mapping(missed)) == 0  # no voxel stays
+
+
+def test_demo_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, folder, ["demo", "circle"], 2, "did you mean circle-to-c? choose from story, circle-to-c")
+
+
+@pytest.mark.slow
+def test_demo_circle_to_c(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fnreg import demo
+
+    kept: list[demo.CircleToC] = []
+    once = demo.circle_to_c
+
+    def keep(**options: Any) -> demo.CircleToC:
+        kept.append(once(**options))
+        return kept[0]
+
+    monkeypatch.setattr(demo, "circle_to_c", keep)
+    assert cli.main(["demo", "circle-to-c", "-o", "shown"]) == 0
+    assert "there and back" in capsys.readouterr().out
+    names = [
+        "circle-to-c",
+        *(f"circle-to-c-{name}" for name in ("grid", "inverse", "inverse-grid", "jacobian", "losses")),
+    ]
+    assert listing(folder / "shown") == sorted(f"{name}.png" for name in names)
+    (found,) = kept
+    assert found.forward < 1e-4 and found.backward < 1e-3 and found.determinant[0] > 0
+    assert found.consistency[0] < 0.02 and found.consistency[1] < 0.1
 
 
 @pytest.mark.slow

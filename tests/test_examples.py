@@ -7,18 +7,22 @@ import pytest
 
 pytest.importorskip("matplotlib")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-SMALL = {
+SMALL: dict[str, list[str]] = {
     "one_pair": ["--steps", "10"],
     "grid_search": ["--starts", "6"],
     "thousand_pairs": ["--count", "20"],
+    "free_form": ["--steps", "5"],
+    "diffeomorphic": ["--steps", "5"],
+    "circle_to_c": [],
 }
+LONG = {"circle_to_c"}
 
 
 def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SMALL)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in SMALL])
 def test_example(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,8 +20,10 @@ from fnreg.io import (
     WriteError,
     read_image,
     read_transform,
+    write_displacement,
     write_image,
     write_itk,
+    write_map,
     write_transform,
 )
 from fnreg.pytree import tree_leaves
@@ -311,6 +313,16 @@ LINEAR = [
     fnreg.Sequential((fnreg.Rigid(), fnreg.Affine())),
 ]
 
+DENSE = [
+    fnreg.FFD(stride=2),
+    fnreg.SVFFD(stride=3, steps=4),
+    fnreg.SVF(steps=3),
+    fnreg.Displacement(),
+    fnreg.Diffeomorphism(gradient=0.5),
+    fnreg.Held(fnreg.FFD(stride=3), ()),
+    fnreg.Sequential((fnreg.SVFFD(stride=2), fnreg.Affine())),
+]
+
 
 def oblique(dimension: int, rng: torch.Generator) -> fnreg.Grid:
     direction = torch.linalg.qr(torch.randn(dimension, dimension, generator=rng, dtype=torch.float64)).Q
@@ -321,6 +333,18 @@ def some_mapping(transform: fnreg.Transform, grid: fnreg.Grid, rng: torch.Genera
     zero = transform.zero_step(grid)
     step = torch.utils._pytree.tree_map(lambda leaf: torch.randn(leaf.shape, generator=rng, dtype=leaf.dtype), zero)
     return fnreg.Mapping(transform.retract(transform.init(grid), step, grid), grid, transform)
+
+
+def dense_mapping(
+    transform: fnreg.Transform, grid: fnreg.Grid, rng: torch.Generator, dtype: torch.dtype = torch.float64
+) -> fnreg.Mapping:
+    """Fields of half a voxel or so, in the precision that images would give them."""
+    zero = transform.zero_step(grid)
+    step = torch.utils._pytree.tree_map(
+        lambda leaf: 0.3 * torch.randn(leaf.shape, generator=rng, dtype=leaf.dtype), zero
+    )
+    params = transform.retract(transform.init(grid), step, grid)
+    return fnreg.Mapping(transform.cast(params, dtype), grid, transform)
 
 
 def same(a: fnreg.Mapping, b: fnreg.Mapping) -> bool:
@@ -339,6 +363,40 @@ def test_transforms_come_back_bit_for_bit(
     assert same(read_transform(tmp_path / "t.safetensors"), mapping)
     write_transform(tmp_path / "t.safetensors", read_transform(tmp_path / "t.safetensors"))
     assert (tmp_path / "t.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dimension", [1, 2, 3])
+@pytest.mark.parametrize("transform", DENSE, ids=repr)
+def test_fields_come_back_bit_for_bit(
+    tmp_path: Path, transform: fnreg.Transform, dimension: int, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    mapping = dense_mapping(transform, oblique(dimension, rng), rng, dtype)
+    write_transform(tmp_path / "t.safetensors", mapping)
+    found = read_transform(tmp_path / "t.safetensors")
+    assert same(found, mapping) and dtype in {leaf.dtype for leaf in tree_leaves(found.params)}
+    # Products of matrices may differ in the last bit by where they lie in memory.
+    torch.testing.assert_close(found.displacement(), mapping.displacement())
+
+
+def test_strides_per_axis_and_batches_of_fields_come_back(tmp_path: Path, rng: torch.Generator) -> None:
+    transform = fnreg.SVFFD(stride=(2, 3))
+    one = dense_mapping(transform, oblique(2, rng), rng)
+    many = fnreg.stack([one, dense_mapping(transform, one.domain, rng)])
+    for mapping in (one, many, many.inverse()):
+        write_transform(tmp_path / "t.safetensors", mapping)
+        found = read_transform(tmp_path / "t.safetensors")
+        assert same(found, mapping) and found.transform == transform
+
+
+def test_the_domain_of_a_coarse_level_remembers_its_base(tmp_path: Path, rng: torch.Generator) -> None:
+    finest = fnreg.Grid((15, 12), spacing=(0.3, 0.7), origin=1 / 3)
+    level = finest.level((8, 6))
+    mapping = dense_mapping(fnreg.FFD(stride=2), level, rng)
+    write_transform(tmp_path / "t.safetensors", mapping)
+    found = read_transform(tmp_path / "t.safetensors")
+    assert found.domain.base == (15, 12) and same(found, mapping)
+    torch.testing.assert_close(found.displacement(), mapping.displacement())
 
 
 def test_compositions_and_batches_come_back(tmp_path: Path, rng: torch.Generator) -> None:
@@ -400,6 +458,8 @@ def tampered(mapping: fnreg.Mapping, **changes: Any) -> bytes:
         ({"transform": {"type": "Sequential", "transforms": "all"}}, "valid transform"),
         ({"domain": {"type": "Grid"}}, "not a grid"),
         ({"domain": 3}, "valid transform"),
+        ({"transform": {"type": "FFD", "stride": 0}}, "positive whole numbers"),
+        ({"transform": {"type": "FFD", "stride": 2}}, "its parameters are"),
     ],
 )
 def test_headers_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -442,6 +502,150 @@ def test_itk_reads_the_same_map(
     expected = [theirs.TransformPoint(point) for point in points.tolist()]
     found = mapping.map_points(points)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("suffix", ["h5", "tfm"])
+@pytest.mark.parametrize("dimension", [2, 3])
+@pytest.mark.parametrize("transform", DENSE, ids=repr)
+def test_itk_reads_the_same_field(
+    tmp_path: Path, transform: fnreg.Transform, dimension: int, suffix: str, rng: torch.Generator
+) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    grid = oblique(dimension, rng)
+    mapping = dense_mapping(transform, grid, rng)
+    write_itk(tmp_path / f"t.{suffix}", mapping)
+    theirs = sitk.ReadTransform(str(tmp_path / f"t.{suffix}"))
+    points = grid.points()
+    expected = torch.tensor([theirs.TransformPoint(point) for point in points.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(mapping.map_points(points), expected, atol=1e-9, rtol=0)
+    assert (expected - points).norm(dim=1).max() > 0.1
+    assert [path.name for path in tmp_path.iterdir()] == [f"t.{suffix}"]
+
+
+def test_itk_applies_the_parts_in_our_order(tmp_path: Path, rng: torch.Generator) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    grid = oblique(2, rng)
+    whole = some_mapping(fnreg.Affine(), grid, rng) @ dense_mapping(fnreg.Displacement(), grid, rng)
+    write_itk(tmp_path / "t.h5", whole)
+    theirs = sitk.CompositeTransform(sitk.ReadTransform(str(tmp_path / "t.h5")))
+    assert theirs.GetNumberOfTransforms() == 2
+    inner = grid.index_to_world(torch.rand(20, 2, generator=rng, dtype=torch.float64) * 2 * grid.index_center)
+    expected = torch.tensor([theirs.TransformPoint(point) for point in inner.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(whole.map_points(inner), expected, atol=1e-9, rtol=0)  # between the voxels too
+
+
+def test_itk_refuses_what_it_cannot_hold(tmp_path: Path, rng: torch.Generator) -> None:
+    pytest.importorskip("SimpleITK")
+    one = dense_mapping(fnreg.FFD(stride=2), oblique(2, rng), rng)
+    many = fnreg.stack([one, one])
+    broken = fnreg.Mapping({"coefficients": one.params["coefficients"] * torch.nan}, one.domain, one.transform)
+    line = dense_mapping(fnreg.FFD(stride=2), oblique(1, rng), rng)
+    for mapping, told in ((many, "one map of 2 or 3"), (broken, "is not finite"), (line, "one map of 2 or 3 axes")):
+        with pytest.raises(ValueError, match=told):
+            write_itk(tmp_path / "t.h5", mapping)
+    with pytest.raises(WriteError, match=r"ends in \.h5 or \.tfm"):
+        write_itk(tmp_path / "t.xyz", one)
+    with pytest.raises(WriteError, match="does not exist"):
+        write_itk(tmp_path / "none" / "t.h5", one)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_simpleitk_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    mapping = dense_mapping(fnreg.FFD(stride=2), oblique(2, rng), rng)
+
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(extras.importlib, "import_module", missing)
+    with pytest.raises(extras.MissingExtraError, match=r'pip install "fnreg\[itk\]"'):
+        write_itk(tmp_path / "t.h5", mapping)
+
+
+# -- displacements as NIfTI -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["u.nii", "u.nii.gz"])
+@pytest.mark.parametrize("dimension", [2, 3])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_itk_maps_points_by_a_displacement_in_nifti(
+    tmp_path: Path, dimension: int, name: str, dtype: torch.dtype, mirrored: bool, rng: torch.Generator
+) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    grid = oblique(dimension, rng)
+    if bool(torch.det(grid.direction) < 0) != mirrored:
+        turned = torch.cat([grid.direction[:, :-1], -grid.direction[:, -1:]], 1)
+        grid = fnreg.Grid(grid.size, spacing=grid.spacing, origin=grid.origin, direction=turned)
+    mapping = dense_mapping(fnreg.Sequential((fnreg.FFD(stride=2), fnreg.Affine())), grid, rng, dtype)
+    write_displacement(tmp_path / name, mapping, dtype=dtype)
+    image = sitk.ReadImage(str(tmp_path / name))
+    kinds = {torch.float32: sitk.sitkVectorFloat32, torch.float64: sitk.sitkVectorFloat64}
+    assert image.GetPixelID() == kinds[dtype] and image.GetSize() == grid.size
+    assert image.GetNumberOfComponentsPerPixel() == dimension
+    points = grid.points()
+    theirs = sitk.DisplacementFieldTransform(sitk.Cast(image, sitk.sitkVectorFloat64))
+    expected = torch.tensor([theirs.TransformPoint(point) for point in points.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(mapping.map_points(points), expected, atol=1e-5, rtol=0)
+
+
+def test_the_header_of_a_displacement(tmp_path: Path, rng: torch.Generator) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    grid = oblique(3, rng)
+    mapping = dense_mapping(fnreg.Displacement(), grid, rng)
+    write_displacement(tmp_path / "u.nii.gz", mapping)
+    first = (tmp_path / "u.nii.gz").read_bytes()
+    found = nibabel.load(tmp_path / "u.nii.gz")
+    assert found.shape == (5, 4, 3, 1, 3) and int(found.header["intent_code"]) == 1007
+    assert int(found.header["qform_code"]) == int(found.header["sform_code"]) == 1
+    flip = np.diag([-1.0, -1, 1, 1])
+    np.testing.assert_allclose(found.affine, flip @ grid.affine.numpy(), atol=1e-6)
+    np.testing.assert_allclose(found.get_qform(), found.get_sform(), atol=1e-5)
+    stored = np.asarray(found.dataobj)[:, :, :, 0]  # (X, Y, Z, D), LPS as it is
+    np.testing.assert_array_equal(stored.transpose(3, 2, 1, 0), mapping.displacement().numpy())
+    write_displacement(tmp_path / "u.nii.gz", mapping)
+    assert (tmp_path / "u.nii.gz").read_bytes() == first
+
+
+def test_a_displacement_on_another_grid(tmp_path: Path, rng: torch.Generator) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    mapping = dense_mapping(fnreg.FFD(stride=2), oblique(2, rng), rng)
+    grid = fnreg.Grid((7, 6), spacing=0.5, origin=(0.1, -0.2))
+    write_displacement(tmp_path / "u.nii", mapping, grid=grid)
+    stored = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "u.nii")))
+    np.testing.assert_allclose(np.moveaxis(stored, -1, 0), mapping.displacement(grid).numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_a_map_of_determinants(tmp_path: Path, dimension: int, rng: torch.Generator) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    grid = oblique(dimension, rng)
+    data = torch.rand(1, *grid.shape, generator=rng)
+    write_map(tmp_path / "j.nii.gz", fnreg.Image(data, grid))
+    found = sitk.ReadImage(str(tmp_path / "j.nii.gz"))
+    assert found.GetNumberOfComponentsPerPixel() == 1
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), data[0].numpy())
+    np.testing.assert_allclose(found.GetOrigin(), grid.origin, atol=1e-6)
+    np.testing.assert_allclose(found.GetDirection(), grid.direction.flatten(), atol=1e-6)
+
+
+def test_nifti_refuses_what_it_cannot_hold(tmp_path: Path, rng: torch.Generator) -> None:
+    one = dense_mapping(fnreg.FFD(stride=2), oblique(2, rng), rng)
+    broken = fnreg.Mapping({"coefficients": one.params["coefficients"] * torch.nan}, one.domain, one.transform)
+    line = dense_mapping(fnreg.FFD(stride=2), oblique(1, rng), rng)
+    many = fnreg.stack([one, one])
+    bad = ((many, "one map, take one of the batch"), (broken, "is not finite"), (line, "NIfTI holds 2 or 3"))
+    for mapping, told in bad:
+        with pytest.raises(ValueError, match=told):
+            write_displacement(tmp_path / "u.nii", mapping)
+    with pytest.raises(ValueError, match="one channel"):
+        write_map(tmp_path / "j.nii", fnreg.Image(torch.zeros(2, 4, 5)))
+    with pytest.raises(WriteError, match=r"ends in \.nii or \.nii\.gz"):
+        write_displacement(tmp_path / "u.png", one)
+    with pytest.raises(WriteError, match="does not exist"):
+        write_displacement(tmp_path / "none" / "u.nii", one)
+    assert not list(tmp_path.iterdir())
 
 
 def test_itk_resamples_to_our_image(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from fnreg.io.files import WriteError as WriteError
 from fnreg.io.image import read_image as read_image
 from fnreg.io.image import write_image as write_image
 from fnreg.io.itk import write_itk as write_itk
+from fnreg.io.nifti import write_displacement as write_displacement
+from fnreg.io.nifti import write_map as write_map
 from fnreg.io.transform import read_transform as read_transform
 from fnreg.io.transform import write_transform as write_transform
 
@@ -15,7 +17,9 @@ __all__ = [
     "WriteError",
     "read_image",
     "read_transform",
+    "write_displacement",
     "write_image",
     "write_itk",
+    "write_map",
     "write_transform",
 ]

@@ -1,0 +1,89 @@
+"""Fields and maps of numbers as NIfTI, with their place in the world: `.nii` and `.nii.gz`.
+
+NIfTI's world is RAS, ours and ITK's is LPS: the affine is turned.  Vectors are stored as ITK, ANTs and greedy read them
+(X, Y, Z, 1, D), intent 1007, with components in LPS.
+"""
+
+from __future__ import annotations
+
+import gzip
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fnreg.grid import Grid
+from fnreg.image import Image
+from fnreg.io.files import PathLike, WriteError, write_bytes
+from fnreg.transforms.base import Mapping, first_domain
+
+VECTOR = 1007  # NIFTI_INTENT_VECTOR: ITK takes components as they are; of 1006 it would turn them
+SUFFIXES = (".nii", ".nii.gz")
+
+
+def write_displacement(
+    path: PathLike, mapping: Mapping, *, grid: Grid | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write T(p) - p at the voxels of a grid as a vector image of 2 or 3 axes; all of the file or nothing.
+
+    path : ends in .nii or .nii.gz
+    grid : default the mapping's own domain
+    dtype : of the values, default that of the displacement
+
+    The values are world vectors.  ITK makes a `DisplacementFieldTransform` of it, ANTs
+    and greedy a warp; they know no displacement outside of the grid.  Raises ValueError for a batch and for values
+    that are not finite, WriteError where the file cannot be written.
+    """
+    where = first_domain(mapping.domain) if grid is None else grid
+    field = mapping.displacement(grid)
+    if field.ndim != where.ndim + 1:
+        raise ValueError(
+            f"the displacement has shape {tuple(field.shape)}: a file holds one map, take one of the batch"
+        )
+    if not bool(torch.isfinite(field).all()):
+        raise ValueError("the displacement is not finite: other programs could not use it")
+    _write(path, field if dtype is None else field.to(dtype), where, VECTOR)
+
+
+def write_map(path: PathLike, image: Image) -> None:
+    """Write one number per voxel of 2 or 3 axes, such as `Registration.jacobian()`, as `write_displacement` does."""
+    if image.data.ndim != image.grid.ndim + 1 or image.channels != 1:
+        raise ValueError(f"data has shape {tuple(image.data.shape)}: expected one image of one channel")
+    _write(path, image.data, image.grid, 0)
+
+
+def _write(path: PathLike, data: Tensor, grid: Grid, intent: int) -> None:
+    """Data (C, [Z,] Y, X) with the grid in the header."""
+    told = str(path).lower()
+    if not told.endswith(SUFFIXES):
+        raise WriteError(f"{path}: expected a name that ends in .nii or .nii.gz")
+    if grid.ndim not in (2, 3):
+        raise ValueError(f"the grid has {grid.ndim} axes: NIfTI holds 2 or 3")
+    import nibabel  # here, for it takes a while
+
+    values = data.detach().cpu().numpy()
+    values = values.transpose(*range(grid.ndim, 0, -1), 0)  # x first, components last
+    if intent != VECTOR:
+        values = values[..., 0]
+    elif grid.ndim == 3:
+        values = values[:, :, :, None]
+    else:
+        values = values[:, :, None, None]
+    image = nibabel.Nifti1Image(np.ascontiguousarray(values), None)
+    affine = _ras(grid)
+    image.set_sform(affine, 1)
+    image.set_qform(affine, 1)
+    image.header.set_xyzt_units("mm")
+    if intent:
+        image.header.set_intent(intent)
+    stored: bytes = image.to_bytes()
+    write_bytes(path, gzip.compress(stored, mtime=0) if told.endswith(".gz") else stored)
+
+
+def _ras(grid: Grid) -> np.ndarray:
+    """From voxel index to RAS (4, 4): x and y are turned, a 2-D grid lies in the plane z = 0."""
+    affine = np.eye(4)
+    found = grid.affine.detach().cpu().numpy()
+    axes = (*range(grid.ndim), 3)
+    affine[np.ix_(axes, axes)] = found
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
