@@ -17,7 +17,18 @@ import torch
 import fnreg
 from benchmarks.measure import Absent, Options, Table
 
-NAMES = ("sampling", "rigid_batch", "deformable_batch", "fields", "capture", "affine_gauss_newton", "itk_slices", "growth", "brain_affine")
+NAMES = (
+    "sampling",
+    "rigid_batch",
+    "deformable_batch",
+    "fields",
+    "capture",
+    "affine_gauss_newton",
+    "itk_slices",
+    "growth",
+    "brain_affine",
+    "ants2d",
+)
 
 
 def machine() -> dict[str, Any]:

@@ -88,11 +88,15 @@ def run(options: Options) -> list[Table]:
     """Two tables: the spline field, the step."""
     side, repeats = (48, 3) if options.quick else (96, 9)
     voxels = side**3 / 1e9
-    splines = Table(f"Cubic B-spline field, 3 x {side}^3, value and gradient", ("stride", "method", "ns per voxel", "part"))
+    splines = Table(
+        f"Cubic B-spline field, 3 x {side}^3, value and gradient", ("stride", "method", "ns per voxel", "part")
+    )
     for stride in (2, 4, 8):
         times = race(spline_runners(side, stride), repeats=repeats)
         for name, taken in times.items():
-            splines.rows.append((stride, name, taken / voxels, taken / times["deepali"] if "deepali" in times else None))
+            splines.rows.append(
+                (stride, name, taken / voxels, taken / times["deepali"] if "deepali" in times else None)
+            )
     steps = Table(f"A step of Diffeomorphism with mse, {side}^3", ("pass", "ns per voxel", "times the floor"))
     times = race(step_runners(side), repeats=repeats)
     floor = sum(taken for name, taken in times.items() if name != "a step")

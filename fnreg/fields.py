@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fnreg import filters
+from fnreg.flow import flow
 from fnreg.grid import Grid, index_points
 from fnreg.pytree import is_concrete
 from fnreg.sampling import Padding, Sampled, interpolate, sample
@@ -94,12 +95,17 @@ def exp_shift(velocity: Tensor, steps: int, *, midpoint: bool = False) -> Tensor
     """
     if steps < 0:
         raise ValueError(f"steps is {steps}: the number of squarings is 0 or more")
-    shift = velocity / 2**steps
-    if midpoint:
-        shift = _after(shift / 2, shift).value.reshape(shift.shape)
-    for _ in range(steps):
-        shift = compose_shift(shift, shift)
-    return shift
+
+    def composed(velocity: Tensor) -> Tensor:
+        shift = velocity / 2**steps
+        if midpoint:
+            shift = _after(shift / 2, shift).value.reshape(shift.shape)
+        for _ in range(steps):
+            shift = compose_shift(shift, shift)
+        return shift
+
+    found = flow(velocity, steps, midpoint, composed)
+    return composed(velocity) if found is None else found
 
 
 def invert_shift(shift: Tensor, *, iterations: int = 10) -> Inverse:

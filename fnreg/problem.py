@@ -71,12 +71,6 @@ def _pair_matrix(transform: Transform, params: Any, pair: Pair) -> Tensor:
     return (pair.to_moving @ transform.matrix(params, pair.domain) @ pair.from_fixed)[:-1]
 
 
-def _pair_split(transform: Transform, step: Any, params: Any, domain: Domain) -> dict[str, Tensor]:
-    """The parts of the map after a step, by name: `shift` and `matrix` of its `split` where it has them."""
-    found = transform.split(transform.perturb(params, step, domain), domain)
-    return {name: part for name, part in found._asdict().items() if part is not None}
-
-
 def _pair_coords(transform: Transform, params: Any, pair: Pair) -> Tensor:
     """Voxel indices (D, N) in the moving image of what the fixed voxels map to."""
     dtype, grid = pair.fixed.data.dtype, pair.fixed.grid
@@ -168,16 +162,17 @@ def _pair_gradient(transform: Transform, padding: Padding | None, params: Any, p
     return transform.precondition(gradient, pair.domain), value
 
 
-def _pair_penalty(
-    transform: Transform, params: Any, step: Any, objective: Objective, domain: Domain
-) -> tuple[Any, Tensor]:
-    """Gradient by the step at zero, and value, of terms that ask for the map alone."""
-
-    def energy(change: Any) -> Tensor:
-        after = transform.perturb(params, change, domain)
-        return objective.value(_pair_map(transform, after, domain, first_domain(domain), objective.needs))[0]
-
-    return grad_and_value(energy)(step)
+def _pair_parts(
+    transform: Transform, step: Any, params: Any, objective: Objective, domain: Domain
+) -> dict[str, Tensor]:
+    """What the energy is made of after a step, by name: `shift` and `matrix` of the map's `split` where it has them,
+    and the `penalty` of terms that ask for the map alone."""
+    after = transform.perturb(params, step, domain)
+    parts = {name: part for name, part in transform.split(after, domain)._asdict().items() if part is not None}
+    if objective.terms:
+        found = _pair_map(transform, after, domain, first_domain(domain), objective.needs)
+        parts["penalty"] = objective.value(found)[0]
+    return parts
 
 
 def _pair_normal_equations(
@@ -289,8 +284,11 @@ class Level:
         if rest is None or is_tracked(params):
             return None
 
+        of_rest = batch_axes("objective", rest, rest.ranks())[0]
+
         def parts_after(step: Any) -> dict[str, Tensor]:
-            return tree_vmap(functools.partial(_pair_split, self.transform), (None, None, axes), step, params, domain)
+            parts = functools.partial(_pair_parts, self.transform)
+            return tree_vmap(parts, (None, None, of_rest, axes), step, params, rest, domain)
 
         made: Any = vjp(parts_after, self.zero_step())
         parts, pull = made
@@ -313,20 +311,18 @@ class Level:
         found = squares(moving, fixed, mask, matrices, shift, padding=self.padding)  # type: ignore[arg-type]
         if found is None:
             return None
-        by_map: dict[str, Any] = {"matrix": ((found.by_matrix @ right.mT).mT @ left).mT}
-        if found.by_shift is not None:
-            by_map["shift"] = found.by_shift.to(parts["shift"].dtype)
         known = found.weight > 0
         weight = pairs.objective.mean_squares()[0]
         assert weight is not None
         factor = weight / (torch.where(known, found.weight, 1) * pairs.fixed.channels)
-        gradient = scale(pull({name: by_map[name] for name in parts})[0], factor)
+        by_parts: dict[str, Any] = {"matrix": ((scale(found.by_matrix, factor) @ right.mT).mT @ left).mT}
+        if found.by_shift is not None:
+            by_parts["shift"] = scale(found.by_shift, factor).to(parts["shift"].dtype)
         value = torch.where(known, found.value * factor, torch.inf)
-        if rest.terms:
-            of_rest = batch_axes("objective", rest, rest.ranks())[0]
-            penalty = functools.partial(_pair_penalty, self.transform)
-            more, cost = tree_vmap(penalty, (None, None, of_rest, axes), params, self.zero_step(), rest, domain)
-            gradient, value = tree_map(torch.add, gradient, more), value + cost
+        if "penalty" in parts:
+            by_parts["penalty"] = torch.ones_like(parts["penalty"])
+            value = value + parts["penalty"]
+        (gradient,) = pull({name: by_parts[name] for name in parts})
         if type(self.transform).precondition is not Transform.precondition:
             gradient = tree_vmap(self.transform.precondition, (None, axes), gradient, domain)
         return gradient, value.to(pairs.fixed.data.dtype)

@@ -41,6 +41,8 @@ enum { BORDER = 0, CONSTANT = 1, REFLECTION = 2, BLOCK = 128 };
 #define CHANNEL JOIN(NAME, _channel)
 #define SQUARES JOIN(NAME, _squares)
 #define SPREAD JOIN(NAME, _spread)
+#define COMPOSE JOIN(NAME, _compose)
+#define COMPOSE_BACK JOIN(NAME, _compose_back)
 #define LERP(a, b, f) ((a) + ((b) - (a)) * (f))
 /* The sum of an expression over the samples q of a block, in vector lanes. */
 #define SUM(term)                                                      \
@@ -274,6 +276,101 @@ void SPREAD(const REAL *values, const REAL *coords, REAL *data, const int64_t *n
     RESTORE(mode_before);
 }
 
+/* A field read at its own ends: out(i) = add u(i) + u(i + scale u(i)) for items (D, points) over one grid of voxels. */
+void COMPOSE(const REAL *fields, const REAL *index, REAL *out, const int64_t *n, int64_t points, double factor, int add,
+             double tolerance, int64_t begin, int64_t end) {
+    const unsigned mode_before = flush_denormals();
+    JOIN(NAME, _block) block;
+    REAL x[DIM][BLOCK], value[BLOCK], gradient[DIM * BLOCK];
+    const REAL scale = (REAL)factor;
+    int64_t stride[DIM], voxels = 1;
+    for (int k = 0; k < DIM; k++) { stride[k] = voxels; voxels *= n[k]; }
+    for (int64_t s = begin; s < end;) {
+        const int64_t b = s / points, p = s - b * points;
+        const int64_t left = points - p < end - s ? points - p : end - s;
+        const int count = (int)(left < BLOCK ? left : BLOCK);
+        const REAL *u = fields + b * DIM * points;
+        for (int k = 0; k < DIM; k++) {
+            for (int q = 0; q < count; q++) x[k][q] = index[k * points + p + q] + scale * u[k * points + p + q];
+            INDEX(&block, k, x[k], 0, count, n[k], stride[k], BORDER, (REAL)tolerance);
+        }
+        for (int c = 0; c < DIM; c++) {
+            const REAL *own = u + c * points + p;
+            REAL *to = out + (b * DIM + c) * points + p;
+            CELLS(&block, u + c * points, count, 0, 0, value, gradient, BLOCK);
+            for (int q = 0; q < count; q++) to[q] = (add ? own[q] : 0) + value[q];
+            for (int k = 0; k < DIM; k++)
+                for (int q = 0; q < count; q++)
+                    if (x[k][q] != x[k][q]) to[q] = (REAL)NAN;
+        }
+        s += count;
+    }
+    RESTORE(mode_before);
+}
+
+/* The pull-back of COMPOSE: out = add g + the spread of g + scale sum_c g_c du_c(i + scale u).  One task takes some
+ * channels c of one item, `parts` tasks per item, each with an output of its own: their sum is the answer. */
+void COMPOSE_BACK(const REAL *fields, const REAL *index, const REAL *cotangents, REAL *out, const int64_t *n,
+                  int64_t points, int64_t parts, double factor, int add, double tolerance, int64_t begin, int64_t end) {
+    const unsigned mode_before = flush_denormals();
+    JOIN(NAME, _block) block;
+    REAL x[DIM][BLOCK], value[BLOCK], gradient[DIM * BLOCK];
+    const REAL scale = (REAL)factor;
+    int64_t stride[DIM], voxels = 1;
+    for (int k = 0; k < DIM; k++) { stride[k] = voxels; voxels *= n[k]; }
+    for (int64_t task = begin; task < end; task++) {
+        const int64_t b = task / parts, part = task - b * parts;
+        const REAL *u = fields + b * DIM * points, *g = cotangents + b * DIM * points;
+        REAL *to = out + task * DIM * points;
+        for (int64_t c = 0; c < DIM; c++)
+            for (int64_t p = 0; p < points; p++) to[c * points + p] = add && c % parts == part ? g[c * points + p] : 0;
+        for (int64_t p = 0; p < points; p += BLOCK) {
+            const int count = (int)(points - p < BLOCK ? points - p : BLOCK);
+            int special = 0;
+            for (int k = 0; k < DIM; k++) {
+                for (int q = 0; q < count; q++) x[k][q] = index[k * points + p + q] + scale * u[k * points + p + q];
+                special |= INDEX(&block, k, x[k], 0, count, n[k], stride[k], BORDER, (REAL)tolerance);
+            }
+            for (int c = (int)part; c < DIM; c += (int)parts) {
+                const REAL *own = g + c * points + p;
+                REAL *data = to + c * points;
+                CHANNEL(&block, u + c * points, x[0], BLOCK, count, special, n, stride, BORDER, 0, (REAL)tolerance, value,
+                        gradient, BLOCK);
+                for (int k = 0; k < DIM; k++)
+                    for (int q = 0; q < count; q++) to[k * points + p + q] += scale * own[q] * gradient[k * BLOCK + q];
+                for (int q = 0; q < count; q++) {
+                    const REAL fx = block.fraction[0][q], one = own[q] * (1 - fx), two = own[q] * fx;
+                    const int32_t x0 = block.lower[0][q], x1 = block.upper[0][q];
+#if DIM == 1
+                    data[x0] += one;
+                    data[x1] += two;
+#else
+                    const REAL fy = block.fraction[1][q];
+                    const int32_t y0 = block.lower[1][q], y1 = block.upper[1][q];
+#if DIM == 2
+                    data[x0 + y0] += one * (1 - fy);
+                    data[x1 + y0] += two * (1 - fy);
+                    data[x0 + y1] += one * fy;
+                    data[x1 + y1] += two * fy;
+#else
+                    const REAL fz = block.fraction[2][q];
+                    for (int z = 0; z < 2; z++) {
+                        const REAL share = z ? fz : 1 - fz;
+                        REAL *slice = data + (z ? block.upper[2][q] : block.lower[2][q]);
+                        slice[x0 + y0] += one * (1 - fy) * share;
+                        slice[x1 + y0] += two * (1 - fy) * share;
+                        slice[x0 + y1] += one * fy * share;
+                        slice[x1 + y1] += two * fy * share;
+                    }
+#endif
+#endif
+                }
+            }
+        }
+    }
+    RESTORE(mode_before);
+}
+
 /* Squared difference under a map x = A (y, 1) of the points y = i (+ shift), with its derivative by the map:
  *   sum w, sum w r^2 and sum w r dm/dx_k y_j,  r = m(x) - f,  and per point sum_k 2 w r dm/dx_k A_kj,
  * w the inside of the moving image (unless `everywhere`) times the mask.  Nothing else goes to memory.  One task is a
@@ -344,6 +441,8 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
 #undef CHANNEL
 #undef SQUARES
 #undef SPREAD
+#undef COMPOSE
+#undef COMPOSE_BACK
 #undef SUM
 #undef CELLS
 #undef PICK

@@ -32,16 +32,18 @@ def zeros(grid: Grid, shape: tuple[int, ...] | None = None) -> Tensor:
 
 def in_voxels(vectors: Tensor, grid: Grid) -> Tensor:
     """World vectors (D, ...) as voxels along the grid's axes."""
-    return _turn(grid.inverse_affine, vectors)
+    transpose = grid.direction.mT  # a Newton step from here is the inverse, see `Grid`
+    inverse = 2 * transpose - transpose @ grid.direction @ transpose
+    return _turn(inverse / grid.spacing.unsqueeze(-1), vectors)
 
 
 def in_world(vectors: Tensor, grid: Grid) -> Tensor:
     """Voxels along the grid's axes (D, ...) as world vectors."""
-    return _turn(grid.affine, vectors)
+    return _turn(grid.direction * grid.spacing, vectors)
 
 
-def _turn(affine: Tensor, vectors: Tensor) -> Tensor:
-    return (affine[:-1, :-1].to(vectors.dtype) @ vectors.flatten(1)).reshape(vectors.shape)
+def _turn(linear: Tensor, vectors: Tensor) -> Tensor:
+    return (linear.to(vectors.dtype) @ vectors.flatten(1)).reshape(vectors.shape)
 
 
 def along(grid: Grid, shift: Tensor) -> Tensor:
