@@ -162,7 +162,7 @@ static inline __attribute__((always_inline)) void CELLS(const JOIN(NAME, _block)
 
 /* Value and gradient of one channel at the samples of a block whose coordinates begin at `x`, the rows `row` apart;
  * `special` says that some lie on a knot or are not numbers. */
-static inline __attribute__((always_inline)) void CHANNEL(JOIN(NAME, _block) *restrict s, const REAL *image,
+static __attribute__((noinline)) void CHANNEL(JOIN(NAME, _block) *restrict s, const REAL *image,
                                                           const REAL *x, int64_t row, int count, int special,
                                                           const int64_t *n, const int64_t *stride, int mode, REAL fill,
                                                           REAL near, REAL *restrict v, REAL *restrict g,
@@ -334,7 +334,7 @@ void COMPOSE_BACK(const REAL *fields, const REAL *index, const REAL *cotangents,
             for (int c = (int)part; c < DIM; c += (int)parts) {
                 const REAL *own = g + c * points + p;
                 REAL *data = to + c * points;
-                CHANNEL(&block, u + c * points, x[0], BLOCK, count, special, n, stride, BORDER, 0, (REAL)tolerance, value,
+                CHANNEL(&block, u + c * points, &x[0][0], BLOCK, count, special, n, stride, BORDER, 0, (REAL)tolerance, value,
                         gradient, BLOCK);
                 for (int k = 0; k < DIM; k++)
                     for (int q = 0; q < count; q++) to[k * points + p + q] += scale * own[q] * gradient[k * BLOCK + q];
@@ -392,7 +392,8 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
         const REAL *w = mask ? mask + b % items[2] * points : 0;
         const REAL *u = shifts ? shifts + b * DIM * points : 0;
         REAL A[DIM][DIM + 1];
-        for (int k = 0; k < DIM * (DIM + 1); k++) A[0][k] = matrices[b % items[3] * DIM * (DIM + 1) + k];
+        for (int k = 0; k < DIM; k++)
+            for (int j = 0; j <= DIM; j++) A[k][j] = matrices[(b % items[3] * DIM + k) * (DIM + 1) + j];
         double *out = sums + task * (2 + DIM * (DIM + 1));
         for (int k = 0; k < 2 + DIM * (DIM + 1); k++) out[k] = 0;
         for (int64_t p = first; p < last; p += BLOCK) {
@@ -400,8 +401,7 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
             int special = 0;
             for (int j = 0; j < DIM; j++) {
                 for (int q = 0; q < count; q++) y[j][q] = index[j * points + p + q];
-                if (u)
-                    for (int q = 0; q < count; q++) y[j][q] += u[j * points + p + q];
+                for (int q = 0; u && q < count; q++) y[j][q] += u[j * points + p + q];
             }
             for (int k = 0; k < DIM; k++) {
                 for (int q = 0; q < count; q++) x[k][q] = A[k][DIM];
@@ -416,8 +416,8 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
             for (int j = 0; by_shift && j < DIM; j++)
                 for (int q = 0; q < count; q++) back[j][q] = 0;
             for (int64_t channel = 0; channel < channels; channel++) {
-                CHANNEL(&block, m + channel * voxels, x[0], BLOCK, count, special, n, stride, mode, (REAL)fill,
-                        (REAL)tolerance, value, gradient[0], BLOCK);
+                CHANNEL(&block, m + channel * voxels, &x[0][0], BLOCK, count, special, n, stride, mode, (REAL)fill,
+                        (REAL)tolerance, value, &gradient[0][0], BLOCK);
                 const REAL *other = f + channel * points + p;
                 for (int q = 0; q < count; q++) value[q] -= other[q];
                 out[1] += SUM(weight[q] * value[q] * value[q]);
