@@ -22,6 +22,7 @@ NAMES = (
     "rigid_batch",
     "deformable_batch",
     "fields",
+    "circle_to_c",
     "capture",
     "affine_gauss_newton",
     "itk_slices",

@@ -1,4 +1,4 @@
-"""Parts of deformable registration at 96^3: a spline field beside deepali's, a step of `Diffeomorphism` beside its floor.
+"""Parts of deformable registration at 96^3: a spline field beside deepali's, a step beside its floor.
 
 Value and gradient of three components of a cubic B-spline; deepali's by its own evaluation and autograd.  The floor of
 a step are the passes that it cannot do without: the moving image sampled with its gradient, the gradient smoothed, the

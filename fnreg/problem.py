@@ -167,9 +167,10 @@ def _pair_parts(
 ) -> dict[str, Tensor]:
     """What the energy is made of after a step, by name: `shift` and `matrix` of the map's `split` where it has them,
     and the `penalty` of terms that ask for the map alone."""
-    after = transform.perturb(params, step, domain)
-    parts = {name: part for name, part in transform.split(after, domain)._asdict().items() if part is not None}
+    split = transform.split_after(params, step, domain)._asdict()
+    parts = {name: part for name, part in split.items() if part is not None}
     if objective.terms:
+        after = transform.perturb(params, step, domain)
         found = _pair_map(transform, after, domain, first_domain(domain), objective.needs)
         parts["penalty"] = objective.value(found)[0]
     return parts

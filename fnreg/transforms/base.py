@@ -95,6 +95,10 @@ class Transform:
         """The map at the domain's voxels as a shift and a matrix."""
         return Split(None, self.matrix(params, domain))
 
+    def split_after(self, params: Params, step: Step, domain: Domain) -> Split:
+        """`split` after `perturb`, for transforms to which a step is cheaper to add than to the parameters."""
+        return self.split(self.perturb(params, step, domain), domain)
+
     def field(self, params: Params, domain: Domain) -> Any:
         """What penalties act on, a `DenseField` or `SplineField` of displacements or velocities."""
         raise ValueError(
@@ -298,8 +302,15 @@ class Sequential(Transform):
 
     def split(self, params: Params, domain: Domain) -> Split:
         (first, of_first, begin), *rest = self._parts(domain, params)
-        begun = first.split(begin, of_first)
-        matrices = [t.matrix(p, d) for t, d, p in rest]
+        return self._after(first.split(begin, of_first), [t.matrix(p, d) for t, d, p in rest])
+
+    def split_after(self, params: Params, step: Step, domain: Domain) -> Split:
+        (first, of_first, begin, change), *rest = self._parts(domain, params, step)
+        begun = first.split_after(begin, change, of_first)
+        return self._after(begun, [t.matrix(t.perturb(p, s, d), d) for t, d, p, s in rest])
+
+    @staticmethod
+    def _after(begun: Split, matrices: list[Tensor]) -> Split:
         matrices = matrices if begun.matrix is None else [begun.matrix, *matrices]
         return Split(
             begun.shift, functools.reduce(lambda total, matrix: matrix @ total, matrices) if matrices else None
@@ -387,6 +398,9 @@ class Held(Transform):
 
     def split(self, params: Params, domain: Domain) -> Split:
         return self.transform.split(params, domain)
+
+    def split_after(self, params: Params, step: Step, domain: Domain) -> Split:
+        return self.transform.split_after(params, self._whole(step, domain), domain)
 
     def field(self, params: Params, domain: Domain) -> Any:
         return self.transform.field(params, domain)

@@ -108,17 +108,59 @@ def refine_vectors(vectors: Tensor, domain: Grid, finer: Grid) -> Tensor:
     return sample(vectors, index).value.reshape(-1, *finer.shape)
 
 
-class _OneField(Dense, abstract=True):
-    """One field of parameters."""
+class OneField(Dense, abstract=True):
+    """One field of parameters, world vectors, whose step is the same in voxels along the axes."""
 
     name: ClassVar[str]
 
-    def init(self, domain: Domain) -> Params:
-        return {self.name: zeros(first_domain(domain))}
+    def shift_of(self, vectors: Tensor, domain: Domain) -> Tensor:
+        """`shift` of the parameters in voxels along the axes."""
+        return vectors
+
+    def shift(self, params: Params, domain: Domain) -> Tensor:
+        return self.shift_of(in_voxels(params[self.name], first_domain(domain)), domain)
+
+    def split_after(self, params: Params, step: Step, domain: Domain) -> Split:
+        vectors = in_voxels(params[self.name], first_domain(domain)) + step[self.name]
+        return Split(self.shift_of(vectors, domain), None)
 
     def retract(self, params: Params, step: Step, domain: Domain) -> Params:
-        grid = first_domain(domain)
-        return {self.name: params[self.name] + in_world(step[self.name], grid)}
+        return {self.name: params[self.name] + in_world(step[self.name], first_domain(domain))}
+
+
+class Velocity(OneField, abstract=True):
+    """A field whose flow is the map: the negative field flows back."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps is {self.steps}: the number of squarings is at least 0")
+
+    def velocity_of(self, vectors: Tensor, domain: Domain) -> Tensor:
+        """The velocity at the domain's voxels of the parameters, both in voxels along the axes."""
+        return vectors
+
+    def shift_of(self, vectors: Tensor, domain: Domain) -> Tensor:
+        return exp_shift(self.velocity_of(vectors, domain), self.steps, midpoint=True)
+
+    def first_step(self, params: Params, domain: Domain) -> Tensor | None:
+        velocity = self.velocity_of(in_voxels(params[self.name], first_domain(domain)), domain)
+        return velocity.square().sum(0).amax().sqrt() / 2**self.steps
+
+    @property
+    def negates(self) -> bool:
+        return True
+
+    def inverse(self, params: Params, domain: Domain) -> Mapping:
+        return Mapping(tree_map(torch.neg, params), domain, self)
+
+
+class _Voxels(OneField, abstract=True):
+    """A vector at every voxel."""
+
+    def init(self, domain: Domain) -> Params:
+        return {self.name: zeros(first_domain(domain))}
 
     def refine(self, params: Params, domain: Domain, finer: Domain) -> Params:
         return {self.name: refine_vectors(params[self.name], first_domain(domain), first_domain(finer))}
@@ -129,17 +171,14 @@ class _OneField(Dense, abstract=True):
 
 
 @dataclasses.dataclass(frozen=True)
-class Displacement(_OneField):
+class Displacement(_Voxels):
     """T(p) = p + u(p), params displacement u (D, [Z,] Y, X): a world vector at every voxel, linear in between."""
 
     name: ClassVar[str] = "displacement"
 
-    def shift(self, params: Params, domain: Domain) -> Tensor:
-        return in_voxels(params["displacement"], first_domain(domain))
-
 
 @dataclasses.dataclass(frozen=True)
-class SVF(_OneField):
+class SVF(_Voxels, Velocity):
     """T = exp(v), params velocity v (D, [Z,] Y, X), by `steps` squarings; its inverse is exp(-v).
 
     Arsigny et al. 2006, doi 10.1007/11866565_113.
@@ -148,25 +187,9 @@ class SVF(_OneField):
     steps: int = 6
     name: ClassVar[str] = "velocity"
 
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-
-    def shift(self, params: Params, domain: Domain) -> Tensor:
-        return exp_shift(in_voxels(params["velocity"], first_domain(domain)), self.steps, midpoint=True)
-
-    def first_step(self, params: Params, domain: Domain) -> Tensor | None:
-        return longest(in_voxels(params["velocity"], first_domain(domain))) / 2**self.steps
-
-    @property
-    def negates(self) -> bool:
-        return True
-
-    def inverse(self, params: Params, domain: Domain) -> Mapping:
-        return Mapping(tree_map(torch.neg, params), domain, self)
-
 
 @dataclasses.dataclass(frozen=True)
-class Diffeomorphism(_OneField):
+class Diffeomorphism(_Voxels):
     """Small smooth steps, composed: u <- d + u o (id + d), params displacement u (D, [Z,] Y, X).
 
     The gradient is taken with respect to the displacement as it stands and smoothed before the optimizer sees it; the
@@ -185,9 +208,6 @@ class Diffeomorphism(_OneField):
     def __post_init__(self) -> None:
         if not (self.gradient >= 0 and self.smooth >= 0 and self.limit > 0):
             raise ValueError(f"{self!r}: expected gradient and smooth >= 0 and limit > 0")
-
-    def shift(self, params: Params, domain: Domain) -> Tensor:
-        return in_voxels(params["displacement"], first_domain(domain))
 
     def perturb(self, params: Params, step: Step, domain: Domain) -> Params:
         return super().retract(params, step, domain)
@@ -209,14 +229,3 @@ class Diffeomorphism(_OneField):
 
 def _smooth(vectors: Tensor, sigma: float) -> Tensor:
     return gaussian(vectors, sigma) if sigma > 0 else vectors
-
-
-def longest(shift: Tensor) -> Tensor:
-    """The greatest length of a vector of a field."""
-    return shift.square().sum(0).amax().sqrt()
-
-
-def check_steps(steps: int) -> None:
-    """The number of squarings of an exponential."""
-    if steps < 0:
-        raise ValueError(f"steps is {steps}: the number of squarings is at least 0")

@@ -18,11 +18,9 @@ from torch import Tensor
 
 from fnreg import bspline
 from fnreg.bspline import Lattice
-from fnreg.fields import exp_shift
 from fnreg.losses.penalties import SplineField
-from fnreg.pytree import tree_map
-from fnreg.transforms.base import Domain, Mapping, Params, Step, first_domain
-from fnreg.transforms.dense import Dense, along, check_steps, in_voxels, in_world, longest, zeros
+from fnreg.transforms.base import Domain, Params, first_domain
+from fnreg.transforms.dense import OneField, Velocity, along, in_voxels, zeros
 
 Stride = int | tuple[int, ...]
 
@@ -50,11 +48,10 @@ def _factor(finest: int, size: int) -> int:
     return factor
 
 
-class _Spline(Dense, abstract=True):
+class _Spline(OneField, abstract=True):
     """One field of coefficients, of the displacement or of the velocity."""
 
     stride: Stride
-    name: ClassVar[str]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride", _check_stride(self.stride))
@@ -67,14 +64,9 @@ class _Spline(Dense, abstract=True):
     def init(self, domain: Domain) -> Params:
         return {self.name: zeros(first_domain(domain), self.lattice(domain).shape)}
 
-    def retract(self, params: Params, step: Step, domain: Domain) -> Params:
-        grid = first_domain(domain)
-        return {self.name: params[self.name] + in_world(step[self.name], grid)}
-
-    def spline(self, params: Params, domain: Domain) -> Tensor:
-        """The splines at the domain's voxels, in voxels along its axes (D, [Z,] Y, X)."""
-        grid = first_domain(domain)
-        return bspline.evaluate(in_voxels(params[self.name], grid), self.lattice(domain), grid.size)
+    def spline(self, coefficients: Tensor, domain: Domain) -> Tensor:
+        """The splines of coefficients at the domain's voxels (D, [Z,] Y, X)."""
+        return bspline.evaluate(coefficients, self.lattice(domain), first_domain(domain).size)
 
     def field(self, params: Params, domain: Domain) -> Any:
         grid, lattice = first_domain(domain), self.lattice(domain)
@@ -114,8 +106,8 @@ class FFD(_Spline):
     stride: Stride = 4
     name: ClassVar[str] = "coefficients"
 
-    def shift(self, params: Params, domain: Domain) -> Tensor:
-        return self.spline(params, domain)
+    def shift_of(self, vectors: Tensor, domain: Domain) -> Tensor:
+        return self.spline(vectors, domain)
 
     def points(self, params: Params, domain: Domain, points: Tensor) -> Tensor:
         grid, lattice = first_domain(domain), self.lattice(domain)
@@ -129,7 +121,7 @@ class FFD(_Spline):
 
 
 @dataclasses.dataclass(frozen=True)
-class SVFFD(_Spline):
+class SVFFD(_Spline, Velocity):
     """T = exp(v), v a cubic B-spline, params coefficients (D, lattice); its inverse is exp(-v).
 
     Stationary velocity free-form deformation; Modat et al. 2012, doi 10.1117/12.910397.
@@ -143,18 +135,8 @@ class SVFFD(_Spline):
     name: ClassVar[str] = "coefficients"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_steps(self.steps)
+        _Spline.__post_init__(self)
+        Velocity.__post_init__(self)
 
-    def shift(self, params: Params, domain: Domain) -> Tensor:
-        return exp_shift(self.spline(params, domain), self.steps, midpoint=True)
-
-    def first_step(self, params: Params, domain: Domain) -> Tensor | None:
-        return longest(self.spline(params, domain)) / 2**self.steps
-
-    @property
-    def negates(self) -> bool:
-        return True
-
-    def inverse(self, params: Params, domain: Domain) -> Mapping:
-        return Mapping(tree_map(torch.neg, params), domain, self)
+    def velocity_of(self, vectors: Tensor, domain: Domain) -> Tensor:
+        return self.spline(vectors, domain)

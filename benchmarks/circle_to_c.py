@@ -1,0 +1,119 @@
+"""A disc becomes a C of 128 x 128: quality, inverse consistency and time, beside deepali's loop; one pair and a batch.
+
+deepali runs as its tutorial does: SVFFD with a control point every 5 voxels, 4 levels of 200, 200, 300 and 100
+iterations, Adam anew on each level.  All errors are of the final maps on the images as they were given; the inverse
+consistency is the distance in voxels from where map and inverse bring a voxel, where the map stays inside the image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.measure import Absent, Options, Table, peer
+from fnreg import SVFFD, Image, Registration, adam, bending, diffusion, mse, register, stack
+from fnreg.data import c_shape, circle
+from fnreg.demo import circle_to_c, there_and_back
+
+STEPS = (200, 200, 300, 100)
+
+
+def quality(result: Registration, c: Image, disc: Image) -> tuple[float, ...]:
+    """Forward and inverse MSE, range of det J, mean and largest inverse consistency in voxels."""
+    inverse = result.inverse()
+    there = float((result.warp(disc, padding="border").data - c.data).square().mean())
+    back = float((inverse.warp(c, padding="border").data - disc.data).square().mean())
+    dets = result.jacobian().data
+    away = there_and_back(result.mapping, inverse.mapping, c.grid)
+    return there, back, float(dets.min()), float(dets.max()), float(away.mean()), float(away.max())
+
+
+def deepali(c: Image, disc: Image) -> tuple[float, tuple[float, ...]]:
+    """Seconds and quality of deepali's loop."""
+    core, data, spatial = peer("deepali.core"), peer("deepali.data"), peer("deepali.spatial")
+    grid = core.Grid(shape=c.grid.shape, origin=(0.0, 0.0))
+    begin = time.perf_counter()
+    targets, sources = (data.Image(x.data, grid).pyramid(4) for x in (c, disc))
+    transform = spatial.SVFFD(targets[3].grid(), stride=5)
+    for level, steps in zip(reversed(range(4)), STEPS, strict=True):
+        transform.grid_(targets[level].grid())
+        target, source = targets[level].batch().tensor(), sources[level].batch().tensor()
+        transformer = spatial.ImageTransformer(transform)
+        optimizer = torch.optim.Adam(transform.parameters(), lr=1e-2)
+        for _ in range(steps):
+            loss = torch.nn.functional.mse_loss(transformer(source), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    seconds = time.perf_counter() - begin
+    with torch.no_grad():
+        found = [t.update().tensor()[0] for t in (transform, transform.inverse())]
+    half = (torch.tensor(found[0].shape[:0:-1]) - 1) / 2  # its cube reaches from the first voxel to the last
+    voxels = [field * half.reshape(2, 1, 1) for field in found]
+    return seconds, _of_fields(voxels[0], voxels[1], targets[0].tensor(), sources[0].tensor())
+
+
+def _of_fields(there: torch.Tensor, back: torch.Tensor, c: torch.Tensor, disc: torch.Tensor) -> tuple[float, ...]:
+    """The same quality from displacements (2, Y, X) in voxels, x first, by SciPy."""
+    scipy: Any = peer("scipy.ndimage")
+    y, x = np.mgrid[0 : there.shape[1], 0 : there.shape[2]]
+
+    def at(image: np.ndarray, places: Any) -> np.ndarray:
+        return scipy.map_coordinates(image, places, order=1, mode="nearest")
+
+    def moved(field: Any) -> Any:
+        return [y + field[1], x + field[0]]
+
+    u, w = there.double().numpy(), back.double().numpy()
+    error = float(((at(disc[0].numpy(), moved(u)) - c[0].numpy()) ** 2).mean())
+    other = float(((at(c[0].numpy(), moved(w)) - disc[0].numpy()) ** 2).mean())
+    ends = moved(u)
+    away = np.hypot(*(u[k] + at(w[k], ends) for k in range(2)))
+    inside = (ends[0] >= 0) & (ends[0] <= y.max()) & (ends[1] >= 0) & (ends[1] <= x.max())
+    (uxy, uxx), (uyy, uyx) = np.gradient(u[0]), np.gradient(u[1])
+    dets = (1 + uxx) * (1 + uyy) - uxy * uyx
+    return error, other, float(dets.min()), float(dets.max()), float(away[inside].mean()), float(away[inside].max())
+
+
+def run(options: Options) -> list[Table]:
+    """Two tables: one pair, a batch."""
+    repeats = 1 if options.quick else 3
+    c, disc = c_shape(128, blur=2.0), circle(128, blur=2.0)
+    columns = ("method", "seconds", "forward MSE", "inverse MSE", "det J from", "to", "consistency, mean", "largest")
+    table = Table("A disc to a C, 128 x 128", columns, notes=(f"seconds are medians of {repeats} runs",))
+    objective = mse + 3e-4 * diffusion + 1e-3 * bending
+    given: dict[str, Any] = {"objective": objective, "levels": 4, "padding": "border", "stop": None}
+    times: dict[str, list[float]] = {}
+    rows: dict[str, tuple[float, ...]] = {}
+
+    def note(name: str, seconds: float, found: tuple[float, ...]) -> None:
+        times.setdefault(name, []).append(seconds)
+        rows[name] = found
+
+    register(c, disc, SVFFD(4), steps=2, **given)  # warm-up
+    for _ in range(repeats):
+        story = circle_to_c()
+        one = dataclasses.replace(story.result)
+        note("fnreg demo: SVFFD(4), 300 + 200 + 100 + 40 steps", story.seconds, quality(one, story.c, story.disc))
+        begin = time.perf_counter()
+        result = register(c, disc, SVFFD(5, steps=6), steps=STEPS, optimizer=adam(0.5, decay=0.3), **given)
+        note("fnreg SVFFD(5), the tutorial's 800 steps", time.perf_counter() - begin, quality(result, c, disc))
+        try:
+            note("deepali SVFFD(5), the tutorial's 800 steps", *deepali(c, disc))
+        except Absent as reason:
+            table.notes = (*table.notes, f"without deepali: {reason}")
+    table.rows = [(name, statistics.median(times[name]), *found) for name, found in rows.items()]
+    count = 4 if options.quick else 64
+    radii = torch.linspace(36.0, 40.0, count).tolist()
+    cs, discs = (stack([shape(128, radius=r, blur=2.0) for r in radii]) for shape in (c_shape, circle))
+    begin = time.perf_counter()
+    many = register(cs, discs, SVFFD(4, steps=7), steps=(300, 200, 100, 40), optimizer=adam(0.5, decay=0.3), **given)
+    seconds = time.perf_counter() - begin
+    batch = Table(f"{count} such pairs in one call", ("seconds", "per pair", "mean value", "largest"))
+    batch.rows.append((seconds, seconds / count, float(many.value.mean()), float(many.value.max())))
+    return [table, batch]
