@@ -173,17 +173,6 @@ def _cast(name: str, arguments: tuple[int, ...], dtype: torch.dtype, device: tor
     return _MATRICES[name](*arguments, device).to(dtype)
 
 
-def _expand(data: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
-    """`filters.along` for contiguous data from the slowest axis to the fastest: nothing is copied on the way."""
-    for k in reversed(range(len(matrices))):
-        matrix = matrices[k]
-        if matrix is None:
-            continue
-        shape = (*data.shape[: data.ndim - 1 - k], matrix.shape[0], *data.shape[data.ndim - k :])
-        data = data @ matrix.mT if k == 0 else (matrix @ data.flatten(data.ndim - k)).reshape(shape)
-    return data
-
-
 def _check(coefficients: Tensor, lattice: Lattice) -> None:
     if coefficients.ndim != len(lattice.size) + 1 or tuple(coefficients.shape[1:]) != lattice.shape:
         raise ValueError(
@@ -225,7 +214,7 @@ def evaluate(
     if len(samples) != len(lattice.size):
         raise ValueError(f"size has {len(samples)} values but the lattice has {len(lattice.size)} axes")
     axes = zip(lattice.size, lattice.stride, samples, orders, strict=True)
-    return _expand(coefficients, [_cast("basis", axis, coefficients.dtype, coefficients.device) for axis in axes])
+    return along(coefficients, [_cast("basis", axis, coefficients.dtype, coefficients.device) for axis in axes])
 
 
 def evaluate_at(
@@ -301,7 +290,7 @@ def subdivide(coefficients: Tensor, lattice: Lattice, *, axes: Sequence[bool] | 
     finer = lattice.halved(axes)
     dtype, device = coefficients.dtype, coefficients.device
     pairs = zip(lattice.size, lattice.stride, finer.stride, strict=True)
-    return _expand(coefficients, [None if s == half else _cast("half", (n, s), dtype, device) for n, s, half in pairs])
+    return along(coefficients, [None if s == half else _cast("half", (n, s), dtype, device) for n, s, half in pairs])
 
 
 def _fitting(n: int, stride: int, samples: int, device: torch.device) -> Tensor:

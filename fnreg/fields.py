@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fnreg import filters
-from fnreg.flow import flow
+from fnreg import filters, flow
 from fnreg.grid import Grid, index_points
 from fnreg.pytree import is_concrete
 from fnreg.sampling import Padding, Sampled, interpolate, sample
@@ -78,7 +77,8 @@ def compose_shift(first: Tensor, second: Tensor) -> Tensor:
     """
     if first.shape != second.shape:
         raise ValueError(f"shifts have shapes {tuple(first.shape)} and {tuple(second.shape)}: sample both on one grid")
-    return first + _after(first, second).value.reshape(first.shape)
+    found = flow.compose(first, second)
+    return first + _after(first, second).value.reshape(first.shape) if found is None else found
 
 
 def exp_shift(velocity: Tensor, steps: int, *, midpoint: bool = False) -> Tensor:
@@ -104,7 +104,7 @@ def exp_shift(velocity: Tensor, steps: int, *, midpoint: bool = False) -> Tensor
             shift = compose_shift(shift, shift)
         return shift
 
-    found = flow(velocity, steps, midpoint, composed)
+    found = flow.flow(velocity, steps, midpoint, composed)
     return composed(velocity) if found is None else found
 
 

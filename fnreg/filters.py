@@ -21,11 +21,14 @@ def along(data: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """Apply one matrix per axis, x first, to data (C, [Z,] Y, X); None leaves an axis as it is."""
     if len(matrices) != data.ndim - 1:
         raise ValueError(f"{len(matrices)} matrices for data with {data.ndim - 1} spatial axes: give one per axis")
-    for k, matrix in enumerate(matrices):
-        if matrix is not None:
-            axis = data.ndim - 1 - k
-            data = (data.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)
-    return data.contiguous()
+    data = data.contiguous()
+    for k in reversed(range(len(matrices))):  # from the slowest axis to the fastest nothing is copied on the way
+        matrix = matrices[k]
+        if matrix is None:
+            continue
+        shape = (*data.shape[: data.ndim - 1 - k], matrix.shape[0], *data.shape[data.ndim - k :])
+        data = data @ matrix.mT if k == 0 else (matrix @ data.flatten(data.ndim - k)).reshape(shape)
+    return data
 
 
 def gaussian_matrix(n: int, sigma: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
-"""The flow of a stationary velocity by scaling and squaring, with its derivative, as one differentiable function.
+"""Compositions in C: of two shifts, and of many for the flow of a stationary velocity by scaling and squaring.
 
-Written as compositions it is a dozen small nodes for torch to follow, which on small images takes longer than to
-compute them.  Here the squarings and their pull-backs run one after another in C.  Second derivatives, forward mode and
-machines without a compiler take the compositions; `fields.exp_shift` chooses.
+Composed of samplings a flow is a dozen small nodes for torch to follow, which on small images takes longer than to
+compute them; here the squarings and their pull-backs run one after another.  Forward mode and machines without a
+compiler take the samplings; `fields` chooses.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,17 +18,30 @@ from torch import Tensor
 from fnreg import native
 from fnreg.grid import index_points
 from fnreg.pytree import forward_levels
-from fnreg.sampling import KNOT
+from fnreg.sampling import KNOT, sample
 
 Plain = Callable[[Tensor], Tensor]  # the same by compositions, for one field
 
 
-def flow(velocity: Tensor, steps: int, midpoint: bool, plain: Plain) -> Tensor | None:
-    """The shift (D, [Z,] Y, X) at time one, in voxels; None where there is no kernel or another derivative is asked."""
+def _serves(shift: Tensor) -> bool:
+    """Whether there is a kernel, and no forward derivative is asked."""
     dual = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
-    if velocity.device.type != "cpu" or velocity.dtype not in KNOT or torch.compiler.is_compiling() or dual:
+    if shift.device.type != "cpu" or shift.dtype not in KNOT or torch.compiler.is_compiling() or dual:
+        return False
+    fits = 2 <= shift.ndim <= 4 and shift.shape[0] == shift.ndim - 1 and math.prod(shift.shape[1:]) < 2**31
+    return fits and native.load() is not None and not forward_levels()
+
+
+def compose(first: Tensor, second: Tensor) -> Tensor | None:
+    """first(i) + second(i + first(i)) of shifts (D, [Z,] Y, X); None where the kernel does not serve."""
+    if not _serves(first) or first.dtype != second.dtype or first.shape != second.shape:
         return None
-    if native.load() is None or forward_levels() or not 2 <= velocity.ndim <= 4:
+    return _Compose.apply(first.unsqueeze(0), second.unsqueeze(0)).squeeze(0)  # type: ignore[no-untyped-call]
+
+
+def flow(velocity: Tensor, steps: int, midpoint: bool, plain: Plain) -> Tensor | None:
+    """The shift (D, [Z,] Y, X) at time one, in voxels; None where the kernel does not serve."""
+    if not _serves(velocity):
         return None
     return _Flow.apply(velocity.unsqueeze(0), steps, midpoint, plain)[0].squeeze(0)  # type: ignore[no-untyped-call]
 
@@ -46,10 +60,10 @@ class _Kernels:
         self.size = (ctypes.c_int64 * dimension)(*like.shape[:1:-1])
         self.near = ctypes.c_double(KNOT[like.dtype])
 
-    def compose(self, field: Tensor, scale: float, add: bool) -> Tensor:
-        """add u(i) + u(i + scale u(i)), (B, D, *shape)."""
-        out = torch.empty_like(field)
-        tensors = [ctypes.c_void_p(t.data_ptr()) for t in (field, self.index, out)]
+    def compose(self, first: Tensor, second: Tensor, scale: float, add: bool) -> Tensor:
+        """add u(i) + v(i + scale u(i)) of contiguous fields (B, D, *shape)."""
+        out = torch.empty_like(first)
+        tensors = [ctypes.c_void_p(t.data_ptr()) for t in (first, second, self.index, out)]
         options = (ctypes.c_int64(self.points), ctypes.c_double(scale), ctypes.c_int(add), self.near)
 
         def call(begin: int, end: int) -> None:
@@ -59,7 +73,7 @@ class _Kernels:
         return out
 
     def pull(self, field: Tensor, cotangent: Tensor, scale: float, add: bool) -> Tensor:
-        """The pull-back of `compose` at a field."""
+        """The pull-back of `compose` of a field with itself."""
         parts = field.shape[1] if self.batch < torch.get_num_threads() else 1
         out = field.new_empty(self.batch, parts, *field.shape[1:])
         tensors = [ctypes.c_void_p(t.data_ptr()) for t in (field, self.index, cotangent, out)]
@@ -78,10 +92,41 @@ def _squared(velocity: Tensor, steps: int, midpoint: bool) -> list[Tensor]:
     kernels = _Kernels(velocity)
     fields = [velocity.contiguous() / 2**steps]
     if midpoint:
-        fields.append(kernels.compose(fields[-1], 0.5, add=False))
+        fields.append(kernels.compose(fields[-1], fields[-1], 0.5, add=False))
     for _ in range(steps):
-        fields.append(kernels.compose(fields[-1], 1.0, add=True))
+        fields.append(kernels.compose(fields[-1], fields[-1], 1.0, add=True))
     return fields
+
+
+def _folded(size: int, dim: int | None, tensor: Tensor) -> Tensor:
+    """A batch axis of vmap folded into the leading one."""
+    return (tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).flatten(0, 1)
+
+
+class _Compose(torch.autograd.Function):
+    """`_Kernels.compose` for fields (B, D, *shape); its derivatives go through `sample`'s."""
+
+    @staticmethod
+    def forward(first: Tensor, second: Tensor) -> Tensor:
+        return _Kernels(first).compose(first.contiguous(), second.contiguous(), 1.0, add=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, by_found: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        def plain(first: Tensor, second: Tensor) -> Tensor:
+            index = index_points(tuple(first.shape[:0:-1]), first.dtype, first.device)[:-1]
+            return first + sample(second, index + first.flatten(1)).value.reshape(first.shape)
+
+        made: Any = torch.func.vjp(torch.func.vmap(plain), *ctx.saved_tensors)
+        return made[1](by_found)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        folded = [_folded(info.batch_size, dim, t) for t, dim in zip(args, in_dims, strict=True)]
+        return _Compose.apply(*folded).unflatten(0, (info.batch_size, -1)), 0  # type: ignore[no-untyped-call]
 
 
 class _Flow(torch.autograd.Function):
@@ -140,9 +185,5 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        size = info.batch_size
-        folded = [
-            (t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
-            for t, dim in zip(args[:3], in_dims[:3], strict=True)
-        ]
-        return _Pull.apply(*folded, *args[3:]).unflatten(0, (size, -1)), 0  # type: ignore[no-untyped-call]
+        folded = [_folded(info.batch_size, dim, t) for t, dim in zip(args[:3], in_dims[:3], strict=True)]
+        return _Pull.apply(*folded, *args[3:]).unflatten(0, (info.batch_size, -1)), 0  # type: ignore[no-untyped-call]

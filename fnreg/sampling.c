@@ -276,8 +276,8 @@ void SPREAD(const REAL *values, const REAL *coords, REAL *data, const int64_t *n
     RESTORE(mode_before);
 }
 
-/* A field read at its own ends: out(i) = add u(i) + u(i + scale u(i)) for items (D, points) over one grid of voxels. */
-void COMPOSE(const REAL *fields, const REAL *index, REAL *out, const int64_t *n, int64_t points, double factor, int add,
+/* A field read at the ends of another: out(i) = add u(i) + v(i + scale u(i)) for items (D, points) over one grid. */
+void COMPOSE(const REAL *firsts, const REAL *seconds, const REAL *index, REAL *out, const int64_t *n, int64_t points, double factor, int add,
              double tolerance, int64_t begin, int64_t end) {
     const unsigned mode_before = flush_denormals();
     JOIN(NAME, _block) block;
@@ -289,7 +289,7 @@ void COMPOSE(const REAL *fields, const REAL *index, REAL *out, const int64_t *n,
         const int64_t b = s / points, p = s - b * points;
         const int64_t left = points - p < end - s ? points - p : end - s;
         const int count = (int)(left < BLOCK ? left : BLOCK);
-        const REAL *u = fields + b * DIM * points;
+        const REAL *u = firsts + b * DIM * points, *v = seconds + b * DIM * points;
         for (int k = 0; k < DIM; k++) {
             for (int q = 0; q < count; q++) x[k][q] = index[k * points + p + q] + scale * u[k * points + p + q];
             INDEX(&block, k, x[k], 0, count, n[k], stride[k], BORDER, (REAL)tolerance);
@@ -297,7 +297,7 @@ void COMPOSE(const REAL *fields, const REAL *index, REAL *out, const int64_t *n,
         for (int c = 0; c < DIM; c++) {
             const REAL *own = u + c * points + p;
             REAL *to = out + (b * DIM + c) * points + p;
-            CELLS(&block, u + c * points, count, 0, 0, value, gradient, BLOCK);
+            CELLS(&block, v + c * points, count, 0, 0, value, gradient, BLOCK);
             for (int q = 0; q < count; q++) to[q] = (add ? own[q] : 0) + value[q];
             for (int k = 0; k < DIM; k++)
                 for (int q = 0; q < count; q++)
@@ -308,7 +308,7 @@ void COMPOSE(const REAL *fields, const REAL *index, REAL *out, const int64_t *n,
     RESTORE(mode_before);
 }
 
-/* The pull-back of COMPOSE: out = add g + the spread of g + scale sum_c g_c du_c(i + scale u).  One task takes some
+/* The pull-back of COMPOSE with u for v: out = add g + the spread of g + scale sum_c g_c du_c(i + scale u).  One task takes some
  * channels c of one item, `parts` tasks per item, each with an output of its own: their sum is the answer. */
 void COMPOSE_BACK(const REAL *fields, const REAL *index, const REAL *cotangents, REAL *out, const int64_t *n,
                   int64_t points, int64_t parts, double factor, int add, double tolerance, int64_t begin, int64_t end) {
