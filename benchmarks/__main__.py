@@ -28,6 +28,7 @@ NAMES = (
     "itk_slices",
     "growth",
     "brain_affine",
+    "brain_deformable",
     "ants2d",
 )
 
