@@ -8,6 +8,7 @@ compiler take the samplings; `fields` chooses.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from fnreg import native
 from fnreg.grid import index_points
 from fnreg.pytree import forward_levels
-from fnreg.sampling import KNOT, sample
+from fnreg.sampling import KNOT, is_stored, sample
 
 Plain = Callable[[Tensor], Tensor]  # the same by compositions, for one field
 
@@ -28,13 +29,18 @@ def _serves(shift: Tensor) -> bool:
     dual = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
     if shift.device.type != "cpu" or shift.dtype not in KNOT or torch.compiler.is_compiling() or dual:
         return False
-    fits = 2 <= shift.ndim <= 4 and shift.shape[0] == shift.ndim - 1 and math.prod(shift.shape[1:]) < 2**31
+    fits = 2 <= shift.ndim <= 4 and shift.shape[0] == shift.ndim - 1 and 0 < math.prod(shift.shape[1:]) < 2**31
     return fits and native.load() is not None and not forward_levels()
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor | None:
     """first(i) + second(i + first(i)) of shifts (D, [Z,] Y, X); None where the kernel does not serve."""
-    if not _serves(first) or first.dtype != second.dtype or first.shape != second.shape:
+    if (
+        not _serves(first)
+        or first.device != second.device
+        or first.dtype != second.dtype
+        or first.shape != second.shape
+    ):
         return None
     return _Compose.apply(first.unsqueeze(0), second.unsqueeze(0)).squeeze(0)  # type: ignore[no-untyped-call]
 
@@ -147,6 +153,8 @@ class _Flow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_flow: Tensor, _: Any) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         velocity, fields = ctx.saved_tensors
+        if forward_levels():
+            return _pulled(ctx.plain, by_flow, velocity), None, None, None
         found = _Pull.apply(by_flow, velocity, fields, ctx.steps, ctx.midpoint, ctx.plain)  # type: ignore[no-untyped-call]
         return found, None, None, None
 
@@ -157,11 +165,19 @@ class _Flow(torch.autograd.Function):
         return tuple(part.unflatten(0, (info.batch_size, -1)) for part in found), (0, 0)
 
 
+def _pulled(plain: Plain, cotangent: Tensor, velocity: Tensor) -> Tensor:
+    """What `_Pull` computes, by the samplings."""
+    made: Any = torch.func.vjp(torch.func.vmap(plain), velocity)
+    return made[1](cotangent)[0]
+
+
 class _Pull(torch.autograd.Function):
     """The pull-back of `_Flow`, linear in the cotangent; its own derivatives are those of the compositions."""
 
     @staticmethod
     def forward(by_flow: Tensor, velocity: Tensor, fields: Tensor, steps: int, midpoint: bool, plain: Plain) -> Tensor:
+        if not is_stored(by_flow, velocity, fields):
+            return _pulled(plain, by_flow, velocity)
         kernels, found = _Kernels(velocity), by_flow.contiguous()
         before = fields.movedim(1, 0).contiguous().unbind(0)
         for number, field in reversed(list(enumerate(before))):
@@ -176,11 +192,7 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_found: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        def pulled(cotangent: Tensor, velocity: Tensor) -> Tensor:
-            made: Any = torch.func.vjp(torch.func.vmap(ctx.plain), velocity)
-            return made[1](cotangent)[0]
-
-        made: Any = torch.func.vjp(pulled, *ctx.saved_tensors)
+        made: Any = torch.func.vjp(functools.partial(_pulled, ctx.plain), *ctx.saved_tensors)
         return (*made[1](by_found), None, None, None, None)
 
     @staticmethod

@@ -16,7 +16,7 @@ from fnreg.grid import Grid
 from fnreg.image import Image, Subject, subject
 from fnreg.losses.terms import Objective
 from fnreg.problem import Level, Pair
-from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach
+from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach, tree_map
 from fnreg.sampling import Padding
 from fnreg.solvers.base import Status
 from fnreg.transforms.base import Domain, Mapping, Transform, first_domain
@@ -119,7 +119,7 @@ def prepare(
             _check_order(name, finer.image, coarser.image)
         for item in known:
             sizes |= batch_axes(name, item, item.ranks())[1]
-        known = [_fill(tree_detach(item) if detach else item) for item in known]
+        known = [_fill(tree_map(Tensor.contiguous, tree_detach(item) if detach else item)) for item in known]
         if isinstance(given, Sequence):
             sides.append((tuple(item.image for item in known), tuple(item.mask for item in known)))
         else:

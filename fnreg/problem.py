@@ -31,8 +31,17 @@ from fnreg.pytree import (
     tree_vmap,
 )
 from fnreg.sampling import Padding, Sampled, sample
-from fnreg.squares import squares
-from fnreg.transforms.base import Domain, Mapping, Transform, domain_ranks, first_domain, single, split_coords
+from fnreg.squares import serves, squares
+from fnreg.transforms.base import (
+    Domain,
+    Mapping,
+    Transform,
+    domain_ranks,
+    first_domain,
+    single,
+    split_coords,
+    split_points,
+)
 
 
 @pytree_dataclass
@@ -77,7 +86,10 @@ def _pair_coords(transform: Transform, params: Any, pair: Pair) -> Tensor:
     if pair.to_moving is not None and _splits(transform, pair):
         found = transform.split(params, pair.domain)
         return split_coords(found, pair.to_moving, pair.from_fixed, grid.size, dtype)
-    points = transform.points(params, pair.domain, grid.points())
+    if _splits(transform, pair):
+        points = split_points(transform.split(params, pair.domain), grid)
+    else:
+        points = transform.points(params, pair.domain, grid.points())
     if pair.to_moving is not None:
         return apply_matrix(pair.to_moving, points).mT.to(dtype)
     assert pair.then is not None
@@ -275,6 +287,8 @@ class Level:
         pairs = self.pairs
         if pairs.moving_mask is not None or pairs.to_moving is None or not _splits(self.transform, pairs):
             return None
+        if not serves(pairs.moving.data, pairs.fixed.data, pairs.fixed_mask):
+            return None
         weight, rest = pairs.objective.mean_squares()
         asks_for_images = not rest.needs.isdisjoint(("warped", "fixed", "weights"))
         return None if weight is None or asks_for_images or is_tracked(pairs) else rest
@@ -310,8 +324,6 @@ class Level:
         )
         shift = parts["shift"].to(pairs.moving.data.dtype) if "shift" in parts else None
         found = squares(moving, fixed, mask, matrices, shift, padding=self.padding)  # type: ignore[arg-type]
-        if found is None:
-            return None
         known = found.weight > 0
         weight = pairs.objective.mean_squares()[0]
         assert weight is not None
@@ -344,8 +356,8 @@ class Level:
 
         return tree_vmap(one, (None, None, self._domain_axes), params, step, self.pairs.domain)
 
-    def refine(self, params: Any, finer: Any) -> Any:
-        """The parameters over the domain of a finer level."""
-        before, after = self.pairs.domain, finer.pairs.domain
-        axes = (self._domain_axes, batch_axes("domain", after, domain_ranks(after))[0])
-        return tree_vmap(self.transform.refine, (None, *axes), params, before, after)
+
+def refine(transform: Transform, params: Any, domain: Domain, finer: Domain) -> Any:
+    """Parameters (B, ...) of the same maps over another domain; the domains' leaves may have a batch axis."""
+    axes = [batch_axes("domain", d, domain_ranks(d))[0] for d in (domain, finer)]
+    return tree_vmap(transform.refine, (None, *axes), params, domain, finer)

@@ -23,7 +23,7 @@ from fnreg.image import Image, Subject
 from fnreg.inputs import Input, Inputs, check_dimension, prepare
 from fnreg.losses.terms import mse
 from fnreg.losses.terms import objective as as_objective
-from fnreg.problem import Level
+from fnreg.problem import Level, refine
 from fnreg.pytree import (
     batch_axes,
     batch_size,
@@ -43,7 +43,7 @@ from fnreg.solvers.descent import Descent
 from fnreg.solvers.gauss_newton import GaussNewton
 from fnreg.starts import Start, begin, expand, initial_ranks, spread
 from fnreg.symmetric import BothWays
-from fnreg.transforms.base import Mapping, Params, Transform, warp
+from fnreg.transforms.base import Mapping, Params, Transform, same_place, warp
 from fnreg.transforms.linear import Homogeneous
 
 
@@ -280,7 +280,9 @@ def evaluate(
     ranks = mapping.ranks()
     sizes = batch_axes("mapping", mapping, ranks)[1] | batch_axes("objective", total, total.ranks())[1]
     size = batch_size(whole.sizes | sizes)
-    level = whole.level(0, mapping.transform, total, size or 1, padding, domain=mapping.domain)
+    own = isinstance(mapping.domain, Grid) and same_place(mapping.domain, whole.domain)
+    domain = None if own else mapping.domain
+    level = whole.level(0, mapping.transform, total, size or 1, padding, domain=domain)
     found = level.value(expand(mapping.params, ranks.params, size or 1))
     return tree_map(lambda leaf: leaf[0], found) if size is None else found
 
@@ -327,7 +329,7 @@ def _warn_of_speed(found: _Solution, domain: Grid) -> None:
         return mapping.transform.first_step(mapping.params, mapping.domain)
 
     step = over_batch(one, mapping=(mapping, mapping.ranks()))
-    if step is not None and bool((step > 1).any()):
+    if step is not None and is_concrete(step) and bool((step > 1).any()):
         more = math.ceil(math.log2(float(step[torch.isfinite(step)].max())))
         warnings.warn(
             f"velocities of {found.transform} are too fast for its squarings in {int((step > 1).sum())} of {len(step)} "
@@ -413,12 +415,11 @@ class _Stage:
             finer = self._level(depth)
             each = torch.arange(self.size, device=device).repeat_interleave(width)
             work = finer if starts is None else finer.take(each)
-            if level is None:
-                params = transform.cast(params, whole.fixed[0].data.dtype)
-                if not transform.linear and depth > 0:  # given on the finest level
-                    params = self._level(0).take(each).refine(params, work)
-            else:
-                params = (level if starts is None else level.take(each)).refine(params, work)
+            params = transform.cast(params, whole.fixed[0].data.dtype) if level is None else params
+            if not transform.linear:  # parameters are given on the finest level
+                before = whole.domain if level is None else level.pairs.domain
+                axes = batch_axes("domain", before, before.ranks())[0]
+                params = refine(transform, params, tree_take(before, each, axes), work.pairs.domain)
             if level is None and whole.visible:
                 apart = (work.overlap(params) <= 0).reshape(self.size, width).all(1)
                 failures = failures.add(apart, Status.NO_OVERLAP)

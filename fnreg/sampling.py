@@ -96,6 +96,10 @@ def _check(data: Tensor, coords: Tensor, mode: str, padding: Padding) -> None:
             f"data has shape {tuple(data.shape)} and coords {tuple(coords.shape)}: "
             f"expected (C, [Z,] Y, X) and one row of coords for each of its {dimension} axes"
         )
+    if data.device != coords.device:
+        raise ValueError(f"data are on {data.device} but coords on {coords.device}: move one to the other")
+    if 0 in data.shape[1:]:
+        raise ValueError(f"data have shape {tuple(data.shape)}: there is no voxel to sample")
     if mode not in MODES:
         raise ValueError(f"unknown interpolation {mode!r}: choose from {', '.join(MODES)}")
     if isinstance(padding, str) and padding not in PADDINGS:
@@ -232,10 +236,13 @@ def _batched(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sample
 
 def _concrete(data: Tensor, coords: Tensor) -> bool:
     """Whether there are numbers to look at, in a precision that the faster ways know."""
-    if data.dtype not in KNOT or torch.compiler.is_compiling():
-        return False
+    return data.dtype in KNOT and not torch.compiler.is_compiling() and is_stored(data, coords)
+
+
+def is_stored(*tensors: Tensor) -> bool:
+    """Whether the tensors have memory of their own."""
     try:
-        return all(t.data_ptr() or not t.numel() for t in (data, coords))
+        return all(t.data_ptr() or not t.numel() for t in tensors)
     except RuntimeError:  # no storage: batched by autograd itself, which asks for no vmap rule
         return False
 
@@ -257,10 +264,10 @@ def _compiled(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sampl
     inside = data.new_empty(batch, points)
     kernel: Any = getattr(library, native.name(data.dtype, dimension))
     size = (ctypes.c_int64 * dimension)(*data.shape[:1:-1])
-    code = {"border": 0, "reflection": 2}.get(str(padding), 1)
+    mode, fill = native.padding_code(padding)
     tensors = [ctypes.c_void_p(t.data_ptr()) for t in (data, coords, value, gradient, inside)]
     counts = [ctypes.c_int64(v) for v in (data.shape[0], channels, points, div)]
-    options = (ctypes.c_int(code), ctypes.c_double(_fill(padding)), ctypes.c_double(KNOT[data.dtype]))
+    options = (mode, fill, ctypes.c_double(KNOT[data.dtype]))
 
     def call(begin: int, end: int) -> None:
         kernel(*tensors, size, *counts, *options, ctypes.c_int64(begin), ctypes.c_int64(end))

@@ -2,7 +2,7 @@
 
 What a registration by mean squares asks for at every step.  Composed of sampling and a loss it reads and writes every
 intermediate image; here nothing but sums, and the derivative by the field where there is one, is written.  There is no
-plain torch path: callers compose the same from its parts where `squares` gives None.
+plain torch path: callers compose the same from its parts where the kernel does not serve.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ class Squares(NamedTuple):
     by_shift: Tensor | None  # (B, D, [Z,] Y, X) derivative by the shift u, in the type of the images
 
 
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether there is a kernel for images on this device, in this precision, of this size."""
+    given = [t for t in tensors if t is not None]
+    alike = all(t.device.type == "cpu" and t.dtype == given[0].dtype for t in given)
+    small = all(0 < math.prod(t.shape[-3:]) < 2**31 for t in given)
+    return (
+        alike and small and given[0].dtype in KNOT and not torch.compiler.is_compiling() and native.load() is not None
+    )
+
+
 def squares(
     moving: Tensor,
     fixed: Tensor,
@@ -38,8 +48,8 @@ def squares(
     shift: Tensor | None = None,
     *,
     padding: Padding | None = None,
-) -> Squares | None:
-    """Sums of squares for a batch of pairs; None where there is no kernel for the device, type or compiler.
+) -> Squares:
+    """Sums of squares for a batch of pairs, which `serves` said can be had.
 
     moving : (B, C, [Z,] Y, X), or with a batch axis of 1 for all
     fixed, mask : (B or 1, C, [Z,] Y, X), (B or 1, 1, [Z,] Y, X)
@@ -49,11 +59,7 @@ def squares(
 
     The tensors are plain: neither batched nor differentiated by torch.func.
     """
-    if moving.device.type != "cpu" or moving.dtype not in KNOT or math.prod(moving.shape[2:]) >= 2**31:
-        return None
-    library = native.load()
-    if library is None or torch.compiler.is_compiling():
-        return None
+    library: Any = native.load()
     dimension = matrices.shape[1]
     batch = max(t.shape[0] for t in (moving, fixed, matrices, mask, shift) if t is not None)
     points = math.prod(fixed.shape[2:])
@@ -62,7 +68,7 @@ def squares(
     given = [None if t is None else t.contiguous() for t in (moving, fixed, mask, matrices, index, shift)]
     by_shift = None if shift is None else torch.empty_like(given[5])  # type: ignore[arg-type]
     chunks = -(-points // CHUNK)
-    sums = torch.empty(batch, chunks, 2 + dimension * (dimension + 1), dtype=torch.float64)
+    sums = torch.empty(batch, chunks, 2 + dimension * (dimension + 1), dtype=torch.float64, device=moving.device)
     kernel: Any = getattr(library, native.name(moving.dtype, dimension) + "_squares")
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (*given, sums, by_shift)]
     size = (ctypes.c_int64 * dimension)(*moving.shape[:1:-1])

@@ -92,6 +92,12 @@ class BothWays:
         back, other = self.backward.gradient(_negative(params))
         return tree_map(lambda a, b: (a - b) / 2, there, back), (value + other) / 2
 
+    def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Value (B,), J^T r (B, P) and J^T J (B, P, P) of half of both ways' residuals each."""
+        value, slope, normal = self.forward.normal_equations(params)
+        other, back, more = self.backward.normal_equations(_negative(params))
+        return (value + other) / 2, (slope - back) / 2, (normal + more) / 2
+
     def overlap(self, params: Any) -> Tensor:
         """Share of the fixed voxels that count (B,)."""
         return self.forward.overlap(params)
@@ -99,7 +105,3 @@ class BothWays:
     def retract(self, params: Any, step: Any) -> Any:
         """Parameters after a step."""
         return self.forward.retract(params, step)
-
-    def refine(self, params: Any, finer: Any) -> Any:
-        """The parameters over the domain of a finer level."""
-        return self.forward.refine(params, finer)

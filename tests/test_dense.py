@@ -584,3 +584,33 @@ def test_what_a_mask_hides_has_no_influence_on_a_field(transform: Transform) -> 
     options: dict[str, Any] = {"levels": 1, "steps": 6, "stop": Stop()}
     clean, dirty = (register(Subject(image, mask), moving, transform, **options) for image in (fixed, spoiled))
     assert equal_bits(clean.mapping, dirty.mapping)
+
+
+# -- batches ----------------------------------------------------------------------------------------------------
+
+
+def test_a_map_of_a_batch_without_an_inverse_gets_nan() -> None:
+    grid = Grid((16, 16))
+    field = torch.zeros(2, 2, 16, 16, dtype=torch.float64)
+    field[1, 0] = 6 * torch.sin(torch.arange(16.0) * 2)
+    batch = Mapping({"displacement": field}, grid, Displacement())
+    inverse = batch.inverse().params["displacement"]
+    assert bool((inverse[0] == 0).all())
+    assert bool(inverse[1].isnan().all())
+    with pytest.raises(ValueError, match=r"did not converge|folds"):
+        Mapping({"displacement": field[1]}, grid, Displacement()).inverse()
+
+
+def test_a_batch_warps_as_its_pairs_do_alone() -> None:
+    torch.manual_seed(0)
+    grid = Grid((12, 10), spacing=(1.0, 1.5))
+    transform = FFD(stride=4)
+    params = {"coefficients": torch.randn(3, 2, *transform.lattice(grid).shape, dtype=torch.float64)}
+    images = Image(torch.randn(3, 1, 10, 12, dtype=torch.float64), grid)
+    found = warp(images, Mapping(params, grid, transform))
+    for number in range(3):
+        mapping = Mapping({"coefficients": params["coefficients"][number]}, grid, transform)
+        alone = warp(Image(images.data[number], grid), mapping)
+        assert_close(found.data[number], alone.data, rtol=0, atol=1e-12)
+        other = Grid((12, 10), spacing=(1.0, 1.5))  # equal, but not known to be the same
+        assert_close(warp(Image(images.data[number], grid), mapping, other).data, alone.data, rtol=0, atol=1e-9)

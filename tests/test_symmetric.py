@@ -7,10 +7,28 @@ from typing import Any
 import pytest
 import torch
 from scenes import equal_bits
-from torch.func import grad
+from torch.func import grad, vmap
 from torch.testing import assert_close
 
-from fnreg import FFD, SVF, SVFFD, Affine, Grid, Image, Rigid, Stage, Subject, Transform, bending, mse, register, stack
+from fnreg import (
+    FFD,
+    SVF,
+    SVFFD,
+    Affine,
+    GaussNewton,
+    Grid,
+    Image,
+    Rigid,
+    Sequential,
+    Stage,
+    Subject,
+    Transform,
+    adam,
+    bending,
+    mse,
+    register,
+    stack,
+)
 from fnreg.inputs import prepare
 from fnreg.losses.terms import objective
 from fnreg.pytree import tree_leaves, tree_map
@@ -80,6 +98,15 @@ def test_a_pair_alone_equals_the_pair_in_a_batch() -> None:
     assert equal_bits(batch.status[1], alone.status)
 
 
+def test_gauss_newton_goes_both_ways() -> None:
+    options: dict[str, Any] = {"levels": 1, "steps": 5, "symmetric": True, "solver": GaussNewton()}
+    there = register(blobs(0), blobs(1), SVFFD(stride=8), **options)
+    back = register(blobs(1), blobs(0), SVFFD(stride=8), **options)
+    start = register(blobs(0), blobs(1), SVFFD(stride=8), levels=1, steps=0, symmetric=True)
+    assert float(there.value) < float(start.value)
+    assert_close(there.mapping.params["coefficients"], -back.mapping.params["coefficients"], rtol=0, atol=1e-9)
+
+
 def test_transforms_without_a_cheap_inverse_are_refused() -> None:
     for transform in (FFD(), Affine()):
         with pytest.raises(ValueError, match="symmetric registration goes with SVF and SVFFD"):
@@ -93,3 +120,26 @@ def test_velocities_too_fast_for_their_squarings_are_told() -> None:
     with pytest.warns(UserWarning, match="too fast for its squarings in 1 of 1 pairs.*use 3 steps more"):
         register(fixed, moving, SVFFD(stride=4, steps=1), **options)
     register(fixed, moving, SVFFD(stride=4, steps=4), **options)
+    both = Sequential((SVFFD(stride=4, steps=1), Affine()))
+    with pytest.warns(UserWarning, match="too fast"):
+        register(fixed, moving, both, **options | {"initial": (fast, Affine().init(GRID))})
+
+
+def test_velocities_under_vmap_are_not_looked_at() -> None:
+    fixed, moving = blobs(0), blobs(1)
+
+    def value(weight: torch.Tensor) -> torch.Tensor:
+        result = register(
+            fixed,
+            moving,
+            SVF(steps=3),
+            objective=mse + weight * bending,
+            optimizer=adam(0.3, pure=True),
+            levels=1,
+            steps=2,
+            stop=None,
+        )
+        return result.value
+
+    weights = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    assert_close(vmap(value)(weights), torch.stack([value(w) for w in weights]), rtol=1e-9, atol=0)

@@ -22,6 +22,7 @@ from fnreg.pytree import (
     pytree_dataclass,
     static,
     tree_flatten,
+    tree_leaves,
     tree_map,
     tree_unflatten,
 )
@@ -118,7 +119,11 @@ class Transform:
         """T(p) - p at the voxels of a grid (default: the domain), world vectors (D, [Z,] Y, X)."""
         where = first_domain(domain) if grid is None else grid
         before = where.points()
-        return (self.points(params, domain, before) - before).mT.reshape(where.ndim, *where.shape)
+        if grid is None and self.splits:
+            after = split_points(self.split(params, domain), where)
+        else:
+            after = self.points(params, domain, before)
+        return (after - before).mT.reshape(where.ndim, *where.shape)
 
     def refine(self, params: Params, domain: Domain, finer: Domain) -> Params:
         """The parameters of the same map over a finer domain."""
@@ -231,7 +236,9 @@ class Mapping:
         def one(mapping: Mapping, *where: Grid) -> Tensor:
             return mapping.transform.displacement(mapping.params, mapping.domain, *where)
 
-        return self._each(one) if grid is None else self._each(one, grid=(grid, grid.ranks()))
+        if grid is None or same_place(grid, first_domain(self.domain)):
+            return self._each(one)
+        return self._each(one, grid=(grid, grid.ranks()))
 
     def matrix(self) -> Tensor:
         """The homogeneous world matrix (D + 1, D + 1) float64; ValueError for a transform that is not linear."""
@@ -315,6 +322,10 @@ class Sequential(Transform):
         return Split(
             begun.shift, functools.reduce(lambda total, matrix: matrix @ total, matrices) if matrices else None
         )
+
+    def first_step(self, params: Params, domain: Domain) -> Tensor | None:
+        found = (t.first_step(p, d) for t, d, p in self._parts(domain, params))
+        return next((step for step in found if step is not None), None)
 
     def field(self, params: Params, domain: Domain) -> Any:
         for t, d, p in self._parts(domain, params):
@@ -402,6 +413,9 @@ class Held(Transform):
     def split_after(self, params: Params, step: Step, domain: Domain) -> Split:
         return self.transform.split_after(params, self._whole(step, domain), domain)
 
+    def first_step(self, params: Params, domain: Domain) -> Tensor | None:
+        return self.transform.first_step(params, domain)
+
     def field(self, params: Params, domain: Domain) -> Any:
         return self.transform.field(params, domain)
 
@@ -446,10 +460,24 @@ def split_coords(
     return matrix[:, :-1] @ (index[:-1] + found.shift.flatten(1).to(dtype)) + matrix[:, -1:]
 
 
-def moving_coords(mapping: Mapping, grid: Grid, moving: Grid, dtype: torch.dtype) -> Tensor:
-    """Voxel indices (D, N) in the moving grid of what the voxels of `grid` map to."""
+def split_points(found: Split, grid: Grid) -> Tensor:
+    """World points (N, D) that the voxels of a map's own grid map to, float64."""
+    world = torch.eye(grid.ndim + 1, dtype=torch.float64, device=grid.center.device)
+    return split_coords(found, world, grid.affine, grid.size, torch.float64).mT
+
+
+def same_place(a: Grid, b: Grid) -> bool:
+    """Whether two grids are one: values are not compared, so that this can be asked under vmap."""
+    return a is b or (a.size == b.size and all(x is y for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True)))
+
+
+def moving_coords(mapping: Mapping, grid: Grid, moving: Grid, dtype: torch.dtype, *, own: bool = False) -> Tensor:
+    """Voxel indices (D, N) in the moving grid of what the voxels of `grid` map to.
+
+    own : whether `grid` is the mapping's own, its domain
+    """
     transform, to_moving = mapping.transform, moving.matrix("world", "index")
-    if transform.linear or (transform.splits and grid is first_domain(mapping.domain)):
+    if transform.linear or (transform.splits and own):
         found = transform.split(mapping.params, mapping.domain)
         return split_coords(found, to_moving, grid.affine, grid.size, dtype)
     points = transform.points(mapping.params, mapping.domain, grid.points())
@@ -480,13 +508,14 @@ def warp(
     """
     where = first_domain(mapping.domain) if grid is None else grid
     plain = image.image if isinstance(image, Subject) else image
+    own = same_place(where, first_domain(mapping.domain))
     if where.ndim != plain.grid.ndim:
         raise ValueError(f"image has {plain.grid.ndim} spatial axes but the mapping has {where.ndim}")
 
     def through(data: Tensor, mode: Mode, padding: Padding) -> Tensor:
         def one(values: Tensor, source: Grid, by: Mapping, target: Grid) -> Tensor:
             dtype = values.dtype if values.is_floating_point() else torch.float64
-            coords = moving_coords(by, target, source, dtype)
+            coords = moving_coords(by, target, source, dtype, own=own)
             return interpolate(values, coords, mode=mode, padding=padding).reshape(-1, *target.shape)
 
         return over_batch(

@@ -72,19 +72,22 @@ class Dense(Transform, abstract=True):
         return points + grid.convert(moved, "index", "world", vectors=True)
 
     def displacement(self, params: Params, domain: Domain, grid: Grid | None = None) -> Tensor:
-        own = first_domain(domain)
-        if grid is None or grid is own:
-            return in_world(self.shift(params, domain), own)
+        if grid is None:
+            return in_world(self.shift(params, domain), first_domain(domain))
         return super().displacement(params, domain, grid)
 
     def cast(self, params: Any, dtype: torch.dtype) -> Any:
         return tree_map(lambda leaf: leaf.to(dtype), params)
 
     def inverse(self, params: Params, domain: Domain) -> Mapping:
-        """By Newton's method at the domain's voxels; ValueError where the map folds, or more than a tenth of a voxel is
-        left."""
+        """By Newton's method at the domain's voxels.
+
+        Where the map folds, or more than a tenth of a voxel is left, there is none: ValueError for one map; among
+        those of a batch it is NaN.
+        """
         grid, shift = first_domain(domain), self.shift(params, domain)
-        found = invert_shift(shift)
+        found = invert_shift(shift, iterations=20)
+        count = folds(in_world(shift, grid), grid)  # where points have several origins, no residual tells
         if is_concrete(found.residual):
             advice = (
                 "use a stronger penalty, or a diffeomorphism such as SVFFD; fnreg.fields.invert takes what there is"
@@ -92,10 +95,10 @@ class Dense(Transform, abstract=True):
             if not bool(found.residual <= SMALLEST):
                 left = float(found.residual)
                 raise ValueError(f"the inverse of {self} did not converge: {left:.3g} voxels are left; {advice}")
-            count = int(folds(in_world(shift, grid), grid))
-            if count > 0:  # points have several origins there: one of them is found, and no residual tells
-                raise ValueError(f"the map of {self} folds at {count} voxels, so it has no inverse: {advice}")
-        return Mapping({"displacement": in_world(found.field, grid)}, grid, Displacement())
+            if int(count) > 0:
+                raise ValueError(f"the map of {self} folds at {int(count)} voxels, so it has no inverse: {advice}")
+        found_field = torch.where((found.residual <= SMALLEST) & (count == 0), found.field, torch.nan)
+        return Mapping({"displacement": in_world(found_field, grid)}, grid, Displacement())
 
 
 def refine_vectors(vectors: Tensor, domain: Grid, finer: Grid) -> Tensor:

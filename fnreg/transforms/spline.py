@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fnreg import bspline
 from fnreg.bspline import Lattice
+from fnreg.grid import Grid
 from fnreg.losses.penalties import SplineField
 from fnreg.transforms.base import Domain, Params, first_domain
 from fnreg.transforms.dense import OneField, Velocity, along, in_voxels, zeros
 
+BLOCK = 2**15  # points at a time
 Stride = int | tuple[int, ...]
 
 
@@ -46,6 +48,15 @@ def _factor(finest: int, size: int) -> int:
     while -(-finest // factor) > size:
         factor *= 2
     return factor
+
+
+def _evaluate_at(coefficients: Tensor, lattice: Lattice, grid: Grid, points: Tensor) -> Tensor:
+    """Splines (D, N) at world points (N, D), in blocks: each point looks at 4^D control points."""
+    index = grid.world_to_index(points).mT
+    ratios = [n / m for n, m in zip(lattice.size, grid.size, strict=True)]
+    ratio = torch.tensor(ratios, dtype=index.dtype, device=index.device).unsqueeze(1)
+    blocks = ((index + 0.5) * ratio - 0.5).split(BLOCK, 1)
+    return torch.cat([bspline.evaluate_at(coefficients.to(index.dtype), lattice, block) for block in blocks], 1)
 
 
 class _Spline(OneField, abstract=True):
@@ -86,10 +97,7 @@ class _Spline(OneField, abstract=True):
             return {self.name: coefficients}
         # No level of the same pyramid: the nearest spline in the least-squares sense.
         grid, other = first_domain(domain), first_domain(finer)
-        index = grid.convert(other.points(), "world", "index").mT
-        scale = [n / m for n, m in zip(before.size, grid.size, strict=True)]
-        factor = torch.tensor(scale, dtype=index.dtype, device=index.device).unsqueeze(1)
-        values = bspline.evaluate_at(coefficients.to(index.dtype), before, (index + 0.5) * factor - 0.5)
+        values = _evaluate_at(coefficients, before, grid, other.points())
         fitted = bspline.fit(values.reshape(-1, *other.shape), after)
         return {self.name: fitted.to(coefficients.dtype)}
 
@@ -110,14 +118,8 @@ class FFD(_Spline):
         return self.spline(vectors, domain)
 
     def points(self, params: Params, domain: Domain, points: Tensor) -> Tensor:
-        grid, lattice = first_domain(domain), self.lattice(domain)
-        index = grid.world_to_index(points).mT
-        scale = [n / m for n, m in zip(lattice.size, grid.size, strict=True)]
-        factor = torch.tensor(scale, dtype=index.dtype, device=index.device).unsqueeze(1)
-        return (
-            points
-            + bspline.evaluate_at(params["coefficients"].to(index.dtype), lattice, (index + 0.5) * factor - 0.5).mT
-        )
+        found = _evaluate_at(params[self.name], self.lattice(domain), first_domain(domain), points)
+        return points + found.mT
 
 
 @dataclasses.dataclass(frozen=True)
