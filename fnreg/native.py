@@ -39,6 +39,8 @@ def name(dtype: torch.dtype, dimension: int) -> str:
 def padding_code(padding: str | float) -> tuple[ctypes.c_int, ctypes.c_double]:
     """How the kernels are told what lies outside: a mode, and the constant that stands in for voxels there."""
     named = {"border": 0, "zeros": 1, "reflection": 2}
+    if isinstance(padding, str) and padding not in named:
+        raise ValueError(f"unknown padding {padding!r}: choose from {', '.join(named)}, or a number")
     fill = 0.0 if isinstance(padding, str) else float(padding)
     return ctypes.c_int(named[padding] if isinstance(padding, str) else 1), ctypes.c_double(fill)
 

@@ -23,6 +23,7 @@ from fnreg.pytree import (
     batch_axes,
     is_tracked,
     pytree_dataclass,
+    tree_detach,
     tree_flatten,
     tree_leaves,
     tree_map,
@@ -31,7 +32,7 @@ from fnreg.pytree import (
     tree_vmap,
 )
 from fnreg.sampling import Padding, Sampled, sample
-from fnreg.squares import serves, squares
+from fnreg.squares import Squares, serves, squares
 from fnreg.transforms.base import (
     Domain,
     Mapping,
@@ -188,6 +189,27 @@ def _pair_parts(
     return parts
 
 
+def _pull_back(
+    function: Callable[[Any], dict[str, Tensor]], step: Any
+) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Any]]:
+    """Values of a function that no transform is around, and its pull-back: `torch.func.vjp` with half its layers."""
+    if torch.is_inference_mode_enabled():  # without a tape
+        made: Any = vjp(function, step)
+        return made[0], lambda cotangents: made[1](cotangents)[0]
+    leaves, structure = tree_flatten(step)
+    with torch.enable_grad():
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        values = function(tree_unflatten(leaves, structure))
+
+    def pull(cotangents: dict[str, Tensor]) -> Any:
+        moved = [name for name, value in values.items() if value.requires_grad]
+        ends, by_value = [values[name] for name in moved], [cotangents[name] for name in moved]
+        found = torch.autograd.grad(ends, leaves, by_value, allow_unused=True, materialize_grads=True)
+        return tree_unflatten(list(found), structure)
+
+    return tree_detach(values), pull
+
+
 def _pair_normal_equations(
     transform: Transform, padding: Padding | None, params: Any, pair: Pair
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,15 +297,20 @@ class Level:
 
     def value(self, params: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Value (B,) and each term's."""
-        return self._over(_pair_energy, params)
+        if self._squared is None or self._squared[1].terms or len(self.pairs.objective.terms) > 1 or is_tracked(params):
+            return self._over(_pair_energy, params)
+        value, kind = self._sums(self._parts(params))[2], self.pairs.fixed.data.dtype
+        term, weight = self.pairs.objective.terms[0], self._squared[0]
+        plain = torch.where(weight == 0, 0, value / torch.where(weight == 0, 1, weight))
+        return value.to(kind), {term.name: plain.to(kind)}
 
     def gradient(self, params: Any) -> tuple[Any, Tensor]:
         """Gradient by the step, and the value (B,)."""
         return self._gradient_of_squares(params) or self._over(_pair_gradient, params)
 
     @functools.cached_property
-    def _rest(self) -> Objective | None:
-        """What the objective has beside mean squares that `squares` can compute; None where it cannot."""
+    def _squared(self) -> tuple[Tensor, Objective, Axes] | None:
+        """The factor of mean squares that `squares` can compute, and what the objective has beside them; else None."""
         pairs = self.pairs
         if pairs.moving_mask is not None or pairs.to_moving is None or not _splits(self.transform, pairs):
             return None
@@ -291,54 +318,64 @@ class Level:
             return None
         weight, rest = pairs.objective.mean_squares()
         asks_for_images = not rest.needs.isdisjoint(("warped", "fixed", "weights"))
-        return None if weight is None or asks_for_images or is_tracked(pairs) else rest
+        if weight is None or asks_for_images or is_tracked(pairs):
+            return None
+        return weight, rest, batch_axes("objective", rest, rest.ranks())[0]
 
     def _gradient_of_squares(self, params: Any) -> tuple[Any, Tensor] | None:
         """The gradient by one pass over the images, which gives the derivative by the map."""
-        rest, pairs, domain, axes = self._rest, self.pairs, self.pairs.domain, self._domain_axes
-        if rest is None or is_tracked(params):
+        if self._squared is None or is_tracked(params):
             return None
-
-        of_rest = batch_axes("objective", rest, rest.ranks())[0]
+        (_, rest, of_rest), pairs = self._squared, self.pairs
+        domain, axes = pairs.domain, self._domain_axes
 
         def parts_after(step: Any) -> dict[str, Tensor]:
             parts = functools.partial(_pair_parts, self.transform)
             return tree_vmap(parts, (None, None, of_rest, axes), step, params, rest, domain)
 
-        made: Any = vjp(parts_after, self.zero_step())
-        parts, pull = made
+        parts, pull = _pull_back(parts_after, self.zero_step())
+        found, factor, value = self._sums(parts)
+        assert pairs.to_moving is not None
+        left, right = pairs.to_moving[..., :-1, :], pairs.from_fixed
+        by_parts: dict[str, Any] = {"matrix": ((scale(found.by_matrix, factor) @ right.mT).mT @ left).mT}
+        if found.by_shift is not None:
+            by_parts["shift"] = scale(found.by_shift, factor).to(parts["shift"].dtype)
+        if "penalty" in parts:
+            by_parts["penalty"] = torch.ones_like(parts["penalty"])
+            value = value + parts["penalty"]
+        gradient = pull({name: by_parts[name] for name in parts})
+        if type(self.transform).precondition is not Transform.precondition:
+            gradient = tree_vmap(self.transform.precondition, (None, axes), gradient, domain)
+        return gradient, value.to(pairs.fixed.data.dtype)
+
+    def _parts(self, params: Any) -> dict[str, Tensor]:
+        """The maps of parameters as `_sums` takes them."""
+        parts = functools.partial(_pair_parts, self.transform)
+        given = self.zero_step(), params, Objective(()), self.pairs.domain
+        return tree_vmap(parts, (None, None, (), self._domain_axes), *given)
+
+    def _sums(self, parts: dict[str, Tensor]) -> tuple[Squares, Tensor, Tensor]:
+        """The sums of `squares` under maps, what makes the weighted mean of their value, and that mean (B,)."""
+        assert self._squared is not None
+        pairs, rank = self.pairs, self.pairs.fixed.grid.ndim + 1
         # Index to index is to_moving @ matrix @ from_fixed; a batch times one matrix is the faster order.
         assert pairs.to_moving is not None
         left, right = pairs.to_moving[..., :-1, :], pairs.from_fixed
         world = parts["matrix"] @ right if "matrix" in parts else right
-        matrices = (world.mT @ left.mT).mT
-        rank = pairs.fixed.grid.ndim + 1
         moving, fixed, mask, matrices = (
-            None if t is None else t.reshape(-1, *t.shape[-axis:])
-            for t, axis in (
+            None if t is None else t.reshape(-1, *t.shape[-axes:])
+            for t, axes in (
                 (pairs.moving.data, rank),
                 (pairs.fixed.data, rank),
                 (pairs.fixed_mask, rank),
-                (matrices, 2),
+                ((world.mT @ left.mT).mT, 2),
             )
         )
         shift = parts["shift"].to(pairs.moving.data.dtype) if "shift" in parts else None
         found = squares(moving, fixed, mask, matrices, shift, padding=self.padding)  # type: ignore[arg-type]
         known = found.weight > 0
-        weight = pairs.objective.mean_squares()[0]
-        assert weight is not None
-        factor = weight / (torch.where(known, found.weight, 1) * pairs.fixed.channels)
-        by_parts: dict[str, Any] = {"matrix": ((scale(found.by_matrix, factor) @ right.mT).mT @ left).mT}
-        if found.by_shift is not None:
-            by_parts["shift"] = scale(found.by_shift, factor).to(parts["shift"].dtype)
-        value = torch.where(known, found.value * factor, torch.inf)
-        if "penalty" in parts:
-            by_parts["penalty"] = torch.ones_like(parts["penalty"])
-            value = value + parts["penalty"]
-        (gradient,) = pull({name: by_parts[name] for name in parts})
-        if type(self.transform).precondition is not Transform.precondition:
-            gradient = tree_vmap(self.transform.precondition, (None, axes), gradient, domain)
-        return gradient, value.to(pairs.fixed.data.dtype)
+        factor = self._squared[0] / (torch.where(known, found.weight, 1) * pairs.fixed.channels)
+        return found, factor, torch.where(known, found.value * factor, torch.inf)
 
     def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Value (B,), J^T r (B, P) and J^T J (B, P, P)."""
@@ -346,7 +383,10 @@ class Level:
 
     def overlap(self, params: Any) -> Tensor:
         """Share of the fixed voxels that count (B,)."""
-        return self._over(_pair_overlap, params)
+        if self._squared is None or is_tracked(params):
+            return self._over(_pair_overlap, params)
+        weight = self._sums(self._parts(params))[0].weight / self.pairs.fixed.grid.numel
+        return weight.to(self.pairs.fixed.data.dtype)
 
     def retract(self, params: Any, step: Any) -> Any:
         """Parameters after a step."""

@@ -294,6 +294,9 @@ def is_transformed(*trees: Any) -> bool:
 
 
 def is_tracked(*trees: Any) -> bool:
-    """Whether a leaf is inside a torch.func transform or recorded by autograd: then only torch may compute with it."""
+    """Whether a torch.func transform is around this call, or autograd records a leaf: then only torch may compute."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    if functorch.peek_interpreter_stack() is not None:
+        return True
     recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(trees))
     return recorded or is_transformed(*trees)

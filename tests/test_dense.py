@@ -402,7 +402,7 @@ def level_of(transform: Transform, dimension: int, then: Mapping | None = None, 
 
 
 def both_ways(level: Level, params: Any) -> None:
-    assert level._rest is not None  # pyright: ignore[reportPrivateUsage]
+    assert level._squared is not None  # pyright: ignore[reportPrivateUsage]
     gradient, value = level.gradient(params)
     expected, same = level._over(_pair_gradient, params)  # pyright: ignore[reportPrivateUsage]
     close(gradient, expected, atol=1e-12, rtol=1e-9)
@@ -439,10 +439,10 @@ def test_one_pass_with_penalties_masks_and_an_affine_map_after(transform: Transf
 def test_what_does_not_split_takes_the_way_through_points() -> None:
     bend = random_mapping(FFD(4), scene(2).grid, 3, 0.5)
     level, params = level_of(FFD(4), 2, then=bend)
-    assert level._rest is None  # pyright: ignore[reportPrivateUsage]
+    assert level._squared is None  # pyright: ignore[reportPrivateUsage]
     assert bool(level.gradient(params)[1].isfinite().all())
     level, params = level_of(Sequential((Affine(), FFD(4))), 2)
-    assert level._rest is None  # pyright: ignore[reportPrivateUsage]
+    assert level._squared is None  # pyright: ignore[reportPrivateUsage]
     assert bool(level.gradient(params)[1].isfinite().all())
 
 

@@ -139,7 +139,7 @@ def test_gradients_of_a_level_are_those_of_its_parts(
 ) -> None:
     mask = torch.rand(3, 1, 10, 12, dtype=torch.float64) if masked else None
     level, params = levels(transform, weight, padding=padding, fixed=mask)
-    assert level._rest is not None  # pyright: ignore[reportPrivateUsage]
+    assert level._squared is not None  # pyright: ignore[reportPrivateUsage]
     gradient, value = level.gradient(params)
     expected, same = level._over(_pair_gradient, params)  # pyright: ignore[reportPrivateUsage]
     tree_map(lambda a, b: assert_close(a, b, rtol=1e-11, atol=1e-12), gradient, expected)
@@ -153,7 +153,7 @@ def test_what_needs_more_takes_the_way_through_its_parts() -> None:
     data = level.pairs.fixed.data.clone().requires_grad_()
     image = dataclasses.replace(level.pairs.fixed, data=data)
     recorded = dataclasses.replace(level, pairs=dataclasses.replace(level.pairs, fixed=image))
-    assert [part._rest is not None for part in (level, masked, other, recorded)] == [True, False, False, False]  # pyright: ignore[reportPrivateUsage]
+    assert [part._squared is not None for part in (level, masked, other, recorded)] == [True, False, False, False]  # pyright: ignore[reportPrivateUsage]
     assert bool(masked.gradient(params)[1].isfinite().all())
 
 
