@@ -297,7 +297,12 @@ class Level:
 
     def value(self, params: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Value (B,) and each term's."""
-        if self._squared is None or self._squared[1].terms or len(self.pairs.objective.terms) > 1 or is_tracked(params):
+        if (
+            self._squared is None
+            or self._squared[1].terms
+            or len(self.pairs.objective.terms) != 1
+            or is_tracked(params)
+        ):
             return self._over(_pair_energy, params)
         value, kind = self._sums(self._parts(params))[2], self.pairs.fixed.data.dtype
         term, weight = self.pairs.objective.terms[0], self._squared[0]
