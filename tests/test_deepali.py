@@ -234,9 +234,10 @@ def test_a_velocity_comes_over_with_its_exponential_and_its_inverse(page: Any) -
     found = Mapping(params, domain, transform)
     field = page.to_world(theirs.u[0].detach().double(), domain)
     assert float(field.abs().max()) > 0.5
-    assert_close(found.displacement(), field, atol=SINGLE, rtol=0)
+    close = 0.02 * float(field.abs().max())  # fnreg's first step goes through its midpoint, deepali's does not
+    assert_close(found.displacement(), field, atol=close, rtol=0)
     inverse = page.to_world(theirs.inverse(update_buffers=True).u[0].detach().double(), domain)
-    assert_close(found.inverse().displacement(), inverse, atol=SINGLE, rtol=0)
+    assert_close(found.inverse().displacement(), inverse, atol=close, rtol=0)
 
 
 # -- grids and images ----------------------------------------------------------------------------------------------
@@ -351,8 +352,10 @@ def test_exponentials_with_the_same_squarings(page: Any, dimension: int, steps: 
     expected = page.to_world(U.expv(page.to_cube(v, grid)[None], steps=steps)[0], grid)
     found = fields.from_shift(fields.exp_shift(fields.to_shift(v, grid), steps), grid)
     assert_close(found, expected, atol=1e-6, rtol=0)
-    transform = fnreg.SVF(steps=steps)
-    assert_close(transform.displacement({"velocity": v}, grid), expected, atol=1e-6, rtol=0)
+    # The transforms begin with a step through its midpoint, which is nearer to the flow with as many squarings.
+    flow = fields.from_shift(fields.exp_shift(fields.to_shift(v, grid), 12), grid)
+    ours = (fnreg.SVF(steps=steps).displacement({"velocity": v}, grid) - flow).square().mean()
+    assert float(ours) < float((expected - flow).square().mean())
 
 
 @two_and_three
@@ -439,7 +442,8 @@ def test_sequences_act_in_the_same_order(page: Any, model: str) -> None:
     ours = Mapping(
         ({"velocity": v}, {"translation": shift}), grid, fnreg.Sequential((fnreg.SVF(), fnreg.Translation()))
     )
-    assert_close(ours.map_points(points), expected, atol=1e-4, rtol=0)
+    close = 5e-3  # the first step of the flow: through its midpoint here, not there
+    assert_close(ours.map_points(points), expected, atol=close, rtol=0)
     swapped = Mapping(ours.params[::-1], grid, fnreg.Sequential(ours.transform.transforms[::-1]))
     assert float((swapped.map_points(points) - expected).abs().max()) > 0.01
 
