@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import deepali
 from benchmarks.measure import Absent, Options, Table, peer
 from fnreg import SVFFD, Image, Mapping, Registration, adam, bending, diffusion, mse, register, stack
 from fnreg.data import c_shape, circle
@@ -34,29 +35,14 @@ def quality(result: Registration, c: Image, disc: Image) -> tuple[float, ...]:
     return there, back, float(dets.min()), float(dets.max()), float(away.mean()), float(away.max())
 
 
-def deepali(c: Image, disc: Image) -> tuple[float, tuple[float, ...]]:
+def peers(c: Image, disc: Image) -> tuple[float, tuple[float, ...]]:
     """Seconds and quality of deepali's loop."""
-    core, data, spatial = peer("deepali.core"), peer("deepali.data"), peer("deepali.spatial")
-    grid = core.Grid(shape=c.grid.shape, origin=(0.0, 0.0))
+    spatial = peer("deepali.spatial")
     begin = time.perf_counter()
-    targets, sources = (data.Image(x.data, grid).pyramid(4) for x in (c, disc))
-    transform = spatial.SVFFD(targets[3].grid(), stride=5)
-    for level, steps in zip(reversed(range(4)), STEPS, strict=True):
-        transform.grid_(targets[level].grid())
-        target, source = targets[level].batch().tensor(), sources[level].batch().tensor()
-        transformer = spatial.ImageTransformer(transform)
-        optimizer = torch.optim.Adam(transform.parameters(), lr=1e-2)
-        for _ in range(steps):
-            loss = torch.nn.functional.mse_loss(transformer(source), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    result = deepali.registered(lambda grid: spatial.SVFFD(grid, stride=5), c.data, disc.data, STEPS)
     seconds = time.perf_counter() - begin
-    with torch.no_grad():
-        found = [t.update().tensor()[0] for t in (transform, transform.inverse())]
-    half = (torch.tensor(found[0].shape[:0:-1]) - 1) / 2  # its cube reaches from the first voxel to the last
-    voxels = [field * half.reshape(2, 1, 1) for field in found]
-    return seconds, _of_fields(voxels[0], voxels[1], targets[0].tensor(), sources[0].tensor())
+    there, back = (deepali.displacement(t) for t in (result.transform, result.transform.inverse()))
+    return seconds, _of_fields(there, back, result.target, result.source)
 
 
 def _of_fields(there: torch.Tensor, back: torch.Tensor, c: torch.Tensor, disc: torch.Tensor) -> tuple[float, ...]:
@@ -114,7 +100,7 @@ def run(options: Options) -> list[Table]:
             fine = Mapping(result.mapping.params, c.grid.resize(3 * 128), thirds)
             note(name, seconds, quality(dataclasses.replace(result, mapping=fine), c, disc))
         try:
-            note("deepali SVFFD(5), the tutorial's 800 steps", *deepali(c, disc))
+            note("deepali SVFFD(5), the tutorial's 800 steps", *peers(c, disc))
         except Absent as reason:
             table.notes = (*table.notes, f"without deepali: {reason}")
     table.rows = [(name, statistics.median(times[name]), *found) for name, found in rows.items()]

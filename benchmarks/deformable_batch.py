@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import deepali
 from benchmarks.images import SIDE, batch, same_digit_pairs
 from benchmarks.measure import Absent, Options, Table, peer
 from fnreg import FFD, SVFFD, Stop, bending, mse, register
@@ -26,28 +27,15 @@ WEIGHTS = {"FFD": (1.0, 1e-3), "SVFFD": (1.0, 1e-3)}  # of bending: fnreg's, dee
 
 def deepali_displacement(name: str, fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
     """The displacement (2, Y, X) in voxels that deepali's loop finds for one pair."""
-    core, data, spatial = peer("deepali.core"), peer("deepali.data"), peer("deepali.spatial")
-    losses = peer("deepali.losses.functional")
-    grid = core.Grid(shape=fixed.shape, origin=(0.0, 0.0))
-    targets, sources = (data.Image(torch.from_numpy(x)[None], grid).pyramid(LEVELS) for x in (fixed, moving))
+    spatial, losses = peer("deepali.spatial"), peer("deepali.losses.functional")
     kind = spatial.FreeFormDeformation if name == "FFD" else spatial.SVFFD
-    transform = kind(targets[LEVELS - 1].grid(), stride=STRIDE)
-    for level in reversed(range(LEVELS)):
-        transform.grid_(targets[level].grid())
-        target, source = targets[level].batch().tensor(), sources[level].batch().tensor()
-        transformer = spatial.ImageTransformer(transform)
-        optimizer = torch.optim.Adam(transform.parameters(), lr=1e-2)
-        for _ in range(STEPS):
-            loss = torch.nn.functional.mse_loss(transformer(source), target)
-            loss = loss + WEIGHTS[name][1] * losses.bspline_bending_loss(transform.data(), stride=STRIDE)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    transform.update()
-    found = transform.tensor()[0].detach()
-    shape = found.shape[:0:-1]
-    half = (torch.tensor(shape) - 1) / 2
-    voxels = (found * half.reshape(2, 1, 1)).unsqueeze(0)
+
+    def bent(transform: Any) -> torch.Tensor:
+        return WEIGHTS[name][1] * losses.bspline_bending_loss(transform.data(), stride=STRIDE)
+
+    images = (torch.from_numpy(x)[None] for x in (fixed, moving))
+    result = deepali.registered(lambda grid: kind(grid, stride=STRIDE), *images, (STEPS,) * LEVELS, bent)
+    voxels = deepali.displacement(result.transform)[None]
     # its finest level is not the input's grid: back to the voxels of the input
     return torch.nn.functional.interpolate(voxels, fixed.shape, mode="bilinear", align_corners=True)[0].numpy()
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import deepali
 from benchmarks.images import SIDE, batch, same_digit_pairs
 from benchmarks.measure import Absent, Options, Table, apart, peer, seconds
 from fnreg import Image, Rigid, Stop, register
@@ -24,20 +25,9 @@ STEPS, LEVELS = 100, 3
 
 def deepali_matrix(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
     """The world matrix (3, 3), here from voxel to voxel, that deepali's loop finds for one pair."""
-    core, data, spatial = peer("deepali.core"), peer("deepali.data"), peer("deepali.spatial")
-    grid = core.Grid(shape=fixed.shape, origin=(0.0, 0.0))
-    targets, sources = (data.Image(torch.from_numpy(x)[None], grid).pyramid(LEVELS) for x in (fixed, moving))
-    transform = spatial.RigidTransform(targets[LEVELS - 1].grid())
-    for level in reversed(range(LEVELS)):
-        transform.grid_(targets[level].grid())
-        target, source = targets[level].batch().tensor(), sources[level].batch().tensor()
-        transformer = spatial.ImageTransformer(transform)
-        optimizer = torch.optim.Adam(transform.parameters(), lr=1e-2)
-        for _ in range(STEPS):
-            loss = torch.nn.functional.mse_loss(transformer(source), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    core, spatial = peer("deepali.core"), peer("deepali.spatial")
+    images = (torch.from_numpy(x)[None] for x in (fixed, moving))
+    transform = deepali.registered(spatial.RigidTransform, *images, (STEPS,) * LEVELS).transform
     cube, world = core.Axes.CUBE_CORNERS, core.Axes.WORLD
     to_world, found = np.eye(3), np.eye(3)
     to_world[:2] = transform.grid().transform(axes=cube, to_axes=world).numpy()

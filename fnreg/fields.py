@@ -57,13 +57,23 @@ class Statistics(NamedTuple):
 def to_shift(field: Tensor, grid: Grid) -> Tensor:
     """World vectors as voxels along the grid's axes, diag(1 / s) R^T u."""
     _check(field, grid)
-    return _linear(grid.inverse_affine, field)
+    return in_voxels(field, grid)
 
 
 def from_shift(shift: Tensor, grid: Grid) -> Tensor:
     """Voxels along the grid's axes as world vectors, R diag(s) u."""
     _check(shift, grid)
-    return _linear(grid.affine, shift)
+    return in_world(shift, grid)
+
+
+def in_voxels(vectors: Tensor, grid: Grid) -> Tensor:
+    """`to_shift` of vectors (D, ...) that need not be those of the grid's voxels."""
+    return _linear(grid.vectors_to_index, vectors)
+
+
+def in_world(vectors: Tensor, grid: Grid) -> Tensor:
+    """`from_shift` of vectors (D, ...) that need not be those of the grid's voxels."""
+    return _linear(grid.vectors_to_world, vectors)
 
 
 def compose_shift(first: Tensor, second: Tensor) -> Tensor:
@@ -222,10 +232,9 @@ def _eye(matrices: Tensor) -> Tensor:
     return eye.reshape(dimension, dimension, *(1,) * (matrices.ndim - 2))
 
 
-def _linear(affine: Tensor, field: Tensor) -> Tensor:
-    """A matrix (D + 1, D + 1) applied to the vectors of a field."""
-    matrix = affine[..., :-1, :-1].to(field.dtype)
-    return (matrix @ field.flatten(1)).reshape(field.shape)
+def _linear(matrix: Tensor, field: Tensor) -> Tensor:
+    """A matrix (D, D) applied to the vectors of a field."""
+    return (matrix.to(field.dtype) @ field.flatten(1)).reshape(field.shape)
 
 
 def _check(field: Tensor, grid: Grid) -> None:

@@ -7,8 +7,8 @@ compiler take the samplings; `fields` chooses.
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,20 +27,14 @@ Plain = Callable[[Tensor], Tensor]  # the same by compositions, for one field
 def _serves(shift: Tensor) -> bool:
     """Whether there is a kernel, and no forward derivative is asked."""
     dual = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
-    if shift.device.type != "cpu" or shift.dtype not in KNOT or torch.compiler.is_compiling() or dual:
-        return False
-    fits = 2 <= shift.ndim <= 4 and shift.shape[0] == shift.ndim - 1 and 0 < math.prod(shift.shape[1:]) < 2**31
-    return fits and native.load() is not None and not forward_levels()
+    field = 2 <= shift.ndim <= 4 and shift.shape[0] == shift.ndim - 1
+    return field and native.serves(shift, voxels=math.prod(shift.shape[1:])) and not (dual or forward_levels())
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor | None:
     """first(i) + second(i + first(i)) of shifts (D, [Z,] Y, X); None where the kernel does not serve."""
-    if (
-        not _serves(first)
-        or first.device != second.device
-        or first.dtype != second.dtype
-        or first.shape != second.shape
-    ):
+    alike = first.device == second.device and first.dtype == second.dtype and first.shape == second.shape
+    if not alike or not _serves(first):
         return None
     return _Compose.apply(first.unsqueeze(0), second.unsqueeze(0)).squeeze(0)  # type: ignore[no-untyped-call]
 
@@ -52,56 +46,28 @@ def flow(velocity: Tensor, steps: int, midpoint: bool, plain: Plain) -> Tensor |
     return _Flow.apply(velocity.unsqueeze(0), steps, midpoint, plain)[0].squeeze(0)  # type: ignore[no-untyped-call]
 
 
-class _Kernels:
-    """The kernels for fields (B, D, *shape) of one shape."""
-
-    def __init__(self, like: Tensor) -> None:
-        dimension, library = like.shape[1], native.load()
-        assert library is not None
-        name = native.name(like.dtype, dimension)
-        self.forward: Any = getattr(library, name + "_compose")
-        self.backward: Any = getattr(library, name + "_compose_back")
-        self.index = index_points(tuple(like.shape[:1:-1]), like.dtype, like.device)
-        self.batch, self.points = like.shape[0], self.index.shape[1]
-        self.size = (ctypes.c_int64 * dimension)(*like.shape[:1:-1])
-        self.near = ctypes.c_double(KNOT[like.dtype])
-
-    def compose(self, first: Tensor, second: Tensor, scale: float, add: bool) -> Tensor:
-        """add u(i) + v(i + scale u(i)) of contiguous fields (B, D, *shape)."""
-        out = torch.empty_like(first)
-        tensors = [ctypes.c_void_p(t.data_ptr()) for t in (first, second, self.index, out)]
-        options = (ctypes.c_int64(self.points), ctypes.c_double(scale), ctypes.c_int(add), self.near)
-
-        def call(begin: int, end: int) -> None:
-            self.forward(*tensors, self.size, *options, ctypes.c_int64(begin), ctypes.c_int64(end))
-
-        native.parallel(call, self.batch * self.points)
-        return out
-
-    def pull(self, field: Tensor, cotangent: Tensor, scale: float, add: bool) -> Tensor:
-        """The pull-back of `compose` of a field with itself."""
-        parts = field.shape[1] if self.batch < torch.get_num_threads() else 1
-        out = field.new_empty(self.batch, parts, *field.shape[1:])
-        tensors = [ctypes.c_void_p(t.data_ptr()) for t in (field, self.index, cotangent, out)]
-        counts = (ctypes.c_int64(self.points), ctypes.c_int64(parts))
-        options = (ctypes.c_double(scale), ctypes.c_int(add), self.near)
-
-        def call(begin: int, end: int) -> None:
-            self.backward(*tensors, self.size, *counts, *options, ctypes.c_int64(begin), ctypes.c_int64(end))
-
-        native.parallel(call, self.batch * parts, each=self.points)
-        return out.squeeze(1) if parts == 1 else out.sum(1)
+def _geometry(like: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+    """Voxel indices, size and number of voxels of fields (B, D, *shape)."""
+    size = tuple(like.shape[:1:-1])
+    return index_points(size, like.dtype, like.device), size, math.prod(size)
 
 
-def _squared(velocity: Tensor, steps: int, midpoint: bool) -> list[Tensor]:
-    """All fields on the way, the scaled velocity first and the flow last."""
-    kernels = _Kernels(velocity)
-    fields = [velocity.contiguous() / 2**steps]
-    if midpoint:
-        fields.append(kernels.compose(fields[-1], fields[-1], 0.5, add=False))
-    for _ in range(steps):
-        fields.append(kernels.compose(fields[-1], fields[-1], 1.0, add=True))
-    return fields
+def _composed(first: Tensor, second: Tensor, out: Tensor, scale: float, add: bool) -> None:
+    """out = add u(i) + v(i + scale u(i)) of contiguous fields (B, D, *shape)."""
+    index, size, points = _geometry(first)
+    arguments = (first, second, index, out, size, points, scale, add, KNOT[first.dtype])
+    native.call("_compose", first.dtype, first.shape[1], arguments, first.shape[0] * points)
+
+
+def _pulled_once(field: Tensor, cotangent: Tensor, scale: float, add: bool) -> Tensor:
+    """The pull-back of `_composed` of a field with itself."""
+    index, size, points = _geometry(field)
+    batch, dimension = field.shape[:2]
+    parts = dimension if batch < torch.get_num_threads() else 1
+    out = field.new_empty(batch, parts, *field.shape[1:])
+    arguments = (field, index, cotangent, out, size, points, parts, scale, add, KNOT[field.dtype])
+    native.call("_compose_back", field.dtype, dimension, arguments, batch * parts, each=points)
+    return out.squeeze(1) if parts == 1 else out.sum(1)
 
 
 def _folded(size: int, dim: int | None, tensor: Tensor) -> Tensor:
@@ -110,11 +76,14 @@ def _folded(size: int, dim: int | None, tensor: Tensor) -> Tensor:
 
 
 class _Compose(torch.autograd.Function):
-    """`_Kernels.compose` for fields (B, D, *shape); its derivatives go through `sample`'s."""
+    """`_composed` for fields (B, D, *shape); its derivatives go through `sample`'s."""
 
     @staticmethod
     def forward(first: Tensor, second: Tensor) -> Tensor:
-        return _Kernels(first).compose(first.contiguous(), second.contiguous(), 1.0, add=True)
+        first, second = first.contiguous(), second.contiguous()
+        found = torch.empty_like(first)
+        _composed(first, second, found, 1.0, add=True)
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -140,9 +109,13 @@ class _Flow(torch.autograd.Function):
 
     @staticmethod
     def forward(velocity: Tensor, steps: int, midpoint: bool, plain: Plain) -> tuple[Tensor, Tensor]:
-        fields = _squared(velocity, steps, midpoint)
-        before = torch.stack(fields[:-1]) if len(fields) > 1 else velocity.new_empty(0, *velocity.shape)
-        return fields[-1], before.movedim(0, 1)  # (B, D, ...), (B, K, D, ...)
+        before = velocity.new_empty(steps + midpoint, *velocity.shape)
+        places = [*before, torch.empty_like(velocity, memory_format=torch.contiguous_format)]
+        torch.div(velocity, 2**steps, out=places[0])
+        for number, (field, ends) in enumerate(itertools.pairwise(places)):
+            first = midpoint and number == 0
+            _composed(field, field, ends, 0.5 if first else 1.0, add=not first)
+        return places[-1], before.movedim(0, 1)  # (B, D, ...), (B, K, D, ...)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -178,11 +151,11 @@ class _Pull(torch.autograd.Function):
     def forward(by_flow: Tensor, velocity: Tensor, fields: Tensor, steps: int, midpoint: bool, plain: Plain) -> Tensor:
         if not is_stored(by_flow, velocity, fields):
             return _pulled(plain, by_flow, velocity)
-        kernels, found = _Kernels(velocity), by_flow.contiguous()
+        found = by_flow.contiguous()
         before = fields.movedim(1, 0).contiguous().unbind(0)
         for number, field in reversed(list(enumerate(before))):
             first = midpoint and number == 0
-            found = kernels.pull(field, found, 0.5 if first else 1.0, add=not first)
+            found = _pulled_once(field, found, 0.5 if first else 1.0, add=not first)
         return found / 2**steps
 
     @staticmethod

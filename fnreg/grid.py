@@ -189,6 +189,21 @@ class Grid:
         """The homogeneous matrix from world to voxel index."""
         return self.matrix("world", "index")
 
+    @property
+    def vectors_to_world(self) -> Tensor:
+        """The matrix from vectors in voxels along the grid's axes to world vectors, R diag(s), (D, D) float64."""
+        return self.direction * self.spacing.unsqueeze(-2)
+
+    @property
+    def vectors_to_index(self) -> Tensor:
+        """Its inverse.
+
+        A direction from a file is orthonormal to the file's precision: one Newton step from the transpose gives its
+        inverse to that precision squared.
+        """
+        transpose = self.direction.mT
+        return (2 * transpose - transpose @ self.direction @ transpose) / self.spacing.unsqueeze(-1)
+
     def ranks(self) -> Grid:
         """The rank that each leaf has for one pair, for the rank rule."""
         return tree_unflatten([1, 1, 2], tree_flatten(self)[1])
@@ -246,10 +261,7 @@ class Grid:
         if axes == "index":
             return torch.eye(self.ndim + 1, dtype=torch.float64, device=middle.device)
         if axes == "world":
-            # A direction from a file is orthonormal to the file's precision: one Newton step from the transpose
-            # gives its inverse to that precision squared.
-            transpose = self.direction.mT
-            linear = (2 * transpose - transpose @ self.direction @ transpose) / self.spacing.unsqueeze(-1)
+            linear = self.vectors_to_index
             return homogeneous(linear, middle - (linear @ self.center.unsqueeze(-1)).squeeze(-1))
         return homogeneous(torch.diag(self._half(axes)), middle)
 
@@ -258,7 +270,7 @@ class Grid:
         if axes == "index":
             return torch.eye(self.ndim + 1, dtype=torch.float64, device=middle.device)
         if axes == "world":
-            return homogeneous(self.direction * self.spacing.unsqueeze(-2), self.origin)
+            return homogeneous(self.vectors_to_world, self.origin)
         half = self._half(axes)
         return homogeneous(torch.diag(1 / half), -middle / half)
 

@@ -20,20 +20,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 SOURCE = Path(__file__).with_name("sampling.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
 SPLIT = 32768  # samples per thread below which a hand-over costs more than it gains
 
 
+REALS = {torch.float32: "float", torch.float64: "double"}  # the scalar types that the kernels know
+
+
 def name(dtype: torch.dtype, dimension: int) -> str:
     """The symbol of the kernel for one scalar type and dimension."""
-    return f"linear_{'float' if dtype == torch.float32 else 'double'}_{dimension}"
+    return f"linear_{REALS[dtype]}_{dimension}"
 
 
 def padding_code(padding: str | float) -> tuple[ctypes.c_int, ctypes.c_double]:
@@ -48,7 +53,7 @@ def padding_code(padding: str | float) -> tuple[ctypes.c_int, ctypes.c_double]:
 def _unit() -> str:
     """One translation unit that holds the kernel for every scalar type and dimension."""
     lines: list[str] = []
-    for real in ("float", "double"):
+    for real in REALS.values():
         for dimension in (1, 2, 3):
             defines = {"REAL": real, "DIM": dimension, "NAME": f"linear_{real}_{dimension}"}
             lines += [f"#define {key} {value}" for key, value in defines.items()]
@@ -116,6 +121,36 @@ def load() -> ctypes.CDLL | None:
         return None if library is None else ctypes.CDLL(str(library))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
         return None
+
+
+def serves(*tensors: Tensor, voxels: int) -> bool:
+    """Whether the kernels compute with these tensors, of images of so many voxels."""
+    alike = all(t.device.type == "cpu" and t.dtype == tensors[0].dtype for t in tensors)
+    small = 0 < voxels < 2**31  # offsets within a channel have 32 bits
+    known = alike and small and tensors[0].dtype in REALS
+    return known and not torch.compiler.is_compiling() and load() is not None
+
+
+def call(
+    kernel: str, dtype: torch.dtype, dimension: int, arguments: Sequence[Any], tasks: int, *, each: int = 1
+) -> None:
+    """Run a kernel, "" or "_spread" and the like, over [0, tasks) of `each` samples in threads.
+
+    arguments : tensors (contiguous) or None, tuples of whole numbers, bool, int and float, and what is of ctypes
+    """
+    function = getattr(load(), name(dtype, dimension) + kernel)
+    given = [_argument(value) for value in arguments]
+    parallel(lambda begin, end: function(*given, ctypes.c_int64(begin), ctypes.c_int64(end)), tasks, each)
+
+
+def _argument(value: Any) -> Any:
+    """A value as C takes it."""
+    if value is None or isinstance(value, Tensor):
+        return ctypes.c_void_p(None if value is None else value.data_ptr())
+    if isinstance(value, tuple):
+        return (ctypes.c_int64 * len(value))(*value)
+    kinds: dict[type, Any] = {bool: ctypes.c_int, int: ctypes.c_int64, float: ctypes.c_double}
+    return kinds[type(value)](value) if type(value) in kinds else value
 
 
 @functools.cache

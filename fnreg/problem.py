@@ -110,7 +110,7 @@ def _pair_weights(inside: Tensor, coords: Tensor, pair: Pair, padding: Padding |
     return weights
 
 
-def _pair_seen(pair: Pair, coords: Tensor, padding: Padding | None) -> tuple[Sampled, Tensor | None]:
+def pair_seen(pair: Pair, coords: Tensor, padding: Padding | None) -> tuple[Sampled, Tensor | None]:
     """The moving image at coordinates, and the weights."""
     seen = sample(pair.moving.data, coords, padding="border" if padding is None else padding)
     return seen, _pair_weights(seen.inside, coords, pair, padding)
@@ -159,7 +159,7 @@ def _pair_energy(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective's value and each term's."""
     coords = _pair_coords(transform, params, pair)
-    seen, weights = _pair_seen(pair, coords, padding)
+    seen, weights = pair_seen(pair, coords, padding)
     total, terms = pair.objective.value(_pair_found(transform, params, pair, seen.value, weights, pair.objective.needs))
     return _in_sight(total, weights), terms
 
@@ -230,7 +230,7 @@ def _pair_normal_equations(
     by_step = torch.cat([leaf.flatten(2) for leaf in tree_leaves(slopes)], 2).to(dtype)  # (D, N or D + 1, P)
     index = index_points(grid.size, dtype, found.device)
     coords = found.to(dtype) @ index if linear else found
-    seen, weights = _pair_seen(pair, coords, padding)
+    seen, weights = pair_seen(pair, coords, padding)
     needs = pair.objective.needs
 
     def residuals_of(warped: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def _pair_normal_equations(
 def _pair_overlap(transform: Transform, padding: Padding | None, params: Any, pair: Pair) -> Tensor:
     """Sum of the weights over the number of voxels."""
     coords = _pair_coords(transform, params, pair)
-    weights = _pair_seen(pair, coords, padding)[1]
+    weights = pair_seen(pair, coords, padding)[1]
     return torch.ones((), dtype=coords.dtype, device=coords.device) if weights is None else weights.mean()
 
 
@@ -297,12 +297,7 @@ class Level:
 
     def value(self, params: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Value (B,) and each term's."""
-        if (
-            self._squared is None
-            or self._squared[1].terms
-            or len(self.pairs.objective.terms) != 1
-            or is_tracked(params)
-        ):
+        if len(self.pairs.objective.terms) != 1 or self._squared is None or is_tracked(params):
             return self._over(_pair_energy, params)
         value, kind = self._sums(self._parts(params))[2], self.pairs.fixed.data.dtype
         term, weight = self.pairs.objective.terms[0], self._squared[0]

@@ -41,6 +41,8 @@ enum { BORDER = 0, CONSTANT = 1, REFLECTION = 2, BLOCK = 128 };
 #define CHANNEL JOIN(NAME, _channel)
 #define SQUARES JOIN(NAME, _squares)
 #define SPREAD JOIN(NAME, _spread)
+#define STRIDES JOIN(NAME, _strides)
+#define ENDS JOIN(NAME, _ends)
 #define COMPOSE JOIN(NAME, _compose)
 #define COMPOSE_BACK JOIN(NAME, _compose_back)
 #define LERP(a, b, f) ((a) + ((b) - (a)) * (f))
@@ -107,6 +109,13 @@ static int INDEX(JOIN(NAME, _block) *restrict s, int k, const REAL *restrict x, 
         s->upper[k][p] = (int32_t)(up < last ? up : last) * step;
     }
     return special;
+}
+
+/* Offsets from voxel to voxel along each axis; returns the number of voxels. */
+static int64_t STRIDES(const int64_t *n, int64_t *stride) {
+    int64_t voxels = 1;
+    for (int k = 0; k < DIM; k++) { stride[k] = voxels; voxels *= n[k]; }
+    return voxels;
 }
 
 /* Both values are at hand, so this is a blend, not a branch about a load. */
@@ -213,8 +222,8 @@ void NAME(const REAL *data, const REAL *coords, REAL *value, REAL *gradient, REA
           int64_t begin, int64_t end) {
     const unsigned mode_before = flush_denormals();
     JOIN(NAME, _block) block;
-    int64_t stride[DIM], voxels = 1;
-    for (int k = 0; k < DIM; k++) { stride[k] = voxels; voxels *= n[k]; }
+    int64_t stride[DIM];
+    const int64_t voxels = STRIDES(n, stride);
     for (int64_t s = begin; s < end;) {
         const int64_t b = s / points, p = s - b * points;
         int64_t left = points - p < end - s ? points - p : end - s;
@@ -241,8 +250,8 @@ void SPREAD(const REAL *values, const REAL *coords, REAL *data, const int64_t *n
             int64_t batch, int64_t points, int64_t div, int mode, double tolerance, int64_t begin, int64_t end) {
     const unsigned mode_before = flush_denormals();
     JOIN(NAME, _block) block;
-    int64_t stride[DIM], voxels = 1;
-    for (int k = 0; k < DIM; k++) { stride[k] = voxels; voxels *= n[k]; }
+    int64_t stride[DIM];
+    const int64_t voxels = STRIDES(n, stride);
     for (int64_t task = begin; task < end; task++) {
         const int64_t item = task / channels, channel = task - item * channels;
         REAL *out = data + task * voxels;
@@ -276,6 +285,17 @@ void SPREAD(const REAL *values, const REAL *coords, REAL *data, const int64_t *n
     RESTORE(mode_before);
 }
 
+/* The cells at the ends x = i + scale u(i) of a block of vectors; returns whether some are special, as INDEX. */
+static int ENDS(JOIN(NAME, _block) *restrict s, REAL (*restrict x)[BLOCK], const REAL *index, const REAL *u, REAL scale,
+                int count, int64_t points, const int64_t *n, const int64_t *stride, REAL near) {
+    int special = 0;
+    for (int k = 0; k < DIM; k++) {
+        for (int q = 0; q < count; q++) x[k][q] = index[k * points + q] + scale * u[k * points + q];
+        special |= INDEX(s, k, x[k], 0, count, n[k], stride[k], BORDER, near);
+    }
+    return special;
+}
+
 /* A field read at the ends of another: out(i) = add u(i) + v(i + scale u(i)) for items (D, points) over one grid. */
 void COMPOSE(const REAL *firsts, const REAL *seconds, const REAL *index, REAL *out, const int64_t *n, int64_t points, double factor, int add,
              double tolerance, int64_t begin, int64_t end) {
@@ -283,17 +303,14 @@ void COMPOSE(const REAL *firsts, const REAL *seconds, const REAL *index, REAL *o
     JOIN(NAME, _block) block;
     REAL x[DIM][BLOCK], value[BLOCK], gradient[DIM * BLOCK];
     const REAL scale = (REAL)factor;
-    int64_t stride[DIM], voxels = 1;
-    for (int k = 0; k < DIM; k++) { stride[k] = voxels; voxels *= n[k]; }
+    int64_t stride[DIM];
+    STRIDES(n, stride);
     for (int64_t s = begin; s < end;) {
         const int64_t b = s / points, p = s - b * points;
         const int64_t left = points - p < end - s ? points - p : end - s;
         const int count = (int)(left < BLOCK ? left : BLOCK);
         const REAL *u = firsts + b * DIM * points, *v = seconds + b * DIM * points;
-        for (int k = 0; k < DIM; k++) {
-            for (int q = 0; q < count; q++) x[k][q] = index[k * points + p + q] + scale * u[k * points + p + q];
-            INDEX(&block, k, x[k], 0, count, n[k], stride[k], BORDER, (REAL)tolerance);
-        }
+        ENDS(&block, x, index + p, u + p, scale, count, points, n, stride, (REAL)tolerance);
         for (int c = 0; c < DIM; c++) {
             const REAL *own = u + c * points + p;
             REAL *to = out + (b * DIM + c) * points + p;
@@ -316,8 +333,8 @@ void COMPOSE_BACK(const REAL *fields, const REAL *index, const REAL *cotangents,
     JOIN(NAME, _block) block;
     REAL x[DIM][BLOCK], value[BLOCK], gradient[DIM * BLOCK];
     const REAL scale = (REAL)factor;
-    int64_t stride[DIM], voxels = 1;
-    for (int k = 0; k < DIM; k++) { stride[k] = voxels; voxels *= n[k]; }
+    int64_t stride[DIM];
+    STRIDES(n, stride);
     for (int64_t task = begin; task < end; task++) {
         const int64_t b = task / parts, part = task - b * parts;
         const REAL *u = fields + b * DIM * points, *g = cotangents + b * DIM * points;
@@ -326,11 +343,7 @@ void COMPOSE_BACK(const REAL *fields, const REAL *index, const REAL *cotangents,
             for (int64_t p = 0; p < points; p++) to[c * points + p] = add && c % parts == part ? g[c * points + p] : 0;
         for (int64_t p = 0; p < points; p += BLOCK) {
             const int count = (int)(points - p < BLOCK ? points - p : BLOCK);
-            int special = 0;
-            for (int k = 0; k < DIM; k++) {
-                for (int q = 0; q < count; q++) x[k][q] = index[k * points + p + q] + scale * u[k * points + p + q];
-                special |= INDEX(&block, k, x[k], 0, count, n[k], stride[k], BORDER, (REAL)tolerance);
-            }
+            const int special = ENDS(&block, x, index + p, u + p, scale, count, points, n, stride, (REAL)tolerance);
             for (int c = (int)part; c < DIM; c += (int)parts) {
                 const REAL *own = g + c * points + p;
                 REAL *data = to + c * points;
@@ -382,8 +395,8 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
     const unsigned mode_before = flush_denormals();
     JOIN(NAME, _block) block;
     REAL y[DIM][BLOCK], x[DIM][BLOCK], value[BLOCK], gradient[DIM][BLOCK], weight[BLOCK], back[DIM][BLOCK];
-    int64_t stride[DIM], voxels = 1;
-    for (int k = 0; k < DIM; k++) { stride[k] = voxels; voxels *= n[k]; }
+    int64_t stride[DIM];
+    const int64_t voxels = STRIDES(n, stride);
     const int64_t chunks = (points + chunk - 1) / chunk;
     for (int64_t task = begin; task < end; task++) {
         const int64_t b = task / chunks, first = (task - b * chunks) * chunk;
@@ -441,6 +454,8 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
 #undef CHANNEL
 #undef SQUARES
 #undef SPREAD
+#undef STRIDES
+#undef ENDS
 #undef COMPOSE
 #undef COMPOSE_BACK
 #undef SUM

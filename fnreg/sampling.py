@@ -11,7 +11,6 @@ A NaN coordinate gives NaN.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import math
@@ -249,12 +248,7 @@ def is_stored(*tensors: Tensor) -> bool:
 
 def _compiled(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sampled | None:
     """The same by the C kernel; None where it cannot serve."""
-    if data.device.type != "cpu":
-        return None
-    if math.prod(data.shape[2:]) >= 2**31:  # offsets within a channel have 32 bits
-        return None
-    library = native.load()
-    if library is None:
+    if not native.serves(data, coords, voxels=math.prod(data.shape[2:])):
         return None
     data, coords = data.contiguous(), coords.contiguous()
     batch, dimension, points = coords.shape
@@ -262,17 +256,10 @@ def _compiled(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sampl
     value = data.new_empty(batch, channels, points)
     gradient = data.new_empty(batch, channels, dimension, points)
     inside = data.new_empty(batch, points)
-    kernel: Any = getattr(library, native.name(data.dtype, dimension))
-    size = (ctypes.c_int64 * dimension)(*data.shape[:1:-1])
-    mode, fill = native.padding_code(padding)
-    tensors = [ctypes.c_void_p(t.data_ptr()) for t in (data, coords, value, gradient, inside)]
-    counts = [ctypes.c_int64(v) for v in (data.shape[0], channels, points, div)]
-    options = (mode, fill, ctypes.c_double(KNOT[data.dtype]))
-
-    def call(begin: int, end: int) -> None:
-        kernel(*tensors, size, *counts, *options, ctypes.c_int64(begin), ctypes.c_int64(end))
-
-    native.parallel(call, batch * points)
+    counts = (data.shape[0], channels, points, div)
+    options = (*native.padding_code(padding), KNOT[data.dtype])
+    arguments = (data, coords, value, gradient, inside, data.shape[:1:-1], *counts, *options)
+    native.call("", data.dtype, dimension, arguments, batch * points)
     return Sampled(value, gradient, inside)
 
 
@@ -434,24 +421,15 @@ def _spread_compiled(
     values: Tensor, coords: Tensor, shape: tuple[int, ...], items: int, padding: Padding, div: int
 ) -> Tensor | None:
     """`_Spread` by the C kernel; None where it cannot serve."""
-    if values.device.type != "cpu" or math.prod(shape) >= 2**31 or not _concrete(values, coords):
-        return None
-    library = native.load()
-    if library is None:
+    if not native.serves(values, coords, voxels=math.prod(shape)) or not is_stored(values, coords):
         return None
     batch, channels, points = values.shape
     values, coords = values.contiguous(), coords.contiguous()
     out = values.new_zeros(items, channels, *shape)
-    kernel: Any = getattr(library, native.name(values.dtype, len(shape)) + "_spread")
-    size = (ctypes.c_int64 * len(shape))(*shape[::-1])
-    tensors = [ctypes.c_void_p(t.data_ptr()) for t in (values, coords, out)]
-    counts = [ctypes.c_int64(v) for v in (items, channels, batch, points, div)]
-    options = (native.padding_code(padding)[0], ctypes.c_double(KNOT[values.dtype]))
-
-    def call(begin: int, end: int) -> None:
-        kernel(*tensors, size, *counts, *options, ctypes.c_int64(begin), ctypes.c_int64(end))
-
-    native.parallel(call, items * channels, each=max(1, batch // items) * points)
+    counts = (items, channels, batch, points, div)
+    arguments = (values, coords, out, shape[::-1], *counts, native.padding_code(padding)[0], KNOT[values.dtype])
+    each = max(1, batch // items) * points
+    native.call("_spread", values.dtype, len(shape), arguments, items * channels, each=each)
     return out
 
 

@@ -7,9 +7,8 @@ plain torch path: callers compose the same from its parts where the kernel does 
 
 from __future__ import annotations
 
-import ctypes
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,11 +32,7 @@ class Squares(NamedTuple):
 def serves(*tensors: Tensor | None) -> bool:
     """Whether there is a kernel for images on this device, in this precision, of this size."""
     given = [t for t in tensors if t is not None]
-    alike = all(t.device.type == "cpu" and t.dtype == given[0].dtype for t in given)
-    small = all(0 < math.prod(t.shape[-3:]) < 2**31 for t in given)
-    return (
-        alike and small and given[0].dtype in KNOT and not torch.compiler.is_compiling() and native.load() is not None
-    )
+    return native.serves(*given, voxels=max(math.prod(t.shape[-3:]) for t in given))
 
 
 def squares(
@@ -59,28 +54,21 @@ def squares(
 
     The tensors are plain: neither batched nor differentiated by torch.func.
     """
-    library: Any = native.load()
     dimension = matrices.shape[1]
     batch = max(t.shape[0] for t in (moving, fixed, matrices, mask, shift) if t is not None)
     points = math.prod(fixed.shape[2:])
     index = index_points(tuple(fixed.shape[:1:-1]), moving.dtype, moving.device)
-    matrices = matrices.to(moving.dtype)
-    given = [None if t is None else t.contiguous() for t in (moving, fixed, mask, matrices, index, shift)]
-    by_shift = None if shift is None else torch.empty_like(given[5])  # type: ignore[arg-type]
+    images = [None if t is None else t.contiguous() for t in (moving, fixed, mask, matrices.to(moving.dtype))]
+    shift = None if shift is None else shift.contiguous()
+    by_shift = None if shift is None else torch.empty_like(shift)
     chunks = -(-points // CHUNK)
     sums = torch.empty(batch, chunks, 2 + dimension * (dimension + 1), dtype=torch.float64, device=moving.device)
-    kernel: Any = getattr(library, native.name(moving.dtype, dimension) + "_squares")
-    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (*given, sums, by_shift)]
-    size = (ctypes.c_int64 * dimension)(*moving.shape[:1:-1])
-    items = (ctypes.c_int64 * 4)(*(1 if t is None else t.shape[0] for t in given[:4]))
-    counts = [ctypes.c_int64(v) for v in (moving.shape[1], points, CHUNK)]
-    mode, fill = native.padding_code("border" if padding is None else padding)
-    options = (ctypes.c_int(padding is not None), mode, fill, ctypes.c_double(KNOT[moving.dtype]))
-
-    def call(begin: int, end: int) -> None:
-        kernel(*pointers, size, items, *counts, *options, ctypes.c_int64(begin), ctypes.c_int64(end))
-
-    native.parallel(call, batch * chunks, each=min(points, CHUNK))
+    items = tuple(1 if t is None else t.shape[0] for t in images)
+    counts = (moving.shape[1], points, CHUNK)
+    code = native.padding_code("border" if padding is None else padding)
+    options = (padding is not None, *code, KNOT[moving.dtype])
+    arguments = (*images, index, shift, sums, by_shift, moving.shape[:1:-1], items, *counts, *options)
+    native.call("_squares", moving.dtype, dimension, arguments, batch * chunks, each=min(points, CHUNK))
     total = sums.sum(1)
     by_matrix = 2 * total[:, 2:].reshape(batch, dimension, dimension + 1)
     return Squares(total[:, 0], total[:, 1], by_matrix, by_shift)

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnreg.grid import Grid
 from fnreg.image import Image
-from fnreg.problem import Level, Pair
+from fnreg.problem import Level, Pair, pair_seen
 from fnreg.pytree import batch_axes, over_batch, tree_map
-from fnreg.sampling import sample
 from fnreg.transforms.base import Split, split_coords
 
 
@@ -30,22 +28,17 @@ def mirrored(level: Level) -> Level:
     if pairs.to_moving is None:
         raise ValueError("symmetric registration needs a linear map to act after, or none: resample the moving image")
 
-    def seen(pair: Pair) -> tuple[Tensor, Tensor]:
+    def seen(pair: Pair) -> tuple[Tensor, Tensor | None]:
         grid, dtype = pair.fixed.grid, pair.fixed.data.dtype
         assert pair.to_moving is not None
         coords = split_coords(Split(None, None), pair.to_moving, pair.from_fixed, grid.size, dtype)
-        found = sample(pair.moving.data, coords, padding="border" if level.padding is None else level.padding)
-        weights = found.inside.unsqueeze(0) if level.padding is None else torch.ones_like(found.inside).unsqueeze(0)
-        if pair.moving_mask is not None:
-            weights = weights * sample(pair.moving_mask, coords, padding="zeros").value
-        return found.value.reshape(-1, *grid.shape), weights.reshape(1, *grid.shape)
-
-    def to_index(grid: Grid) -> Tensor:
-        return grid.matrix("world", "index")
+        found, weights = pair_seen(dataclasses.replace(pair, fixed_mask=None), coords, level.padding)
+        mask = None if weights is None else weights.reshape(1, *grid.shape)
+        return found.value.reshape(-1, *grid.shape), mask
 
     grid = pairs.fixed.grid
     data, mask = over_batch(seen, pair=(pairs, pairs.ranks()))
-    to_fixed = over_batch(to_index, grid=(grid, grid.ranks()))
+    to_fixed = over_batch(lambda g: g.inverse_affine, grid=(grid, grid.ranks()))
     back = Pair(
         Image(data, grid), pairs.fixed, pairs.objective, pairs.from_fixed, mask, pairs.fixed_mask, to_moving=to_fixed
     )

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fnreg.fields import compose_shift, exp_shift, folds, invert_shift
+from fnreg.fields import compose_shift, exp_shift, folds, in_voxels, in_world, invert_shift
 from fnreg.filters import gaussian, resize
 from fnreg.grid import Grid
 from fnreg.losses.penalties import DenseField
@@ -28,22 +28,6 @@ def zeros(grid: Grid, shape: tuple[int, ...] | None = None) -> Tensor:
     return torch.zeros(
         grid.ndim, *(grid.shape if shape is None else shape), dtype=torch.float64, device=grid.center.device
     )
-
-
-def in_voxels(vectors: Tensor, grid: Grid) -> Tensor:
-    """World vectors (D, ...) as voxels along the grid's axes."""
-    transpose = grid.direction.mT  # a Newton step from here is the inverse, see `Grid`
-    inverse = 2 * transpose - transpose @ grid.direction @ transpose
-    return _turn(inverse / grid.spacing.unsqueeze(-1), vectors)
-
-
-def in_world(vectors: Tensor, grid: Grid) -> Tensor:
-    """Voxels along the grid's axes (D, ...) as world vectors."""
-    return _turn(grid.direction * grid.spacing, vectors)
-
-
-def _turn(linear: Tensor, vectors: Tensor) -> Tensor:
-    return (linear.to(vectors.dtype) @ vectors.flatten(1)).reshape(vectors.shape)
 
 
 def along(grid: Grid, shift: Tensor) -> Tensor:

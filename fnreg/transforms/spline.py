@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fnreg import bspline
 from fnreg.bspline import Lattice
+from fnreg.fields import in_voxels
 from fnreg.grid import Grid
 from fnreg.losses.penalties import SplineField
 from fnreg.transforms.base import Domain, Params, first_domain
-from fnreg.transforms.dense import OneField, Velocity, along, in_voxels, zeros
+from fnreg.transforms.dense import OneField, Velocity, along, zeros
 
 BLOCK = 2**15  # points at a time
 Stride = int | tuple[int, ...]

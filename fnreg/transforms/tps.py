@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnreg.fields import in_voxels
+from fnreg.losses.penalties import DenseField
 from fnreg.pytree import constant, is_concrete
 from fnreg.transforms.base import Domain, Mapping, Params, Step, first_domain
-from fnreg.transforms.dense import Dense, along, in_voxels
+from fnreg.transforms.dense import Dense, along
 
 BLOCK = 2**22  # distances that are held at once
 COINCIDE = 1e-9  # share of L
@@ -75,8 +77,6 @@ class TPS(Dense):
         return params  # world coordinates stay float64
 
     def field(self, params: Params, domain: Domain) -> Any:
-        from fnreg.losses.penalties import DenseField
-
         grid = first_domain(domain)
         return DenseField(along(grid, self.shift(params, domain)), grid.spacing)
 
