@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("sampling.c")
+COMMON = "common.h"
+SPATIAL = ("sampling.c",)  # compiled for each scalar type and dimension
+FLAT = ("adam.c",)  # compiled for each scalar type: their loops do not ask how many axes there are
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
 SPLIT = 32768  # samples per thread below which a hand-over costs more than it gains
 
@@ -36,9 +38,9 @@ SPLIT = 32768  # samples per thread below which a hand-over costs more than it g
 REALS = {torch.float32: "float", torch.float64: "double"}  # the scalar types that the kernels know
 
 
-def name(dtype: torch.dtype, dimension: int) -> str:
-    """The symbol of the kernel for one scalar type and dimension."""
-    return f"linear_{REALS[dtype]}_{dimension}"
+def name(dtype: torch.dtype, dimension: int | None = None) -> str:
+    """What the symbols for one scalar type, and dimension where they have one, begin with."""
+    return f"linear_{REALS[dtype]}_{dimension}" if dimension else f"flat_{REALS[dtype]}"
 
 
 def padding_code(padding: str | float) -> tuple[ctypes.c_int, ctypes.c_double]:
@@ -51,13 +53,14 @@ def padding_code(padding: str | float) -> tuple[ctypes.c_int, ctypes.c_double]:
 
 
 def _unit() -> str:
-    """One translation unit that holds the kernel for every scalar type and dimension."""
-    lines: list[str] = []
-    for real in REALS.values():
-        for dimension in (1, 2, 3):
-            defines = {"REAL": real, "DIM": dimension, "NAME": f"linear_{real}_{dimension}"}
+    """One translation unit that holds every kernel for every scalar type, and dimension where it has one."""
+    lines = [Path(__file__).with_name(COMMON).read_text(encoding="utf-8")]
+    for dtype, real in REALS.items():
+        for dimension in (None, 1, 2, 3):
+            defines = {"REAL": real, "DIM": dimension, "NAME": name(dtype, dimension)}
             lines += [f"#define {key} {value}" for key, value in defines.items()]
-            lines += [SOURCE.read_text(encoding="utf-8")]
+            for source in SPATIAL if dimension else FLAT:
+                lines += [Path(__file__).with_name(source).read_text(encoding="utf-8")]
             lines += [f"#undef {key}" for key in defines]
     return "\n".join(lines)
 
@@ -132,10 +135,11 @@ def serves(*tensors: Tensor, voxels: int) -> bool:
 
 
 def call(
-    kernel: str, dtype: torch.dtype, dimension: int, arguments: Sequence[Any], tasks: int, *, each: int = 1
+    kernel: str, dtype: torch.dtype, dimension: int | None, arguments: Sequence[Any], tasks: int, *, each: int = 1
 ) -> None:
     """Run a kernel, "" or "_spread" and the like, over [0, tasks) of `each` samples in threads.
 
+    dimension : None for the kernels that have none
     arguments : tensors (contiguous) or None, tuples of whole numbers, bool, int and float, and what is of ctypes
     """
     function = getattr(load(), name(dtype, dimension) + kernel)

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fnreg.pytree import is_concrete, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from fnreg import native
+from fnreg.pytree import is_concrete, is_tracked, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 Rate = float | Tensor
 
@@ -58,6 +59,10 @@ def _rates(rate: Rate, step: list[Tensor]) -> Rate:
     return rate
 
 
+def _serves(step: list[Tensor]) -> bool:
+    return native.serves(*step, voxels=1)
+
+
 def _torchopt(factory: str, **options: Any) -> Any:
     import torchopt
 
@@ -74,7 +79,7 @@ class Adam(Optimizer):
     lr : voxels; a tensor (B,) for one rate per pair
     decay : the rate falls exponentially to `decay * lr` over the level
     eps : 1e-12, so small that the scale of the images does not matter
-    pure : fnreg's own lines instead of torchopt's
+    pure : fnreg's own lines instead of torchopt's; its one pass in C serves in either case
     """
 
     lr: Rate = 0.3
@@ -92,30 +97,48 @@ class Adam(Optimizer):
     def init(self, step: Any) -> Any:
         leaves, _ = tree_flatten(step)
         rate = _rates(self.lr, leaves)
-        if not self.pure:
+        if not (self.pure or _serves(leaves)):
             method = _torchopt("adam", lr=1.0, betas=(self.b1, self.b2), eps=self.eps)
             return _State(method.init(leaves), rate, method)
         zero = [torch.zeros_like(leaf) for leaf in leaves]
-        count = torch.zeros(leaves[0].shape[0], dtype=leaves[0].dtype, device=leaves[0].device)
+        count = torch.zeros(leaves[0].shape[0], dtype=torch.float64, device=leaves[0].device)
         return _State((zero, zero, count), rate)
 
     def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(gradient)
-        if self.pure:
-            m, v, count = state.inner
-            count = count + 1
-            m = [self.b1 * a + (1 - self.b1) * g for a, g in zip(m, leaves, strict=True)]
-            v = [self.b2 * a + (1 - self.b2) * g * g for a, g in zip(v, leaves, strict=True)]
-            # 1e-30 under the root keeps the derivative finite where a gradient has always been zero.
-            steps = [
-                -(a / (1 - self.b1 ** _per_pair(count, a)))
-                / ((b / (1 - self.b2 ** _per_pair(count, b)) + 1e-30).sqrt() + self.eps)
-                for a, b in zip(m, v, strict=True)
-            ]
-            inner = (m, v, count)
-        else:
+        rate = state.rate * self.decay**progress
+        if state.method is not None:
             steps, inner = state.method.update(leaves, state.inner, inplace=False)
-        return scale(tree_unflatten(steps, spec), state.rate * self.decay**progress), state._replace(inner=inner)
+            return scale(tree_unflatten(steps, spec), rate), state._replace(inner=inner)
+        for g, m in zip(leaves, state.inner[0], strict=True):
+            if (g.shape, g.dtype, g.device) != (m.shape, m.dtype, m.device):
+                raise ValueError(
+                    f"the state of {type(self).__name__} does not fit a step of shape {tuple(g.shape)}: "
+                    "it was made for other parameters"
+                )
+        before = zip(leaves, *state.inner[:2], strict=True)
+        count = state.inner[2] + 1
+        first, second = rate / (1 - self.b1**count), 1 / (1 - self.b2**count)  # (B,)
+        change = self._in_one_pass if not is_tracked(leaves, state) and _serves(leaves) else self._plain
+        m, v, steps = zip(*(change(g, m, v, first, second) for g, m, v in before), strict=True)
+        return tree_unflatten(list(steps), spec), state._replace(inner=(list(m), list(v), count))
+
+    def _plain(self, g: Tensor, m: Tensor, v: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        m = self.b1 * m + (1 - self.b1) * g
+        v = self.b2 * v + (1 - self.b2) * g * g
+        first, second = (_per_pair(factor.to(g.dtype), g) for factor in (first, second))
+        # 1e-30 under the root keeps the derivative finite where a gradient has always been zero.
+        return m, v, -first * m / ((second * v + 1e-30).sqrt() + self.eps)
+
+    def _in_one_pass(
+        self, g: Tensor, m: Tensor, v: Tensor, first: Tensor, second: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same in C, where torch makes a dozen passes."""
+        g, m, v = g.contiguous(), m.contiguous(), v.contiguous()
+        after = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
+        options = (first.to(torch.float64), second, self.b1, self.b2, self.eps, g[0].numel())
+        native.call("_adam", g.dtype, None, (g, m, v, *after, *options), g.numel())
+        return after
 
 
 @dataclasses.dataclass(frozen=True)

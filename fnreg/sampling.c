@@ -10,31 +10,6 @@
  * derivatives differ there and the gradient is their mean, so that a registration that starts at the
  * identity has no preferred direction.
  */
-#include <math.h>
-#include <stdint.h>
-
-#ifndef COMMON
-#define COMMON
-/* Denormal numbers, as smoothing leaves them, count as zero in here: processors are slow with them. */
-#ifdef __SSE__
-#include <xmmintrin.h>
-static inline unsigned flush_denormals(void) {
-    const unsigned before = _mm_getcsr();
-    _mm_setcsr(before | 0x8040);
-    return before;
-}
-#define RESTORE(mode) _mm_setcsr(mode)
-#else
-static inline unsigned flush_denormals(void) { return 0; }
-#define RESTORE(mode) (void)(mode)
-#endif
-#define FLOOR_float floorf
-#define FLOOR_double floor
-enum { BORDER = 0, CONSTANT = 1, REFLECTION = 2, BLOCK = 128 };
-#endif
-
-#define JOIN2(a, b) a##b
-#define JOIN(a, b) JOIN2(a, b)
 #define INDEX JOIN(NAME, _index)
 #define CELLS JOIN(NAME, _cells)
 #define PICK JOIN(NAME, _pick)
@@ -46,13 +21,6 @@ enum { BORDER = 0, CONSTANT = 1, REFLECTION = 2, BLOCK = 128 };
 #define COMPOSE JOIN(NAME, _compose)
 #define COMPOSE_BACK JOIN(NAME, _compose_back)
 #define LERP(a, b, f) ((a) + ((b) - (a)) * (f))
-/* The sum of an expression over the samples q of a block, in vector lanes. */
-#define SUM(term)                                                      \
-    ({                                                                 \
-        REAL total = 0;                                                \
-        _Pragma("omp simd reduction(+ : total)") for (int q = 0; q < count; q++) total += (term); \
-        total;                                                         \
-    })
 
 /* Offsets of the lower and upper corner along one axis, whether each is known, and the fraction between. */
 typedef struct {
@@ -458,7 +426,6 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
 #undef ENDS
 #undef COMPOSE
 #undef COMPOSE_BACK
-#undef SUM
 #undef CELLS
 #undef PICK
 #undef SIDE

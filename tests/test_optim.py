@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
-from fnreg import adam, chain, clip, optim, sgd
+from fnreg import adam, chain, clip, native, optim, sgd
 from fnreg.optim import Chain, Torchopt, as_optimizer
 from fnreg.pytree import tree_map
 from fnreg.solvers.base import check_step
@@ -36,6 +38,12 @@ SPECS: dict[str, Any] = {
     "rate per pair": adam(tensor([0.1, 0.2, 0.4])),
     "rate per pair pure": sgd(tensor([0.1, 0.2, 0.4]), pure=True),
 }
+
+
+def without_kernels() -> Any:
+    return mock.patch.object(native, "load", lambda: None)
+
+
 every_spec = pytest.mark.parametrize("name", SPECS)
 
 
@@ -85,18 +93,19 @@ def by_torch(make: Any, several: list[Step], number: int, norm: float | None = N
 # -- against torch.optim -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pure", [False, True], ids=["torchopt", "pure"])
+@pytest.mark.parametrize("way", ["kernel", "torchopt", "pure"])
 @few
 @given(seed=seeds, betas=st.tuples(st.floats(0, 0.95), st.floats(0.5, 0.999)))
-def test_adam_is_that_of_torch(pure: bool, seed: int, betas: tuple[float, float]) -> None:
+def test_adam_is_that_of_torch(way: str, seed: int, betas: tuple[float, float]) -> None:
     several = gradients(12, seed)
-    spec = adam(0.3, b1=betas[0], b2=betas[1], eps=1e-10, decay=1.0, pure=pure)
-    found = run(spec, several)
+    spec = adam(0.3, b1=betas[0], b2=betas[1], eps=1e-10, decay=1.0, pure=way == "pure")
+    with nullcontext() if way == "kernel" else without_kernels():
+        found = run(spec, several)
     for number in range(3):
         expected = by_torch(lambda p: torch.optim.Adam(p, lr=0.3, betas=betas, eps=1e-10), several, number)
         for ours, theirs in zip(found, expected, strict=True):
             # torchopt corrects the bias in float32
-            close(pair(ours, number), theirs, atol=1e-12 if pure else 1e-6)
+            close(pair(ours, number), theirs, atol=1e-6 if way == "torchopt" else 1e-12)
 
 
 @pytest.mark.parametrize("pure", [False, True], ids=["torchopt", "pure"])
@@ -135,7 +144,29 @@ def test_pure_adam_equals_torchopt_where_float32_is_exact(b2: float) -> None:
     """torchopt computes 1 - b^k in float32, which is exact for such b and k: there nothing else may differ."""
     several = gradients(8)
     options: dict[str, Any] = {"b1": 0.5, "b2": b2, "decay": 0.3}
-    close(run(adam(0.3, **options), several), run(adam(0.3, **options, pure=True), several), atol=1e-12)
+    with without_kernels():
+        expected = run(adam(0.3, **options), several)
+        close(expected, run(adam(0.3, **options, pure=True), several), atol=1e-12)
+    close(expected, run(adam(0.3, **options), several), atol=1e-12)  # by the kernel, where there is a compiler
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 200), (5, 7, 3, 11)])
+def test_the_kernel_of_adam_equals_its_lines(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    several = [{"a": torch.randn(*shape, generator=generator, dtype=dtype).mT} for _ in range(4)]  # of any layout
+    spec = adam(torch.linspace(0.1, 0.5, shape[0]), pure=True)
+    found = run(spec, several)
+    with without_kernels():
+        expected = run(spec, several)
+    close(found, expected, atol=1e-5 if dtype == torch.float32 else 1e-13)
+
+
+def test_no_number_stays_none() -> None:
+    """A pair that failed keeps its NaN; its neighbours do not see it."""
+    step = {"a": torch.tensor([[math.nan, 1.0], [2.0, 3.0]])}
+    update = adam(0.3).update(step, adam(0.3).init(step), 0.0)[0]["a"]
+    assert update.isnan().tolist() == [[True, False], [False, False]]
 
 
 # -- laws ----------------------------------------------------------------------------------------------------------
@@ -351,12 +382,13 @@ def test_a_state_that_does_not_fit_the_step_is_refused() -> None:
     narrow = {"a": torch.zeros(3, 1).double()}
     wide = {"a": torch.ones(3, 2).double()}
     state = adam(0.3).init(wide)
-    update, _ = adam(0.3).update(narrow, state, 0.0)
-    with pytest.raises(
-        ValueError, match="Adam gave an update that does not fit the step: its state was made for other"
-    ):
-        check_step(narrow, update, "Adam")
+    with pytest.raises(ValueError, match=r"the state of Adam does not fit a step of shape \(3, 1\): it was made for"):
+        adam(0.3).update(narrow, state, 0.0)
     check_step(wide, adam(0.3).update(wide, state, 0.0)[0], "Adam")
+    rms = Torchopt("rmsprop", (("lr", 0.1),))
+    update, _ = rms.update(narrow, rms.init(wide), 0.0)
+    with pytest.raises(ValueError, match="Torchopt gave an update that does not fit the step: its state was made for"):
+        check_step(narrow, update, "Torchopt")
 
 
 def test_any_value_with_the_methods_of_an_optimizer_is_one() -> None:
