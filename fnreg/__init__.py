@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fnreg.losses.terms import elasticity as elasticity
     from fnreg.losses.terms import folding as folding
     from fnreg.losses.terms import huber as huber
+    from fnreg.losses.terms import lncc as lncc
     from fnreg.losses.terms import log_jacobian as log_jacobian
     from fnreg.losses.terms import mae as mae
     from fnreg.losses.terms import mse as mse
@@ -93,6 +94,7 @@ _HOME = {
         "log_jacobian",
         "mae",
         "mse",
+        "lncc",
         "ncc",
         "term",
         "total_variation",

@@ -1,6 +1,7 @@
 /* What every kernel shares.  REAL, NAME and, for those of one dimension, DIM are defined by the build. */
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 /* Denormal numbers, as smoothing leaves them, count as zero in here: processors are slow with them. */
 #ifdef __SSE__

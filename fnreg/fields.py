@@ -91,6 +91,20 @@ def compose_shift(first: Tensor, second: Tensor) -> Tensor:
     return first + _after(first, second).value.reshape(first.shape) if found is None else found
 
 
+def compose_step(step: Tensor, vectors: Tensor, grid: Grid, scale: Tensor) -> Tensor:
+    """World vectors of a map after a scaled step: W s d(i) + u(i + s d(i)), with W from voxels to world.
+
+    step, vectors : d in voxels along the grid's axes and u in world units, both (D, [Z,] Y, X) at its voxels
+    scale : s, a scalar
+    """
+    matrix = scale * grid.vectors_to_world
+    found = flow.compose(step, vectors, matrix=matrix, scale=scale)
+    if found is None:
+        small = step * scale.to(step.dtype)
+        return in_world(small, grid) + _after(small, vectors).value.reshape(step.shape)
+    return found
+
+
 def exp_shift(velocity: Tensor, steps: int, *, midpoint: bool = False) -> Tensor:
     """The flow of a stationary velocity over unit time, by scaling and squaring.
 

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fnreg import windows
 from fnreg.pytree import constant
 
+NARROW = 8.0  # voxels: the standard deviation up to which a Gaussian is cut off and not a matrix
 FWHM = 2 * math.sqrt(2 * math.log(2))  # full width at half maximum of a Gaussian with unit standard deviation
 
 
@@ -55,11 +57,36 @@ def gaussian(data: Tensor, sigma: float | Sequence[float] | Tensor) -> Tensor:
     tensor([[1., 1., 1., 1.]])
     """
     dimension = data.ndim - 1
+    if not isinstance(sigma, Tensor):
+        given = [sigma] * dimension if isinstance(sigma, (int, float)) else sigma
+        narrow = len(given) == dimension and all(isinstance(s, (int, float)) and 0 <= s <= NARROW for s in given)
+        if narrow and windows.serves(data):
+            taps = tuple(windows.gaussian_taps(float(s), data.dtype) for s in given)
+            return windows.windowed(data, taps, normalised=True)
     sigmas = torch.as_tensor(sigma, dtype=torch.float64, device=data.device)
     sigmas = sigmas.expand(dimension) if sigmas.ndim == 0 else sigmas
     if sigmas.shape[-1] != dimension:
         raise ValueError(f"sigma has {sigmas.shape[-1]} values for data with {dimension} spatial axes")
     return along(data, [gaussian_matrix(n, s).to(data.dtype) for n, s in zip(data.shape[:0:-1], sigmas, strict=True)])
+
+
+@constant
+def _band(n: int, taps: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix (n, n) of weights over distances, zero beyond the last."""
+    weights = torch.tensor(taps, dtype=dtype, device=device)
+    index = torch.arange(n, device=device)
+    distance = (index - index[:, None]).abs()
+    return torch.where(distance < len(taps), weights[distance.clamp(max=len(taps) - 1)], 0)
+
+
+def window_sums(data: Tensor, taps: windows.Taps) -> Tensor:
+    """sum_t w(|t|) data(i + t) along each axis with zeros outside, data (C, [Z,] Y, X).
+
+    taps : weights per axis, x first, from the centre outwards
+    """
+    if windows.serves(data):
+        return windows.windowed(data, taps, normalised=False)
+    return along(data, [_band(n, w, data.dtype, data.device) for n, w in zip(data.shape[:0:-1], taps, strict=True)])
 
 
 @constant

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.grid import index_points
-from fnreg.pytree import forward_levels
+from fnreg.pytree import constant, forward_levels
 from fnreg.sampling import KNOT, is_stored, sample
 
 Plain = Callable[[Tensor], Tensor]  # the same by compositions, for one field
@@ -31,12 +31,24 @@ def _serves(shift: Tensor) -> bool:
     return field and native.serves(shift, voxels=math.prod(shift.shape[1:])) and not (dual or forward_levels())
 
 
-def compose(first: Tensor, second: Tensor) -> Tensor | None:
-    """first(i) + second(i + first(i)) of shifts (D, [Z,] Y, X); None where the kernel does not serve."""
+def compose(
+    first: Tensor, second: Tensor, *, matrix: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor | None:
+    """matrix first(i) + second(i + scale first(i)), first a shift, both (D, [Z,] Y, X); None where the kernel does not
+    serve.  The matrix (D, D) and the scale are one where they are not given."""
     alike = first.device == second.device and first.dtype == second.dtype and first.shape == second.shape
     if not alike or not _serves(first):
         return None
-    return _Compose.apply(first.unsqueeze(0), second.unsqueeze(0)).squeeze(0)  # type: ignore[no-untyped-call]
+    matrix = _one(len(first), first.dtype) if matrix is None else matrix.to(first.dtype)
+    scale = _one(0, first.dtype) if scale is None else scale.to(first.dtype)
+    given = (t.unsqueeze(0) for t in (first, second, matrix, scale))
+    return _Compose.apply(*given).squeeze(0)  # type: ignore[no-untyped-call]
+
+
+@constant
+def _one(dimension: int, dtype: torch.dtype) -> Tensor:
+    """One, and the matrix of one."""
+    return torch.eye(dimension, dtype=dtype) if dimension else torch.ones((), dtype=dtype)
 
 
 def flow(velocity: Tensor, steps: int, midpoint: bool, plain: Plain) -> Tensor | None:
@@ -52,10 +64,14 @@ def _geometry(like: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
     return index_points(size, like.dtype, like.device), size, math.prod(size)
 
 
-def _composed(first: Tensor, second: Tensor, out: Tensor, scale: float, add: bool) -> None:
-    """out = add u(i) + v(i + scale u(i)) of contiguous fields (B, D, *shape)."""
+def _composed(first: Tensor, second: Tensor, out: Tensor, matrix: Tensor | None, scale: Tensor) -> None:
+    """out = matrix u(i) + v(i + scale u(i)) of contiguous fields (B, D, *shape).
+
+    matrix, scale : (B, D, D) and (B,), or with a batch axis of 1 for all; no matrix is that of zeros
+    """
     index, size, points = _geometry(first)
-    arguments = (first, second, index, out, size, points, scale, add, KNOT[first.dtype])
+    matrix = None if matrix is None else matrix.contiguous()
+    arguments = (first, second, index, out, matrix, scale.contiguous(), size, points, len(scale), KNOT[first.dtype])
     native.call("_compose", first.dtype, first.shape[1], arguments, first.shape[0] * points)
 
 
@@ -79,10 +95,10 @@ class _Compose(torch.autograd.Function):
     """`_composed` for fields (B, D, *shape); its derivatives go through `sample`'s."""
 
     @staticmethod
-    def forward(first: Tensor, second: Tensor) -> Tensor:
+    def forward(first: Tensor, second: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
         first, second = first.contiguous(), second.contiguous()
         found = torch.empty_like(first)
-        _composed(first, second, found, 1.0, add=True)
+        _composed(first, second, found, matrix, scale)
         return found
 
     @staticmethod
@@ -90,13 +106,18 @@ class _Compose(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, by_found: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        def plain(first: Tensor, second: Tensor) -> Tensor:
+    def backward(ctx: Any, by_found: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        def plain(first: Tensor, second: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
             index = index_points(tuple(first.shape[:0:-1]), first.dtype, first.device)[:-1]
-            return first + sample(second, index + first.flatten(1)).value.reshape(first.shape)
+            flat = first.flatten(1)
+            return (matrix @ flat + sample(second, index + scale * flat).value).reshape(first.shape)
 
-        made: Any = torch.func.vjp(torch.func.vmap(plain), *ctx.saved_tensors)
-        return made[1](by_found)
+        first, second, *given = ctx.saved_tensors
+        if any(ctx.needs_input_grad[2:]):
+            made: Any = torch.func.vjp(torch.func.vmap(plain), first, second, *given)
+            return made[1](by_found)
+        made = torch.func.vjp(lambda u, v: torch.func.vmap(plain)(u, v, *given), first, second)
+        return (*made[1](by_found), None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -112,9 +133,10 @@ class _Flow(torch.autograd.Function):
         before = velocity.new_empty(steps + midpoint, *velocity.shape)
         places = [*before, torch.empty_like(velocity, memory_format=torch.contiguous_format)]
         torch.div(velocity, 2**steps, out=places[0])
+        matrix, one = _one(velocity.shape[1], velocity.dtype)[None], _one(0, velocity.dtype)[None]
         for number, (field, ends) in enumerate(itertools.pairwise(places)):
             first = midpoint and number == 0
-            _composed(field, field, ends, 0.5 if first else 1.0, add=not first)
+            _composed(field, field, ends, None if first else matrix, one / 2 if first else one)
         return places[-1], before.movedim(0, 1)  # (B, D, ...), (B, K, D, ...)
 
     @staticmethod

@@ -15,7 +15,8 @@ from fnreg.filters import FWHM, gaussian, resize
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject, subject
 from fnreg.losses.terms import Objective
-from fnreg.problem import Level, Pair
+from fnreg.pair import Pair
+from fnreg.problem import Level
 from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach, tree_map
 from fnreg.sampling import Padding
 from fnreg.solvers.base import Status

@@ -14,7 +14,14 @@
 #define CELLS JOIN(NAME, _cells)
 #define PICK JOIN(NAME, _pick)
 #define CHANNEL JOIN(NAME, _channel)
+#define MAP JOIN(NAME, _map)
+#define MAP_OF JOIN(NAME, _map_of)
+#define POINTS JOIN(NAME, _points)
+#define PLACES JOIN(NAME, _places)
+#define DERIVE JOIN(NAME, _derive)
 #define SQUARES JOIN(NAME, _squares)
+#define WARP JOIN(NAME, _warp)
+#define PULL JOIN(NAME, _pull)
 #define SPREAD JOIN(NAME, _spread)
 #define STRIDES JOIN(NAME, _strides)
 #define ENDS JOIN(NAME, _ends)
@@ -264,13 +271,13 @@ static int ENDS(JOIN(NAME, _block) *restrict s, REAL (*restrict x)[BLOCK], const
     return special;
 }
 
-/* A field read at the ends of another: out(i) = add u(i) + v(i + scale u(i)) for items (D, points) over one grid. */
-void COMPOSE(const REAL *firsts, const REAL *seconds, const REAL *index, REAL *out, const int64_t *n, int64_t points, double factor, int add,
-             double tolerance, int64_t begin, int64_t end) {
+/* A field read at the ends of another: out(i) = A u(i) + v(i + scale u(i)) for items (D, points) over one grid; item b has the
+ * matrix A and the scale b % maps, and A is zero where none is given. */
+void COMPOSE(const REAL *firsts, const REAL *seconds, const REAL *index, REAL *out, const REAL *matrices, const REAL *scales,
+             const int64_t *n, int64_t points, int64_t maps, double tolerance, int64_t begin, int64_t end) {
     const unsigned mode_before = flush_denormals();
     JOIN(NAME, _block) block;
     REAL x[DIM][BLOCK], value[BLOCK], gradient[DIM * BLOCK];
-    const REAL scale = (REAL)factor;
     int64_t stride[DIM];
     STRIDES(n, stride);
     for (int64_t s = begin; s < end;) {
@@ -278,12 +285,14 @@ void COMPOSE(const REAL *firsts, const REAL *seconds, const REAL *index, REAL *o
         const int64_t left = points - p < end - s ? points - p : end - s;
         const int count = (int)(left < BLOCK ? left : BLOCK);
         const REAL *u = firsts + b * DIM * points, *v = seconds + b * DIM * points;
-        ENDS(&block, x, index + p, u + p, scale, count, points, n, stride, (REAL)tolerance);
+        const REAL *A = matrices ? matrices + b % maps * DIM * DIM : 0;
+        ENDS(&block, x, index + p, u + p, scales[b % maps], count, points, n, stride, (REAL)tolerance);
         for (int c = 0; c < DIM; c++) {
-            const REAL *own = u + c * points + p;
             REAL *to = out + (b * DIM + c) * points + p;
             CELLS(&block, v + c * points, count, 0, 0, value, gradient, BLOCK);
-            for (int q = 0; q < count; q++) to[q] = (add ? own[q] : 0) + value[q];
+            for (int k = 0; A && k < DIM; k++)
+                for (int q = 0; q < count; q++) value[q] += A[c * DIM + k] * u[k * points + p + q];
+            for (int q = 0; q < count; q++) to[q] = value[q];
             for (int k = 0; k < DIM; k++)
                 for (int q = 0; q < count; q++)
                     if (x[k][q] != x[k][q]) to[q] = (REAL)NAN;
@@ -352,8 +361,56 @@ void COMPOSE_BACK(const REAL *fields, const REAL *index, const REAL *cotangents,
     RESTORE(mode_before);
 }
 
-/* Squared difference under a map x = A (y, 1) of the points y = i (+ shift), with its derivative by the map:
- *   sum w, sum w r^2 and sum w r dm/dx_k y_j,  r = m(x) - f,  and per point sum_k 2 w r dm/dx_k A_kj,
+/* What a map x = A (y, 1) of the points y = i (+ shift) needs to know of one pair. */
+typedef struct {
+    const REAL *index, *shift;
+    REAL A[DIM][DIM + 1];
+    int64_t points;
+} MAP;
+
+static MAP MAP_OF(const REAL *index, const REAL *shifts, const REAL *matrices, int64_t items, int64_t points, int64_t b) {
+    MAP map = {index, shifts ? shifts + b * DIM * points : 0, {{0}}, points};
+    for (int k = 0; k < DIM; k++)
+        for (int j = 0; j <= DIM; j++) map.A[k][j] = matrices[(b % items * DIM + k) * (DIM + 1) + j];
+    return map;
+}
+
+/* The points y of a block from p on. */
+static void POINTS(const MAP *map, int64_t p, int count, REAL (*restrict y)[BLOCK]) {
+    for (int j = 0; j < DIM; j++) {
+        const REAL *i = map->index + j * map->points + p, *u = map->shift ? map->shift + j * map->points + p : 0;
+        for (int q = 0; q < count; q++) y[j][q] = i[q];
+        for (int q = 0; u && q < count; q++) y[j][q] += u[q];
+    }
+}
+
+/* The cells at their images x; returns whether some are special, as INDEX. */
+static int PLACES(JOIN(NAME, _block) *restrict s, const MAP *map, REAL (*restrict y)[BLOCK], REAL (*restrict x)[BLOCK], int count,
+                  const int64_t *n, const int64_t *stride, int mode, REAL near) {
+    int special = 0;
+    for (int k = 0; k < DIM; k++) {
+        for (int q = 0; q < count; q++) x[k][q] = map->A[k][DIM];
+        for (int j = 0; j < DIM; j++)
+            for (int q = 0; q < count; q++) x[k][q] += map->A[k][j] * y[j][q];
+        special |= INDEX(s, k, x[k], 0, count, n[k], stride[k], mode, near);
+    }
+    return special;
+}
+
+/* What a cotangent c per point, gradient = c dm/dx, adds to the derivatives by the map, per point and in sum:
+ *   sum_k A_kj gradient_k  and  sum gradient_k (y, 1)_j. */
+static void DERIVE(const MAP *map, REAL (*restrict y)[BLOCK], REAL (*restrict gradient)[BLOCK], int count,
+                   REAL (*restrict back)[BLOCK], double *by) {
+    for (int k = 0; k < DIM; k++) {
+        for (int j = 0; j < DIM; j++) by[k * (DIM + 1) + j] += SUM(gradient[k][q] * y[j][q]);
+        by[k * (DIM + 1) + DIM] += SUM(gradient[k][q]);
+        for (int j = 0; back && j < DIM; j++)
+            for (int q = 0; q < count; q++) back[j][q] += map->A[k][j] * gradient[k][q];
+    }
+}
+
+/* Squared difference under a map, with its derivative by the map:
+ *   sum w, sum w r^2 and sum 2 w r dm/dx_k y_j,  r = m(x) - f,  and per point sum_k 2 w r dm/dx_k A_kj,
  * w the inside of the moving image (unless `everywhere`) times the mask.  Nothing else goes to memory.  One task is a
  * chunk of one pair's points, so that the order of the sums depends neither on the batch nor on the threads. */
 void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL *matrices, const REAL *index,
@@ -371,25 +428,13 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
         const int64_t last = first + chunk < points ? first + chunk : points;
         const REAL *m = moving + b % items[0] * channels * voxels, *f = fixed + b % items[1] * channels * points;
         const REAL *w = mask ? mask + b % items[2] * points : 0;
-        const REAL *u = shifts ? shifts + b * DIM * points : 0;
-        REAL A[DIM][DIM + 1];
-        for (int k = 0; k < DIM; k++)
-            for (int j = 0; j <= DIM; j++) A[k][j] = matrices[(b % items[3] * DIM + k) * (DIM + 1) + j];
+        const MAP map = MAP_OF(index, shifts, matrices, items[3], points, b);
         double *out = sums + task * (2 + DIM * (DIM + 1));
         for (int k = 0; k < 2 + DIM * (DIM + 1); k++) out[k] = 0;
         for (int64_t p = first; p < last; p += BLOCK) {
             const int count = (int)(last - p < BLOCK ? last - p : BLOCK);
-            int special = 0;
-            for (int j = 0; j < DIM; j++) {
-                for (int q = 0; q < count; q++) y[j][q] = index[j * points + p + q];
-                for (int q = 0; u && q < count; q++) y[j][q] += u[j * points + p + q];
-            }
-            for (int k = 0; k < DIM; k++) {
-                for (int q = 0; q < count; q++) x[k][q] = A[k][DIM];
-                for (int j = 0; j < DIM; j++)
-                    for (int q = 0; q < count; q++) x[k][q] += A[k][j] * y[j][q];
-                special |= INDEX(&block, k, x[k], 0, count, n[k], stride[k], mode, (REAL)tolerance);
-            }
+            POINTS(&map, p, count, y);
+            const int special = PLACES(&block, &map, y, x, count, n, stride, mode, (REAL)tolerance);
             for (int q = 0; q < count; q++) weight[q] = everywhere ? (REAL)1 : block.inside[q];
             if (w)
                 for (int q = 0; q < count; q++) weight[q] *= w[p + q];
@@ -402,14 +447,70 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
                 const REAL *other = f + channel * points + p;
                 for (int q = 0; q < count; q++) value[q] -= other[q];
                 out[1] += SUM(weight[q] * value[q] * value[q]);
-                for (int k = 0; k < DIM; k++) {
-                    double *by = out + 2 + k * (DIM + 1);
-                    for (int q = 0; q < count; q++) gradient[k][q] *= weight[q] * value[q];
-                    for (int j = 0; j < DIM; j++) by[j] += SUM(gradient[k][q] * y[j][q]);
-                    by[DIM] += SUM(gradient[k][q]);
-                    for (int j = 0; by_shift && j < DIM; j++)
-                        for (int q = 0; q < count; q++) back[j][q] += 2 * A[k][j] * gradient[k][q];
-                }
+                for (int k = 0; k < DIM; k++)
+                    for (int q = 0; q < count; q++) gradient[k][q] *= 2 * weight[q] * value[q];
+                DERIVE(&map, y, gradient, count, by_shift ? back : 0, out + 2);
+            }
+            for (int j = 0; by_shift && j < DIM; j++)
+                for (int q = 0; q < count; q++) by_shift[(b * DIM + j) * points + p + q] = back[j][q];
+        }
+    }
+    RESTORE(mode_before);
+}
+
+/* The moving image under a map, and which points lie inside of it. */
+void WARP(const REAL *moving, const REAL *matrices, const REAL *index, const REAL *shifts, REAL *warped, REAL *inside, const int64_t *n,
+          const int64_t *items, int64_t channels, int64_t points, int mode, double fill, double tolerance, int64_t begin,
+          int64_t end) {
+    const unsigned mode_before = flush_denormals();
+    JOIN(NAME, _block) block;
+    REAL y[DIM][BLOCK], x[DIM][BLOCK], gradient[DIM][BLOCK];
+    int64_t stride[DIM];
+    const int64_t voxels = STRIDES(n, stride);
+    for (int64_t s = begin; s < end;) {
+        const int64_t b = s / points, p = s - b * points, left = points - p < end - s ? points - p : end - s;
+        const int count = (int)(left < BLOCK ? left : BLOCK);
+        const MAP map = MAP_OF(index, shifts, matrices, items[1], points, b);
+        POINTS(&map, p, count, y);
+        const int special = PLACES(&block, &map, y, x, count, n, stride, mode, (REAL)tolerance);
+        for (int q = 0; q < count; q++) inside[s + q] = block.inside[q];
+        for (int64_t channel = 0; channel < channels; channel++)
+            CHANNEL(&block, moving + (b % items[0] * channels + channel) * voxels, &x[0][0], BLOCK, count, special, n, stride,
+                    mode, (REAL)fill, (REAL)tolerance, warped + (b * channels + channel) * points + p, &gradient[0][0], BLOCK);
+        s += count;
+    }
+    RESTORE(mode_before);
+}
+
+/* The derivatives by the map of what has the derivative `cotangents` by the image that WARP makes; chunks and sums as SQUARES. */
+void PULL(const REAL *moving, const REAL *cotangents, const REAL *matrices, const REAL *index, const REAL *shifts, double *sums,
+          REAL *by_shift, const int64_t *n, const int64_t *items, int64_t channels, int64_t points, int64_t chunk, int mode,
+          double fill, double tolerance, int64_t begin, int64_t end) {
+    const unsigned mode_before = flush_denormals();
+    JOIN(NAME, _block) block;
+    REAL y[DIM][BLOCK], x[DIM][BLOCK], value[BLOCK], gradient[DIM][BLOCK], back[DIM][BLOCK];
+    int64_t stride[DIM];
+    const int64_t voxels = STRIDES(n, stride);
+    const int64_t chunks = (points + chunk - 1) / chunk;
+    for (int64_t task = begin; task < end; task++) {
+        const int64_t b = task / chunks, first = (task - b * chunks) * chunk;
+        const int64_t last = first + chunk < points ? first + chunk : points;
+        const MAP map = MAP_OF(index, shifts, matrices, items[1], points, b);
+        double *out = sums + task * DIM * (DIM + 1);
+        for (int k = 0; k < DIM * (DIM + 1); k++) out[k] = 0;
+        for (int64_t p = first; p < last; p += BLOCK) {
+            const int count = (int)(last - p < BLOCK ? last - p : BLOCK);
+            POINTS(&map, p, count, y);
+            const int special = PLACES(&block, &map, y, x, count, n, stride, mode, (REAL)tolerance);
+            for (int j = 0; by_shift && j < DIM; j++)
+                for (int q = 0; q < count; q++) back[j][q] = 0;
+            for (int64_t channel = 0; channel < channels; channel++) {
+                CHANNEL(&block, moving + (b % items[0] * channels + channel) * voxels, &x[0][0], BLOCK, count, special, n, stride,
+                        mode, (REAL)fill, (REAL)tolerance, value, &gradient[0][0], BLOCK);
+                const REAL *c = cotangents + (b * channels + channel) * points + p;
+                for (int k = 0; k < DIM; k++)
+                    for (int q = 0; q < count; q++) gradient[k][q] *= c[q];
+                DERIVE(&map, y, gradient, count, by_shift ? back : 0, out);
             }
             for (int j = 0; by_shift && j < DIM; j++)
                 for (int q = 0; q < count; q++) by_shift[(b * DIM + j) * points + p + q] = back[j][q];
@@ -420,7 +521,14 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
 
 #undef INDEX
 #undef CHANNEL
+#undef MAP
+#undef MAP_OF
+#undef POINTS
+#undef PLACES
+#undef DERIVE
 #undef SQUARES
+#undef WARP
+#undef PULL
 #undef SPREAD
 #undef STRIDES
 #undef ENDS

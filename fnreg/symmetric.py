@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fnreg.image import Image
-from fnreg.problem import Level, Pair, pair_seen
+from fnreg.pair import Pair, pair_seen
+from fnreg.problem import Level
 from fnreg.pytree import batch_axes, over_batch, tree_map
 from fnreg.transforms.base import Split, split_coords
 

@@ -71,7 +71,8 @@ from fnreg import (
 from fnreg.filters import gaussian
 from fnreg.inputs import prepare
 from fnreg.losses.terms import objective as as_objective
-from fnreg.problem import Level, _pair_gradient  # pyright: ignore[reportPrivateUsage]
+from fnreg.pair import pair_gradient
+from fnreg.problem import Level
 from fnreg.pytree import tree_leaves, tree_map
 
 SIZES = {1: (24,), 2: (17, 14), 3: (11, 9, 10)}
@@ -402,9 +403,9 @@ def level_of(transform: Transform, dimension: int, then: Mapping | None = None, 
 
 
 def both_ways(level: Level, params: Any) -> None:
-    assert level._squared is not None  # pyright: ignore[reportPrivateUsage]
+    assert level._passes is not None  # pyright: ignore[reportPrivateUsage]
     gradient, value = level.gradient(params)
-    expected, same = level._over(_pair_gradient, params)  # pyright: ignore[reportPrivateUsage]
+    expected, same = level._over(pair_gradient, params)  # pyright: ignore[reportPrivateUsage]
     close(gradient, expected, atol=1e-12, rtol=1e-9)
     close(value, same, atol=0, rtol=1e-11)
     assert all(float(leaf.abs().max()) > 1e-6 for leaf in tree_leaves(gradient))
@@ -439,10 +440,10 @@ def test_one_pass_with_penalties_masks_and_an_affine_map_after(transform: Transf
 def test_what_does_not_split_takes_the_way_through_points() -> None:
     bend = random_mapping(FFD(4), scene(2).grid, 3, 0.5)
     level, params = level_of(FFD(4), 2, then=bend)
-    assert level._squared is None  # pyright: ignore[reportPrivateUsage]
+    assert level._passes is None  # pyright: ignore[reportPrivateUsage]
     assert bool(level.gradient(params)[1].isfinite().all())
     level, params = level_of(Sequential((Affine(), FFD(4))), 2)
-    assert level._squared is None  # pyright: ignore[reportPrivateUsage]
+    assert level._passes is None  # pyright: ignore[reportPrivateUsage]
     assert bool(level.gradient(params)[1].isfinite().all())
 
 

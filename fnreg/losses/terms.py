@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnreg.losses import functional, penalties
+from fnreg.losses import functional, local, penalties
 from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_unflatten
 
 # `weights` is (1, [Z,] Y, X), or None where every voxel counts; `field` is the `DenseField` or `SplineField` of a
@@ -134,12 +134,17 @@ class Objective:
         assert total is not None
         return total, values
 
-    def mean_squares(self) -> tuple[Tensor | None, Objective]:
-        """The factor of `mse`, None where it is no term, and all other terms."""
-        squared = [term.function is functional.mse and not term.options for term in self.terms]
-        weights = [term.weight for term, yes in zip(self.terms, squared, strict=True) if yes]
-        rest = Objective(tuple(term for term, yes in zip(self.terms, squared, strict=True) if not yes))
-        return torch.as_tensor(sum(weights)) if weights else None, rest
+    def divided(self, names: frozenset[str]) -> tuple[Objective, Objective]:
+        """The terms that ask for any of these names, and all others."""
+        asks = [not names.isdisjoint(term.needs) for term in self.terms]
+        some = tuple(term for term, yes in zip(self.terms, asks, strict=True) if yes)
+        return Objective(some), Objective(tuple(term for term, yes in zip(self.terms, asks, strict=True) if not yes))
+
+    def mean_squares(self) -> Tensor | None:
+        """The factor of `mse`, where there is no other term."""
+        if not all(term.function is functional.mse and not term.options for term in self.terms):
+            return None
+        return torch.as_tensor(sum(term.weight for term in self.terms))
 
     def check_squares(self) -> None:
         """ValueError where a term is no sum of squares, or a weight is negative and can be looked at."""
@@ -220,8 +225,9 @@ mse = term(functional.mse, functional.mse_residuals)
 mae = term(functional.mae)
 huber = term(functional.huber)
 ncc = term(functional.ncc, functional.ncc_residuals)
+lncc = term(local.lncc)
 
-SIMILARITIES: dict[str, Term] = {"mse": mse, "mae": mae, "huber": huber, "ncc": ncc}
+SIMILARITIES: dict[str, Term] = {"mse": mse, "mae": mae, "huber": huber, "ncc": ncc, "lncc": lncc}
 
 bending = term(penalties.bending)
 diffusion = term(penalties.diffusion)

@@ -297,5 +297,6 @@ def check_step(step: Any, update: Any, where: str) -> None:
 
 def largest(step: Any) -> Tensor:
     """The largest absolute entry of a step, per pair (B,)."""
-    sizes = [leaf.detach().abs().flatten(1).amax(1) for leaf in tree_leaves(step)]
+    leaves = (leaf.detach().flatten(1) for leaf in tree_leaves(step))
+    sizes = [torch.maximum(leaf.amax(1), -leaf.amin(1)) for leaf in leaves]
     return torch.stack([size.to(sizes[0].dtype) for size in sizes]).amax(0)

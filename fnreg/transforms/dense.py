@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fnreg.fields import compose_shift, exp_shift, folds, in_voxels, in_world, invert_shift
+from fnreg.fields import compose_step, exp_shift, folds, in_voxels, in_world, invert_shift
 from fnreg.filters import gaussian, resize
 from fnreg.grid import Grid
 from fnreg.losses.penalties import DenseField
@@ -201,11 +201,8 @@ class Diffeomorphism(_Voxels):
 
     def retract(self, params: Params, step: Step, domain: Domain) -> Params:
         grid = first_domain(domain)
-        small = step["displacement"]
-        longest = small.square().sum(0).amax().clamp(min=self.limit**2).sqrt()
-        small = small * (self.limit / longest)
-        moved = compose_shift(small, in_voxels(params["displacement"], grid))
-        return {"displacement": in_world(moved, grid)}
+        longest = step["displacement"].square().sum(0).amax().clamp(min=self.limit**2).sqrt()
+        return {"displacement": compose_step(step["displacement"], params["displacement"], grid, self.limit / longest)}
 
     def precondition(self, gradient: Step, domain: Domain) -> Step:
         return {"displacement": _smooth(gradient["displacement"], self.gradient)}

@@ -1,0 +1,140 @@
+"""Images under a map in C: the moving image as the fixed voxels see it, and derivatives by the map.
+
+What a registration asks for at every step.  A map takes a fixed voxel i to A (i + u(i)) in voxels of the moving image.
+Composed of coordinates and sampling every step would write them and the gradient of the image to memory; here only
+what is asked for is written.  There is no plain torch path: callers compose the same from its parts where the kernels
+do not serve.  The tensors are plain: neither batched nor differentiated by torch.func.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fnreg import native
+from fnreg.grid import index_points
+from fnreg.sampling import KNOT, Padding
+
+CHUNK = 16384  # points that are summed in one go: fixed, so that sums do not depend on the number of threads
+
+
+class Maps(NamedTuple):
+    """A batch of maps from voxels of the fixed grid to those of the moving one."""
+
+    matrices: Tensor  # (B or 1, D, D + 1) A
+    shift: Tensor | None  # (B, D, [Z,] Y, X) u in voxels of the fixed grid, in the type of the images; None for none
+    size: tuple[int, ...]  # of the fixed grid, x first
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.matrices.shape[1]
+
+    @property
+    def points(self) -> int:
+        """Number of fixed voxels."""
+        return math.prod(self.size)
+
+    def batch(self, *others: Tensor | None) -> int:
+        """Number of pairs."""
+        return max(t.shape[0] for t in (self.matrices, self.shift, *others) if t is not None)
+
+    def arguments(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Matrices, voxel indices and shifts as the kernels take them."""
+        index = index_points(self.size, dtype, self.matrices.device)
+        shift = None if self.shift is None else self.shift.contiguous()
+        return self.matrices.to(dtype).contiguous(), index, shift
+
+
+class ByMap(NamedTuple):
+    """Derivatives of a scalar of each pair by its map."""
+
+    matrix: Tensor  # (B, D, D + 1) float64
+    shift: Tensor | None  # (B, D, [Z,] Y, X) where the map has one, in the type of the images
+
+
+class Squares(NamedTuple):
+    """Sums over the fixed voxels i and channels of each pair, float64, with r = moving(A (i + u(i))) - fixed(i)."""
+
+    weight: Tensor  # (B,) sum w, of one channel
+    value: Tensor  # (B,) sum w r^2
+    by_map: ByMap  # of the value, the weights held
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether there is a kernel for images on this device, in this precision, of this size."""
+    given = [t for t in tensors if t is not None]
+    return native.serves(*given, voxels=max(math.prod(t.shape[-3:]) for t in given))
+
+
+def squares(
+    moving: Tensor, fixed: Tensor, mask: Tensor | None, maps: Maps, *, padding: Padding | None = None
+) -> Squares:
+    """Sums of squares for a batch of pairs, which `serves` said can be had.
+
+    moving : (B, C, [Z,] Y, X), or with a batch axis of 1 for all
+    fixed, mask : (B or 1, C, [Z,] Y, X), (B or 1, 1, [Z,] Y, X)
+    padding : None gives voxels that map outside no weight, see `register`
+    """
+    images = [None if t is None else t.contiguous() for t in (moving, fixed, mask)]
+    batch = maps.batch(*images)
+    sums, by_shift = _results(maps, moving, batch, 2)
+    matrices, index, shift = maps.arguments(moving.dtype)
+    items = tuple(1 if t is None else t.shape[0] for t in (*images, matrices))
+    given = (*images, matrices, index, shift, sums, by_shift, moving.shape[:1:-1], items, moving.shape[1])
+    _chunked("_squares", moving, maps, batch, (*given, maps.points, CHUNK, padding is not None), padding)
+    total = sums.sum(1)
+    return Squares(total[:, 0], total[:, 1], _by_map(total[:, 2:], maps, by_shift))
+
+
+def warp(moving: Tensor, maps: Maps, *, padding: Padding | None = None) -> tuple[Tensor, Tensor]:
+    """The moving image at the ends of a map (B, C, [Z,] Y, X), and which voxels lie inside of it (B, 1, [Z,] Y, X).
+
+    moving : (B or 1, C, [Z,] Y, X); padding : as for `squares`
+    """
+    moving, batch = moving.contiguous(), maps.batch(moving)
+    matrices, index, shift = maps.arguments(moving.dtype)
+    shape, channels = maps.size[::-1], moving.shape[1]
+    warped, inside = (moving.new_empty(batch, n, *shape) for n in (channels, 1))
+    items = moving.shape[0], matrices.shape[0]
+    given = (moving, matrices, index, shift, warped, inside, moving.shape[:1:-1], items, channels, maps.points)
+    options = (*native.padding_code("border" if padding is None else padding), KNOT[moving.dtype])
+    native.call("_warp", moving.dtype, maps.dimension, (*given, *options), batch * maps.points)
+    return warped, inside
+
+
+def pull(moving: Tensor, by_warped: Tensor, maps: Maps, *, padding: Padding | None = None) -> ByMap:
+    """Derivatives by the map of what has the derivative `by_warped` (B, C, [Z,] Y, X) by the image of `warp`."""
+    moving, by_warped = moving.contiguous(), by_warped.contiguous()
+    batch = by_warped.shape[0]
+    sums, by_shift = _results(maps, moving, batch, 0)
+    matrices, index, shift = maps.arguments(moving.dtype)
+    items = moving.shape[0], matrices.shape[0]
+    given = (moving, by_warped, matrices, index, shift, sums, by_shift, moving.shape[:1:-1], items, moving.shape[1])
+    _chunked("_pull", moving, maps, batch, (*given, maps.points, CHUNK), padding)
+    return _by_map(sums.sum(1), maps, by_shift)
+
+
+def _results(maps: Maps, like: Tensor, batch: int, more: int) -> tuple[Tensor, Tensor | None]:
+    """Where the kernels put sums of each chunk, `more` before those of the matrix, and derivatives by shift."""
+    count = more + maps.dimension * (maps.dimension + 1)
+    sums = torch.empty(batch, -(-maps.points // CHUNK), count, dtype=torch.float64, device=like.device)
+    if maps.shift is None:
+        return sums, None
+    return sums, torch.empty_like(maps.shift, memory_format=torch.contiguous_format)
+
+
+def _chunked(
+    kernel: str, like: Tensor, maps: Maps, batch: int, arguments: Sequence[Any], padding: Padding | None
+) -> None:
+    options = (*native.padding_code("border" if padding is None else padding), KNOT[like.dtype])
+    chunks, each = -(-maps.points // CHUNK), min(maps.points, CHUNK)
+    native.call(kernel, like.dtype, maps.dimension, (*arguments, *options), batch * chunks, each=each)
+
+
+def _by_map(sums: Tensor, maps: Maps, by_shift: Tensor | None) -> ByMap:
+    return ByMap(sums.reshape(-1, maps.dimension, maps.dimension + 1), by_shift)

@@ -1,0 +1,205 @@
+"""One pair at one level: what belongs to it, its energy, and the derivatives that solvers ask for, by composition.
+
+Every function is for one pair and composes coordinates, sampling and terms; torch.func differentiates and batches it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, jacfwd, jvp, vmap
+
+from fnreg.grid import Grid, apply_matrix, index_points
+from fnreg.image import Image
+from fnreg.losses.terms import Objective
+from fnreg.pytree import pytree_dataclass, tree_flatten, tree_leaves, tree_unflatten
+from fnreg.sampling import Padding, Sampled, sample
+from fnreg.transforms.base import (
+    Domain,
+    Mapping,
+    Transform,
+    domain_ranks,
+    split_coords,
+    split_points,
+)
+
+
+@pytree_dataclass
+class Pair:
+    """What belongs to one pair at one level."""
+
+    fixed: Image
+    moving: Image
+    objective: Objective
+    from_fixed: Tensor  # (D + 1, D + 1) voxel index of the fixed grid to world
+    fixed_mask: Tensor | None = None  # (1, [Z,] Y, X)
+    moving_mask: Tensor | None = None
+    then: Mapping | None = None  # acts after the optimised map
+    to_moving: Tensor | None = None  # (D + 1, D + 1) world, before `then` where that is linear, to moving index
+    given_domain: Domain | None = None  # of the transform, where it is not the fixed grid
+
+    @property
+    def domain(self) -> Domain:
+        """The transform's domain."""
+        return self.fixed.grid if self.given_domain is None else self.given_domain
+
+    def ranks(self) -> Pair:
+        """The rank that each leaf has for one pair."""
+        rank = self.fixed.grid.ndim + 1
+        parts: list[Any] = [self.fixed.ranks(), self.moving.ranks(), self.objective.ranks(), 2]
+        parts += [rank] * ((self.fixed_mask is not None) + (self.moving_mask is not None))
+        parts += [] if self.then is None else [self.then.ranks()]
+        parts += [] if self.to_moving is None else [2]
+        parts += [] if self.given_domain is None else [domain_ranks(self.given_domain)]
+        return tree_unflatten(tree_flatten(parts)[0], tree_flatten(self)[1])
+
+
+def pair_matrix(transform: Transform, params: Any, pair: Pair) -> Tensor:
+    """(D, D + 1) float64 from voxel index of the fixed grid to that of the moving grid, for linear maps."""
+    assert pair.to_moving is not None
+    return (pair.to_moving @ transform.matrix(params, pair.domain) @ pair.from_fixed)[:-1]
+
+
+def pair_coords(transform: Transform, params: Any, pair: Pair) -> Tensor:
+    """Voxel indices (D, N) in the moving image of what the fixed voxels map to."""
+    dtype, grid = pair.fixed.data.dtype, pair.fixed.grid
+    if pair.to_moving is not None and splits(transform, pair):
+        found = transform.split(params, pair.domain)
+        return split_coords(found, pair.to_moving, pair.from_fixed, grid.size, dtype)
+    if splits(transform, pair):
+        points = split_points(transform.split(params, pair.domain), grid)
+    else:
+        points = transform.points(params, pair.domain, grid.points())
+    if pair.to_moving is not None:
+        return apply_matrix(pair.to_moving, points).mT.to(dtype)
+    assert pair.then is not None
+    points = pair.then.transform.points(pair.then.params, pair.then.domain, points)
+    return apply_matrix(pair.moving.grid.matrix("world", "index"), points).mT.to(dtype)
+
+
+def pair_weights(inside: Tensor, coords: Tensor, pair: Pair, padding: Padding | None) -> Tensor | None:
+    """Weights (1, N); None where every voxel counts."""
+    weights = None if padding is not None else inside.unsqueeze(0)
+    if pair.fixed_mask is not None:
+        mask = pair.fixed_mask.flatten(1)
+        weights = mask if weights is None else weights * mask
+    if pair.moving_mask is not None:
+        mask = sample(pair.moving_mask, coords, padding="zeros").value
+        weights = mask if weights is None else weights * mask
+    return weights
+
+
+def pair_seen(pair: Pair, coords: Tensor, padding: Padding | None) -> tuple[Sampled, Tensor | None]:
+    """The moving image at coordinates, and the weights."""
+    seen = sample(pair.moving.data, coords, padding="border" if padding is None else padding)
+    return seen, pair_weights(seen.inside, coords, pair, padding)
+
+
+def in_sight(value: Tensor, weights: Tensor | None) -> Tensor:
+    """Infinity where no voxel counts: a map that moves the image out of sight is no good map."""
+    return value if weights is None else torch.where((weights > 0).any(), value, torch.inf)
+
+
+def splits(transform: Transform, pair: Pair) -> bool:
+    """Whether the map splits over the voxels of the fixed image."""
+    return transform.splits and (transform.linear or pair.given_domain is None)
+
+
+def pair_map(transform: Transform, params: Any, domain: Domain, grid: Grid, needs: frozenset[str]) -> dict[str, Any]:
+    """What terms may ask for that is of the map alone."""
+    found: dict[str, Any] = {"params": params, "transform": transform, "domain": domain}
+    if "displacement" in needs:
+        found["displacement"] = transform.displacement(params, domain, grid)
+    if "field" in needs:
+        found["field"] = transform.field(params, domain)
+    return found
+
+
+def pair_found(
+    transform: Transform,
+    params: Any,
+    pair: Pair,
+    warped: Tensor,
+    weights: Tensor | None,
+    needs: frozenset[str],
+) -> dict[str, Any]:
+    """What terms may ask for, by name."""
+    grid = pair.fixed.grid
+    images = {
+        "warped": warped.reshape(pair.fixed.data.shape),
+        "fixed": pair.fixed.data,
+        "weights": None if weights is None else weights.reshape(1, *grid.shape),
+    }
+    return images | pair_map(transform, params, pair.domain, grid, needs)
+
+
+def pair_energy(
+    transform: Transform, padding: Padding | None, params: Any, pair: Pair
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective's value and each term's."""
+    coords = pair_coords(transform, params, pair)
+    seen, weights = pair_seen(pair, coords, padding)
+    total, terms = pair.objective.value(pair_found(transform, params, pair, seen.value, weights, pair.objective.needs))
+    return in_sight(total, weights), terms
+
+
+def pair_gradient(transform: Transform, padding: Padding | None, params: Any, pair: Pair) -> tuple[Any, Tensor]:
+    """Gradient by the step at zero, and the value."""
+
+    def energy(step: Any) -> Tensor:
+        return pair_energy(transform, padding, transform.perturb(params, step, pair.domain), pair)[0]
+
+    zero = transform.cast(transform.zero_step(pair.domain), pair.fixed.data.dtype)
+    gradient, value = grad_and_value(energy)(zero)
+    return transform.precondition(gradient, pair.domain), value
+
+
+def pair_normal_equations(
+    transform: Transform, padding: Padding | None, params: Any, pair: Pair
+) -> tuple[Tensor, Tensor, Tensor]:
+    """|r|^2, J^T r (P,) and J^T J (P, P), by the chain rule through coordinates, image and residuals.
+
+    Weights count as constants: that is the Gauss-Newton approximation.
+    """
+    zero = transform.cast(transform.zero_step(pair.domain), pair.fixed.data.dtype)
+    linear = transform.linear and pair.to_moving is not None
+
+    def along(step: Any) -> tuple[Tensor, Tensor]:
+        place = pair_matrix if linear else pair_coords
+        found = place(transform, transform.perturb(params, step, pair.domain), pair)
+        return found, found
+
+    slopes, found = jacfwd(along, has_aux=True)(zero)
+    dtype, grid = pair.fixed.data.dtype, pair.fixed.grid
+    by_step = torch.cat([leaf.flatten(2) for leaf in tree_leaves(slopes)], 2).to(dtype)  # (D, N or D + 1, P)
+    index = index_points(grid.size, dtype, found.device)
+    coords = found.to(dtype) @ index if linear else found
+    seen, weights = pair_seen(pair, coords, padding)
+    needs = pair.objective.needs
+
+    def residuals_of(warped: Tensor) -> Tensor:
+        return pair.objective.residuals(pair_found(transform, params, pair, warped, weights, needs))
+
+    count = by_step.shape[-1]
+    if linear:  # every tangent is a sum of the products of a slope and an index
+        products = seen.gradient.unsqueeze(2) * index  # (C, D, D + 1, N)
+        tangents = (by_step.reshape(-1, count).mT @ products.flatten(1, 2)).movedim(1, 0)  # (P, C, N)
+    else:
+        tangents = torch.stack([(seen.gradient * by_step[..., p]).sum(1) for p in range(count)])
+    residuals = residuals_of(seen.value)
+    jacobian = vmap(lambda tangent: jvp(residuals_of, (seen.value,), (tangent,))[1])(tangents)  # (P, R)
+    value = (residuals * residuals).sum().to(torch.float64)
+    return (
+        in_sight(value, weights),
+        (jacobian @ residuals).to(torch.float64),
+        (jacobian @ jacobian.mT).to(torch.float64),
+    )
+
+
+def pair_overlap(transform: Transform, padding: Padding | None, params: Any, pair: Pair) -> Tensor:
+    """Sum of the weights over the number of voxels."""
+    coords = pair_coords(transform, params, pair)
+    weights = pair_seen(pair, coords, padding)[1]
+    return torch.ones((), dtype=coords.dtype, device=coords.device) if weights is None else weights.mean()

@@ -1,0 +1,232 @@
+"""Values and gradients of a batch of pairs in a few passes over the images, by the kernels of `mapped`.
+
+For maps that are a shift of the fixed voxels with a matrix after it, and objectives whose terms ask either for the
+images or for the map.  The step goes into the shift and the matrix on torch's own tape, the warped image into the
+terms likewise; between the two lies one pass.  What this does not serve takes the compositions of `pair`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from fnreg.losses.terms import Objective
+from fnreg.mapped import ByMap, Maps, Squares, pull, serves, squares, warp
+from fnreg.optim import scale
+from fnreg.pair import Pair, in_sight, pair_map, splits
+from fnreg.pytree import Axes, batch_axes, is_tracked, tree_detach, tree_flatten, tree_unflatten, tree_vmap
+from fnreg.sampling import Padding
+from fnreg.transforms.base import Domain, Transform, domain_ranks, first_domain
+
+OF_IMAGES = frozenset(("warped", "fixed", "weights"))
+
+
+def parts_after(
+    transform: Transform, step: Any, params: Any, penalties: Objective, domain: Domain
+) -> dict[str, Tensor]:
+    """What the energy is made of after a step, by name: `shift` and `matrix` of the map's `split` where it has them,
+    and the `penalty` of terms that ask for the map alone."""
+    split = transform.split_after(params, step, domain)._asdict()
+    parts = {name: part for name, part in split.items() if part is not None}
+    if penalties.terms:
+        after = transform.perturb(params, step, domain)
+        found = pair_map(transform, after, domain, first_domain(domain), penalties.needs)
+        parts["penalty"] = penalties.value(found)[0]
+    return parts
+
+
+def pull_back(
+    function: Callable[[Any], dict[str, Tensor]], step: Any
+) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Any]]:
+    """Values of a function that no transform is around, and its pull-back: `torch.func.vjp` with half its layers."""
+    if torch.is_inference_mode_enabled():  # without a tape
+        made: Any = vjp(function, step)
+        return made[0], lambda cotangents: made[1](cotangents)[0]
+    leaves, structure = tree_flatten(step)
+    with torch.enable_grad():
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        values = function(tree_unflatten(leaves, structure))
+
+    def pull(cotangents: dict[str, Tensor]) -> Any:
+        moved = [name for name, value in values.items() if value.requires_grad]
+        ends, by_value = [values[name] for name in moved], [cotangents[name] for name in moved]
+        found = torch.autograd.grad(ends, leaves, by_value, allow_unused=True, materialize_grads=True)
+        return tree_unflatten(list(found), structure)
+
+    return tree_detach(values), pull
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Passes:
+    """A batch of pairs whose objective is of the images, and beside them of the map.
+
+    images, penalties : terms of the images, and terms of the map alone
+    squared : the factor of mean squares, where these are all there is of the images
+    """
+
+    transform: Transform
+    pairs: Pair
+    images: Objective
+    penalties: Objective
+    squared: Tensor | None
+    padding: Padding | None
+
+    @staticmethod
+    def of(transform: Transform, pairs: Pair, padding: Padding | None) -> Passes | None:
+        """None where the kernels do not serve."""
+        if pairs.to_moving is None or not splits(transform, pairs) or is_tracked(pairs):
+            return None
+        if not serves(pairs.moving.data, pairs.fixed.data, pairs.fixed_mask, pairs.moving_mask):
+            return None
+        images, penalties = pairs.objective.divided(OF_IMAGES)
+        mixed = not images.needs <= OF_IMAGES
+        if not images.terms or mixed:
+            return None
+        squared = images.mean_squares() if pairs.moving_mask is None else None
+        return Passes(transform, pairs, images, penalties, squared, padding)
+
+    def value(self, params: Any) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Value (B,) and each term's; None where there are penalties."""
+        if self.penalties.terms:
+            return None
+        maps = self._maps(self._parts(params))
+        if self.squared is None or len(self.images.terms) != 1:
+            return self._of_images(*self._seen(maps)[:2])
+        value = self._mean(self._squares(maps))[1]
+        kind = self.pairs.fixed.data.dtype
+        plain = torch.where(self.squared == 0, 0, value / torch.where(self.squared == 0, 1, self.squared))
+        return value.to(kind), {self.images.terms[0].name: plain.to(kind)}
+
+    def gradient(self, params: Any, zero: Any) -> tuple[Any, Tensor]:
+        """Gradient by the step at zero, (B, ...), and the value (B,)."""
+        pairs, domain, axes = self.pairs, self.pairs.domain, self._domain_axes
+        of_terms = batch_axes("objective", self.penalties, self.penalties.ranks())[0]
+
+        def after(step: Any) -> dict[str, Tensor]:
+            parts = functools.partial(parts_after, self.transform)
+            return tree_vmap(parts, (None, None, of_terms, axes), step, params, self.penalties, domain)
+
+        parts, back = pull_back(after, zero)
+        maps = self._maps(parts)
+        by_map, factor, value = self._by_squares(maps) if self.squared is not None else self._by_images(maps)
+        assert pairs.to_moving is not None
+        left, right = pairs.to_moving[..., :-1, :], pairs.from_fixed
+        by_parts: dict[str, Any] = {"matrix": ((scale(by_map.matrix, factor) @ right.mT).mT @ left).mT}
+        if by_map.shift is not None:
+            by_parts["shift"] = scale(by_map.shift, factor).to(parts["shift"].dtype)
+        if "penalty" in parts:
+            by_parts["penalty"] = torch.ones_like(parts["penalty"])
+            value = value + parts["penalty"]
+        gradient = back({name: by_parts[name] for name in parts})
+        if type(self.transform).precondition is not Transform.precondition:
+            gradient = tree_vmap(self.transform.precondition, (None, axes), gradient, domain)
+        return gradient, value.to(pairs.fixed.data.dtype)
+
+    def overlap(self, params: Any) -> Tensor:
+        """Share of the fixed voxels that count (B,)."""
+        maps, pairs = self._maps(self._parts(params)), self.pairs
+        if self.squared is not None:
+            return (self._squares(maps).weight / maps.points).to(pairs.fixed.data.dtype)
+        warped, weights, *_ = self._seen(maps)
+        return warped.new_ones(len(warped)) if weights is None else weights.flatten(1).mean(1).expand(len(warped))
+
+    # -- maps --------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _domain_axes(self) -> Axes:
+        return batch_axes("domain", self.pairs.domain, domain_ranks(self.pairs.domain))[0]
+
+    def _parts(self, params: Any) -> dict[str, Tensor]:
+        def parts(params: Any, domain: Domain) -> dict[str, Tensor]:
+            split = self.transform.split(params, domain)._asdict()
+            return {name: part for name, part in split.items() if part is not None}
+
+        return tree_vmap(parts, (None, self._domain_axes), params, self.pairs.domain)
+
+    def _maps(self, parts: dict[str, Tensor]) -> Maps:
+        # Index to index is to_moving @ matrix @ from_fixed; a batch times one matrix is the faster order.
+        pairs = self.pairs
+        assert pairs.to_moving is not None
+        left, right = pairs.to_moving[..., :-1, :], pairs.from_fixed
+        world = parts["matrix"] @ right if "matrix" in parts else right
+        matrices = (world.mT @ left.mT).mT
+        shift = parts["shift"].to(pairs.moving.data.dtype) if "shift" in parts else None
+        return Maps(matrices.reshape(-1, *matrices.shape[-2:]), shift, pairs.fixed.grid.size)
+
+    def _batched(self, data: Tensor | None) -> Any:
+        """An image or mask with a batch axis, of 1 where it is shared."""
+        return None if data is None else data.reshape(-1, *data.shape[-self.pairs.fixed.grid.ndim - 1 :])
+
+    # -- mean squares ------------------------------------------------------------------------------------------
+
+    def _squares(self, maps: Maps) -> Squares:
+        pairs = self.pairs
+        moving, fixed, mask = (self._batched(t) for t in (pairs.moving.data, pairs.fixed.data, pairs.fixed_mask))
+        return squares(moving, fixed, mask, maps, padding=self.padding)
+
+    def _mean(self, found: Squares) -> tuple[Tensor, Tensor]:
+        """What makes the weighted mean of the sums, and that mean (B,)."""
+        known = found.weight > 0
+        assert self.squared is not None
+        factor = self.squared / (torch.where(known, found.weight, 1) * self.pairs.fixed.channels)
+        return factor, torch.where(known, found.value * factor, torch.inf)
+
+    def _by_squares(self, maps: Maps) -> tuple[ByMap, Tensor | float, Tensor]:
+        found = self._squares(maps)
+        return found.by_map, *self._mean(found)
+
+    # -- other terms -------------------------------------------------------------------------------------------
+
+    def _seen(self, maps: Maps) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The moving image warped, the weights, and what these are made of: the moving mask warped, and all else."""
+        pairs = self.pairs
+        warped, inside = warp(self._batched(pairs.moving.data), maps, padding=self.padding)
+        rest = inside if self.padding is None else None
+        if pairs.fixed_mask is not None:
+            rest = self._batched(pairs.fixed_mask) if rest is None else rest * pairs.fixed_mask
+        if pairs.moving_mask is None:
+            return warped, rest, None, rest
+        mask = warp(self._batched(pairs.moving_mask), maps, padding="zeros")[0]
+        return warped, mask if rest is None else rest * mask, mask, rest
+
+    def _of_images(self, warped: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Value (B,) of the terms of the images, and each term's."""
+        fixed = self.pairs.fixed
+        given, axes = [warped, fixed.data], [0, 0 if fixed.data.ndim == warped.ndim else None]
+        if weights is not None:
+            shared = len(weights) < len(warped)
+            given.append(weights[0] if shared else weights)
+            axes.append(None if shared else 0)
+        of_terms = batch_axes("objective", self.images, self.images.ranks())[0]
+
+        def one(images: Objective, warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Any:
+            value, terms = images.value({"warped": warped, "fixed": fixed, "weights": weights})
+            return in_sight(value, weights), terms
+
+        return tree_vmap(one, (of_terms, *((axis,) for axis in axes)), self.images, *given)
+
+    def _by_images(self, maps: Maps) -> tuple[ByMap, Tensor | float, Tensor]:
+        pairs = self.pairs
+        warped, weights, mask, rest = self._seen(maps)
+
+        def of(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+            counted = weights
+            if "mask" in leaves:
+                counted = leaves["mask"] if rest is None else rest * leaves["mask"]
+            return {"value": self._of_images(leaves["warped"], counted)[0]}
+
+        leaves = {"warped": warped} | ({} if mask is None else {"mask": mask})
+        value, back = pull_back(of, leaves)
+        by = back({"value": torch.ones_like(value["value"])})
+        by_map = pull(self._batched(pairs.moving.data), by["warped"], maps, padding=self.padding)
+        if mask is not None:
+            more = pull(self._batched(pairs.moving_mask), by["mask"], maps, padding="zeros")
+            shift = None if by_map.shift is None or more.shift is None else by_map.shift + more.shift
+            by_map = ByMap(by_map.matrix + more.matrix, shift)
+        return by_map, 1.0, value["value"].to(torch.float64)
