@@ -230,8 +230,8 @@ class _Scaled(torch.autograd.Function):
         by_value, warped, fixed, weights = ctx.saved_tensors
         given = [t for t in (by_value, warped, fixed, weights) if t is not None]
 
-        def first(by_value: Tensor, *images: Tensor) -> Tensor:
-            return _pull_back(by_value, *images[:2], images[2] if len(images) > 2 else None, ctx.options)[0]
+        def first(by_value: Tensor, warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
+            return _pull_back(by_value, warped, fixed, weights, ctx.options)[0]
 
         made: Any = torch.func.vjp(first, *given)
         by_value, *by_images = made[1](by_found)
