@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, jacfwd, jvp, vjp, vmap
 
+from fnreg.annotations import Annotations
 from fnreg.grid import Grid, apply_matrix, index_points
 from fnreg.image import Image
-from fnreg.losses.terms import Objective
+from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS, OF_THE_MAP, Objective
 from fnreg.optim import scale
 from fnreg.pytree import (
     Axes,
@@ -58,6 +59,7 @@ class Pair:
     then: Mapping | None = None  # acts after the optimised map
     to_moving: Tensor | None = None  # (D + 1, D + 1) world, before `then` where that is linear, to moving index
     given_domain: Domain | None = None  # of the transform, where it is not the fixed grid
+    annotations: Annotations | None = None  # labels and points, where the objective asks for them
 
     @property
     def domain(self) -> Domain:
@@ -72,6 +74,7 @@ class Pair:
         parts += [] if self.then is None else [self.then.ranks()]
         parts += [] if self.to_moving is None else [2]
         parts += [] if self.given_domain is None else [domain_ranks(self.given_domain)]
+        parts += [] if self.annotations is None else [self.annotations.ranks(rank - 1)]
         return tree_unflatten(tree_flatten(parts)[0], tree_flatten(self)[1])
 
 
@@ -128,7 +131,7 @@ def _splits(transform: Transform, pair: Pair) -> bool:
 
 def _pair_map(transform: Transform, params: Any, domain: Domain, grid: Grid, needs: frozenset[str]) -> dict[str, Any]:
     """What terms may ask for that is of the map alone."""
-    found: dict[str, Any] = {"params": params, "transform": transform, "domain": domain}
+    found: dict[str, Any] = {"params": params, "transform": transform, "domain": domain, "grid": grid}
     if "displacement" in needs:
         found["displacement"] = transform.displacement(params, domain, grid)
     if "field" in needs:
@@ -154,14 +157,36 @@ def _pair_found(
     return images | _pair_map(transform, params, pair.domain, grid, needs)
 
 
+def _pair_points(transform: Transform, params: Any, pair: Pair, needs: frozenset[str]) -> dict[str, Any]:
+    """What terms may ask for that is of points."""
+    if pair.annotations is None or needs.isdisjoint(OF_POINTS):
+        return {}
+    found = pair.annotations.of_points()
+    if "mapped_points" in needs:
+        mapped = transform.points(params, pair.domain, found["fixed_points"])
+        if pair.then is not None:
+            mapped = pair.then.transform.points(pair.then.params, pair.then.domain, mapped)
+        found["mapped_points"] = mapped
+    return found
+
+
 def _pair_energy(
     transform: Transform, padding: Padding | None, params: Any, pair: Pair
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective's value and each term's."""
+    needs, kind = pair.objective.needs, pair.fixed.data.dtype
+    points = _pair_points(transform, params, pair, needs)
+    if needs.isdisjoint((*OF_IMAGES, *OF_LABELS)):  # no voxel is asked for, so none has to be in sight
+        found = _pair_map(transform, params, pair.domain, pair.fixed.grid, needs)
+        total, terms = pair.objective.value(found | points)
+        return total.to(kind), terms
     coords = _pair_coords(transform, params, pair)
     seen, weights = pair_seen(pair, coords, padding)
-    total, terms = pair.objective.value(_pair_found(transform, params, pair, seen.value, weights, pair.objective.needs))
-    return _in_sight(total, weights), terms
+    found = _pair_found(transform, params, pair, seen.value, weights, needs) | points
+    if pair.annotations is not None:
+        found |= pair.annotations.of_labels(coords, padding)
+    total, terms = pair.objective.value(found)
+    return _in_sight(total.to(kind), weights), terms
 
 
 def _pair_gradient(transform: Transform, padding: Padding | None, params: Any, pair: Pair) -> tuple[Any, Tensor]:
@@ -317,8 +342,7 @@ class Level:
         if not serves(pairs.moving.data, pairs.fixed.data, pairs.fixed_mask):
             return None
         weight, rest = pairs.objective.mean_squares()
-        asks_for_images = not rest.needs.isdisjoint(("warped", "fixed", "weights"))
-        if weight is None or asks_for_images or is_tracked(pairs):
+        if weight is None or not rest.needs.issubset(OF_THE_MAP) or is_tracked(pairs):
             return None
         return weight, rest, batch_axes("objective", rest, rest.ranks())[0]
 
