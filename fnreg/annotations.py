@@ -104,6 +104,8 @@ class Classes:
         sides = [labels.to(torch.int64) for labels in (fixed, moving)]
         numbers = torch.unique(torch.cat([labels.reshape(-1) for labels in sides]))
         numbers = numbers[numbers != 0]
+        if not len(numbers):  # a class that no pair has, so that there are channels to look at
+            numbers = numbers.new_ones(1)
         here, there = (_present(labels, numbers, dimension) for labels in sides)
         differ = (here != there).any(1) | ~here.any(1)
         if fixed.ndim == moving.ndim == dimension + 1 and bool(differ):
@@ -118,11 +120,11 @@ class Classes:
 def _present(labels: Tensor, numbers: Tensor, dimension: int) -> Tensor:
     """Which classes occur, (B or 1, K)."""
     flat = labels.reshape(-1, labels.shape[-dimension:].numel())
-    return torch.stack([(flat == number).any(1) for number in numbers.tolist()] or [flat.any(1)], 1)
+    return torch.stack([(flat == number).any(1) for number in numbers.tolist()], 1)
 
 
 def _told(numbers: Tensor, fixed: Tensor, moving: Tensor) -> str:
-    if not len(numbers):
+    if not bool((fixed | moving).any()):
         return "labels are 0 everywhere, which is the background: there is no class to align"
     only = [
         f"{numbers[mine & ~other].tolist()} only {side}"

@@ -183,7 +183,7 @@ def _pair_energy(
     coords = _pair_coords(transform, params, pair)
     seen, weights = pair_seen(pair, coords, padding)
     found = _pair_found(transform, params, pair, seen.value, weights, needs) | points
-    if pair.annotations is not None:
+    if pair.annotations is not None and not needs.isdisjoint(OF_LABELS):
         found |= pair.annotations.of_labels(coords, padding)
     total, terms = pair.objective.value(found)
     return _in_sight(total.to(kind), weights), terms

@@ -569,6 +569,8 @@ def test_bad_labels_and_points_of_a_batch_are_statuses_and_touch_no_neighbour() 
     result = register(stack([f for f, _ in pairs]), stack([m for _, m in pairs]), Rigid(), **options)
     bad = Status.BAD_LABELS, Status.BAD_LABELS, Status.FIXED_BAD_POINTS, Status.MOVING_BAD_POINTS
     assert result.status.tolist() == [0, *bad, Status.MOVING_BAD_POINTS, 0]
+    nothing = [stack([side, side]) for side in pairs[2]]
+    assert register(*nothing, Rigid(), **options).status.tolist() == [Status.BAD_LABELS] * 2
     alone = register(*pairs[0], Rigid(), **options)
     assert_close(result.mapping.matrix()[0], alone.mapping.matrix(), atol=1e-9, rtol=0)
     with pytest.raises(RegistrationError, match=r"points of fixed or their normals are not finite.*weight 0"):
