@@ -21,24 +21,37 @@ if TYPE_CHECKING:
     from fnreg.grid import Grid as Grid
     from fnreg.image import Image as Image
     from fnreg.image import Subject as Subject
+    from fnreg.losses import descriptors as descriptors
     from fnreg.losses import functional as functional
+    from fnreg.losses import overlap as overlap
     from fnreg.losses import penalties as penalties
+    from fnreg.losses import points as points
     from fnreg.losses.terms import Objective as Objective
     from fnreg.losses.terms import Term as Term
     from fnreg.losses.terms import bending as bending
+    from fnreg.losses.terms import chamfer as chamfer
+    from fnreg.losses.terms import charbonnier as charbonnier
+    from fnreg.losses.terms import closest_points as closest_points
+    from fnreg.losses.terms import cross_entropy as cross_entropy
     from fnreg.losses.terms import curvature as curvature
+    from fnreg.losses.terms import dice as dice
     from fnreg.losses.terms import diffusion as diffusion
     from fnreg.losses.terms import divergence as divergence
     from fnreg.losses.terms import elasticity as elasticity
+    from fnreg.losses.terms import feature as feature
     from fnreg.losses.terms import folding as folding
     from fnreg.losses.terms import huber as huber
+    from fnreg.losses.terms import landmarks as landmarks
     from fnreg.losses.terms import lncc as lncc
     from fnreg.losses.terms import log_jacobian as log_jacobian
     from fnreg.losses.terms import mae as mae
+    from fnreg.losses.terms import mind as mind
     from fnreg.losses.terms import mse as mse
     from fnreg.losses.terms import ncc as ncc
+    from fnreg.losses.terms import ngf as ngf
     from fnreg.losses.terms import term as term
     from fnreg.losses.terms import total_variation as total_variation
+    from fnreg.losses.terms import tversky as tversky
     from fnreg.optim import adam as adam
     from fnreg.optim import chain as chain
     from fnreg.optim import clip as clip
@@ -85,19 +98,29 @@ _HOME = {
         "Objective",
         "Term",
         "bending",
+        "chamfer",
+        "charbonnier",
+        "closest_points",
+        "cross_entropy",
         "curvature",
+        "dice",
         "diffusion",
         "divergence",
         "elasticity",
+        "feature",
         "folding",
         "huber",
+        "landmarks",
+        "lncc",
         "log_jacobian",
         "mae",
+        "mind",
         "mse",
-        "lncc",
         "ncc",
+        "ngf",
         "term",
         "total_variation",
+        "tversky",
     ),
     "fnreg.optim": ("adam", "chain", "clip", "sgd"),
     "fnreg.pytree": ("stack",),
@@ -126,12 +149,15 @@ _HOME = {
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _MODULES = {
     "data": "fnreg.data",
+    "descriptors": "fnreg.losses.descriptors",
     "fields": "fnreg.fields",
     "functional": "fnreg.losses.functional",
     "io": "fnreg.io",
     "optim": "fnreg.optim",
+    "overlap": "fnreg.losses.overlap",
     "penalties": "fnreg.losses.penalties",
     "plot": "fnreg.plot",
+    "points": "fnreg.losses.points",
 }
 
 __all__ = ["__version__", *sorted(_WHERE), *sorted(_MODULES)]  # pyright: ignore[reportUnsupportedDunderAll]

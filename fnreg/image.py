@@ -6,6 +6,7 @@ Methods are written for one image, data (C, [Z,] Y, X).  For a batch, leaves wit
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -233,14 +234,20 @@ class Subject:
 
     image : the intensities
     mask : (1, [Z,] Y, X) weights of voxels, 0 where they are to be ignored; bool or any number
-    labels : (1, [Z,] Y, X) integers
+    labels : (1, [Z,] Y, X) integers, a number for each class and 0 for the background
     points : (N, D) world points
+    point_weights : (N,) how much each point counts, 0 where it is to be ignored
+    normals : (N, D) directions across a surface at the points, of any length
+
+    Raises ValueError where shapes do not fit together, TypeError for labels that are no integers.
     """
 
     image: Image
     mask: Tensor | None = None
     labels: Tensor | None = None
     points: Tensor | None = None
+    point_weights: Tensor | None = None
+    normals: Tensor | None = None
 
     def __init__(
         self,
@@ -248,6 +255,8 @@ class Subject:
         mask: Tensor | None = None,
         labels: Tensor | None = None,
         points: Tensor | None = None,
+        point_weights: Tensor | None = None,
+        normals: Tensor | None = None,
     ) -> None:
         grid = image.grid
         for name, value in (("mask", mask), ("labels", labels)):
@@ -255,17 +264,33 @@ class Subject:
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}: expected (1, {str(grid.shape)[1:]} as the image"
                 )
+        if labels is not None and (labels.is_floating_point() or labels.is_complex()):
+            raise TypeError(
+                f"labels are {labels.dtype}: expected integers, one number for each class; labels.round().long()"
+            )
         if points is not None and points.shape[-1] != grid.ndim:
             raise ValueError(f"points have {points.shape[-1]} coordinates but the image has {grid.ndim} axes")
+        for name, value, axes in (("point_weights", point_weights, 1), ("normals", normals, 2)):
+            if value is None:
+                continue
+            if points is None:
+                raise ValueError(f"{name} are given without points: give the points that they belong to")
+            trailing = tuple(points.shape[-2:])[:axes]
+            if tuple(value.shape[-axes:]) != trailing:
+                raise ValueError(
+                    f"{name} have shape {tuple(value.shape)}: expected {trailing} for points {tuple(points.shape)}"
+                )
         if mask is not None and mask.dtype != image.data.dtype:
             mask = mask.to(image.data.dtype)
-        for name, value in (("image", image), ("mask", mask), ("labels", labels), ("points", points)):
-            object.__setattr__(self, name, value)
+        given = (image, mask, labels, points, point_weights, normals)
+        for field, value in zip(dataclasses.fields(self), given, strict=True):
+            object.__setattr__(self, field.name, value)
 
     def ranks(self) -> Subject:
         """The rank that each leaf has for one pair."""
         rank = self.image.grid.ndim + 1
-        extra = [r for r, leaf in ((rank, self.mask), (rank, self.labels), (2, self.points)) if leaf is not None]
+        known = (self.mask, self.labels, self.points, self.point_weights, self.normals)
+        extra = [r for r, leaf in zip((rank, rank, 2, 1, 2), known, strict=True) if leaf is not None]
         return tree_unflatten([*tree_flatten(self.image.ranks())[0], *extra], tree_flatten(self)[1])
 
 

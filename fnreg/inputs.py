@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnreg.annotations import Annotations, Classes, Points, bad_points, check, points_of
 from fnreg.filters import FWHM, gaussian, resize
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject, subject
-from fnreg.losses.terms import Objective
+from fnreg.losses.terms import OF_LABELS, OF_POINTS, Objective
 from fnreg.pair import Pair
 from fnreg.problem import Level
 from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach, tree_map
@@ -30,6 +31,7 @@ class Inputs:
     """Pyramids of both sides with their masks, finest first, and the map that acts after.
 
     sizes : length of the leading axis of every batched leaf, by name; wrapped : inside a torch.func transform
+    needs : what objectives ask for; labels and points, (fixed, moving), are there where these ask for them
     """
 
     fixed: tuple[Image, ...]
@@ -39,6 +41,10 @@ class Inputs:
     then: Mapping | None
     sizes: dict[str, int]
     wrapped: bool
+    needs: frozenset[str] = frozenset()
+    labels: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+    labels_differ: Tensor | None = None
+    points: tuple[Points | None, Points | None] = (None, None)
 
     @property
     def domain(self) -> Grid:
@@ -71,13 +77,26 @@ class Inputs:
             grids = (fixed.grid, fixed.grid.ranks())
             smooth = over_batch(_as_smooth, moving=(moving, moving.ranks()), grid=grids)
             moving = Image(smooth.data, moving.grid)
+        annotations = self._annotations(number, other)
         to_moving: Any = over_batch(_to_index, grid=(moving.grid, moving.grid.ranks()))
         if then is not None:
             to_moving = to_moving @ then.matrix() if then.transform.linear else None
         from_fixed = over_batch(_from_index, grid=(fixed.grid, fixed.grid.ranks()))
         masks = self.fixed_masks[number], self.moving_masks[other]
-        pairs = Pair(fixed, moving, objective, from_fixed, *masks, then, to_moving, domain)
+        pairs = Pair(fixed, moving, objective, from_fixed, *masks, then, to_moving, domain, annotations)
         return Level(transform, pairs, batch_axes("pair", pairs, pairs.ranks())[0], size, padding)
+
+    def _annotations(self, number: int, other: int) -> Annotations | None:
+        """Labels and points at a level of the fixed and one of the moving pyramid; labels as smooth as the images."""
+        if self.labels is None and self.points == (None, None):
+            return None
+        if self.labels is None:
+            return Annotations(None, None, *self.points)
+        fixed, moving = self.labels[0][number], self.labels[1][other]
+        if number > 0:
+            image, grid = Image(moving, self.moving[other].grid), self.fixed[number].grid
+            moving = over_batch(_as_smooth, moving=(image, image.ranks()), grid=(grid, grid.ranks())).data
+        return Annotations(fixed, moving, *self.points)
 
     def faults(self) -> list[tuple[Tensor, Status]]:
         """For each fault that an image can have the pairs that have it, (B,) or (1,) for all; what tells more first."""
@@ -95,21 +114,39 @@ class Inputs:
                 found.append((~(weight >= 0).all(2).all(1), Status[f"{side}_BAD_MASK"]))
                 found.append((~counts.any(2).any(1), Status[f"{side}_EMPTY_MASK"]))
                 high, low = torch.where(counts, data, -torch.inf), torch.where(counts, data, torch.inf)
+            if self.needs and self.needs.isdisjoint(("warped", "fixed")):  # nobody looks at intensities
+                continue
             found.append((~torch.isfinite(data).all(2).all(1), Status[f"{side}_NOT_FINITE"]))
             found.append(((high.amax(2) <= low.amin(2)).all(1), Status[f"{side}_CONSTANT"]))
+        if self.labels_differ is not None:
+            found.append((self.labels_differ, Status.BAD_LABELS))
+        for side, points in zip(("FIXED", "MOVING"), self.points, strict=True):
+            if points is not None:
+                found.append((bad_points(points), Status[f"{side}_BAD_POINTS"]))
         return found
 
 
 def prepare(
-    fixed: Input, moving: Input, then: Mapping | None, *, levels: int, min_size: int, detach: bool = True
+    fixed: Input,
+    moving: Input,
+    then: Mapping | None,
+    *,
+    levels: int,
+    min_size: int,
+    detach: bool = True,
+    objectives: Sequence[Objective] = (),
 ) -> Inputs:
-    """Pyramids and masks of what `register` was given; ValueError where the two sides do not fit together."""
+    """Pyramids, masks, labels and points of what `register` was given.
+
+    ValueError where the two sides do not fit together, or have not what the objectives ask for.
+    """
     if levels < 1:
         raise ValueError(f"levels is {levels}: give at least one")
     wrapped = is_transformed(fixed, moving, then)
     detach = detach and not wrapped
     sizes: dict[str, int] = {}
     sides: list[tuple[tuple[Image, ...], tuple[Tensor | None, ...]]] = []
+    subjects: list[list[Subject]] = []
     for name, given in (("fixed", fixed), ("moving", moving)):
         known = [subject(item) for item in given] if isinstance(given, Sequence) else [subject(given)]
         if not known:
@@ -121,6 +158,7 @@ def prepare(
         for item in known:
             sizes |= batch_axes(name, item, item.ranks())[1]
         known = [_fill(tree_map(Tensor.contiguous, tree_detach(item) if detach else item)) for item in known]
+        subjects.append(known)
         if isinstance(given, Sequence):
             sides.append((tuple(item.image for item in known), tuple(item.mask for item in known)))
         else:
@@ -141,7 +179,42 @@ def prepare(
         check_dimension("then", then, fixed_images[0].grid)
     if batch_size(sizes) == 0:
         raise ValueError("the batch is empty: give at least one pair")
-    return Inputs(fixed_images, moving_images, fixed_masks, moving_masks, then, sizes, wrapped)
+    for objective in objectives:
+        check(objective, subjects[0][0], subjects[1][0])
+    needs = frozenset(name for objective in objectives for name in objective.needs)
+    made = Inputs(fixed_images, moving_images, fixed_masks, moving_masks, then, sizes, wrapped, needs)
+    if not needs.isdisjoint(OF_LABELS):
+        classes, labels = _labels(subjects, (len(fixed_images), len(moving_images)), min_size)
+        made = dataclasses.replace(made, labels=labels, labels_differ=classes.differ)
+    if not needs.isdisjoint(OF_POINTS):
+        made = dataclasses.replace(made, points=(points_of(subjects[0][0]), points_of(subjects[1][0])))
+    return made
+
+
+def _labels(
+    subjects: list[list[Subject]], levels: tuple[int, int], min_size: int
+) -> tuple[Classes, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """Labels of both sides, one channel for each class, finest first."""
+    dimension = subjects[0][0].image.grid.ndim
+    first, second = (known[0].labels for known in subjects)
+    assert first is not None
+    assert second is not None
+    classes = Classes.of(first, second, dimension)
+    sides: list[tuple[Tensor, ...]] = []
+    for name, known, count in zip(("fixed", "moving"), subjects, levels, strict=True):
+        channels: list[Subject] = []
+        for item in known:
+            if item.labels is None:
+                raise ValueError(
+                    f"the {name} pyramid has labels for some of its levels only: give them for all or none"
+                )
+            one_hot = classes.channels(item.labels, item.image.data.dtype, dimension)
+            channels.append(_fill(Subject(Image(one_hot, item.image.grid), item.mask)))
+        if len(known) > 1 or count == 1:  # a pyramid was given, or one level is all there is
+            sides.append(tuple(item.image.data for item in channels))
+        else:
+            sides.append(tuple(image.data for image in _pyramid(channels[0], count, min_size)[0]))
+    return classes, (sides[0], sides[1])
 
 
 def _check_order(name: str, finer: Image, coarser: Image) -> None:
@@ -223,7 +296,7 @@ def _fill(known: Subject) -> Subject:
 
     rank = grid.ndim + 1
     filled = over_batch(one, image=(known.image.data, rank), mask=(known.mask, rank))
-    return Subject(Image(filled, grid), known.mask, known.labels, known.points)
+    return dataclasses.replace(known, image=Image(filled, grid))
 
 
 def _pyramid(known: Subject, levels: int, min_size: int) -> tuple[tuple[Image, ...], tuple[Tensor | None, ...]]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, jacfwd, jvp, vmap
 
+from fnreg.annotations import Annotations
 from fnreg.grid import Grid, apply_matrix, index_points
 from fnreg.image import Image
-from fnreg.losses.terms import Objective
+from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
 from fnreg.pytree import pytree_dataclass, tree_flatten, tree_leaves, tree_unflatten
 from fnreg.sampling import Padding, Sampled, sample
 from fnreg.transforms.base import (
@@ -39,6 +40,7 @@ class Pair:
     then: Mapping | None = None  # acts after the optimised map
     to_moving: Tensor | None = None  # (D + 1, D + 1) world, before `then` where that is linear, to moving index
     given_domain: Domain | None = None  # of the transform, where it is not the fixed grid
+    annotations: Annotations | None = None  # labels and points, where the objective asks for them
 
     @property
     def domain(self) -> Domain:
@@ -53,6 +55,7 @@ class Pair:
         parts += [] if self.then is None else [self.then.ranks()]
         parts += [] if self.to_moving is None else [2]
         parts += [] if self.given_domain is None else [domain_ranks(self.given_domain)]
+        parts += [] if self.annotations is None else [self.annotations.ranks(rank - 1)]
         return tree_unflatten(tree_flatten(parts)[0], tree_flatten(self)[1])
 
 
@@ -109,7 +112,7 @@ def splits(transform: Transform, pair: Pair) -> bool:
 
 def pair_map(transform: Transform, params: Any, domain: Domain, grid: Grid, needs: frozenset[str]) -> dict[str, Any]:
     """What terms may ask for that is of the map alone."""
-    found: dict[str, Any] = {"params": params, "transform": transform, "domain": domain}
+    found: dict[str, Any] = {"params": params, "transform": transform, "domain": domain, "grid": grid}
     if "displacement" in needs:
         found["displacement"] = transform.displacement(params, domain, grid)
     if "field" in needs:
@@ -135,14 +138,36 @@ def pair_found(
     return images | pair_map(transform, params, pair.domain, grid, needs)
 
 
+def pair_points(transform: Transform, params: Any, pair: Pair, needs: frozenset[str]) -> dict[str, Any]:
+    """What terms may ask for that is of points."""
+    if pair.annotations is None or needs.isdisjoint(OF_POINTS):
+        return {}
+    found = pair.annotations.of_points()
+    if "mapped_points" in needs:
+        mapped = transform.points(params, pair.domain, found["fixed_points"])
+        if pair.then is not None:
+            mapped = pair.then.transform.points(pair.then.params, pair.then.domain, mapped)
+        found["mapped_points"] = mapped
+    return found
+
+
 def pair_energy(
     transform: Transform, padding: Padding | None, params: Any, pair: Pair
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective's value and each term's."""
+    needs, kind = pair.objective.needs, pair.fixed.data.dtype
+    points = pair_points(transform, params, pair, needs)
+    if needs.isdisjoint((*OF_IMAGES, *OF_LABELS)):  # no voxel is asked for, so none has to be in sight
+        found = pair_map(transform, params, pair.domain, pair.fixed.grid, needs)
+        total, terms = pair.objective.value(found | points)
+        return total.to(kind), terms
     coords = pair_coords(transform, params, pair)
     seen, weights = pair_seen(pair, coords, padding)
-    total, terms = pair.objective.value(pair_found(transform, params, pair, seen.value, weights, pair.objective.needs))
-    return in_sight(total, weights), terms
+    found = pair_found(transform, params, pair, seen.value, weights, needs) | points
+    if pair.annotations is not None and not needs.isdisjoint(OF_LABELS):
+        found |= pair.annotations.of_labels(coords, padding)
+    total, terms = pair.objective.value(found)
+    return in_sight(total.to(kind), weights), terms
 
 
 def pair_gradient(transform: Transform, padding: Padding | None, params: Any, pair: Pair) -> tuple[Any, Tensor]:

@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from fnreg.losses.terms import Objective
+from fnreg.grid import Grid
+from fnreg.losses.terms import OF_IMAGES, OF_THE_MAP, Objective
 from fnreg.mapped import ByMap, Maps, Squares, pull, serves, squares, warp
 from fnreg.optim import scale
 from fnreg.pair import Pair, in_sight, pair_map, splits
 from fnreg.pytree import Axes, batch_axes, is_tracked, tree_detach, tree_flatten, tree_unflatten, tree_vmap
 from fnreg.sampling import Padding
 from fnreg.transforms.base import Domain, Transform, domain_ranks, first_domain
-
-OF_IMAGES = frozenset(("warped", "fixed", "weights"))
 
 
 def parts_after(
@@ -85,8 +84,7 @@ class Passes:
         if not serves(pairs.moving.data, pairs.fixed.data, pairs.fixed_mask, pairs.moving_mask):
             return None
         images, penalties = pairs.objective.divided(OF_IMAGES)
-        mixed = not images.needs <= OF_IMAGES
-        if not images.terms or mixed:
+        if not images.terms or not images.needs <= {*OF_IMAGES, "grid"} or not penalties.needs <= {*OF_THE_MAP}:
             return None
         squared = images.mean_squares() if pairs.moving_mask is None else None
         return Passes(transform, pairs, images, penalties, squared, padding)
@@ -198,6 +196,7 @@ class Passes:
     def _of_images(self, warped: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Value (B,) of the terms of the images, and each term's."""
         fixed = self.pairs.fixed
+        of_grid = batch_axes("grid", fixed.grid, fixed.grid.ranks())[0]
         given, axes = [warped, fixed.data], [0, 0 if fixed.data.ndim == warped.ndim else None]
         if weights is not None:
             shared = len(weights) < len(warped)
@@ -205,11 +204,11 @@ class Passes:
             axes.append(None if shared else 0)
         of_terms = batch_axes("objective", self.images, self.images.ranks())[0]
 
-        def one(images: Objective, warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Any:
-            value, terms = images.value({"warped": warped, "fixed": fixed, "weights": weights})
-            return in_sight(value, weights), terms
+        def one(images: Objective, grid: Grid, warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Any:
+            value, terms = images.value({"warped": warped, "fixed": fixed, "weights": weights, "grid": grid})
+            return in_sight(value.to(warped.dtype), weights), terms
 
-        return tree_vmap(one, (of_terms, *((axis,) for axis in axes)), self.images, *given)
+        return tree_vmap(one, (of_terms, of_grid, *((axis,) for axis in axes)), self.images, fixed.grid, *given)
 
     def _by_images(self, maps: Maps) -> tuple[ByMap, Tensor | float, Tensor]:
         pairs = self.pairs

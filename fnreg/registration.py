@@ -21,7 +21,7 @@ from fnreg.fields import determinant
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.inputs import Input, Inputs, check_dimension, prepare
-from fnreg.losses.terms import mse
+from fnreg.losses.terms import OF_IMAGES, OF_LABELS, Objective, mse
 from fnreg.losses.terms import objective as as_objective
 from fnreg.problem import Level, refine
 from fnreg.pytree import (
@@ -81,7 +81,10 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-    """One registration of a sequence; what is None is taken from the call of `register`."""
+    """One registration of a sequence; what is None is taken from the call of `register`.
+
+    objective, steps : for all levels, or a sequence from coarse to fine
+    """
 
     transform: Transform
     objective: Any = None
@@ -178,7 +181,8 @@ def register(
     fixed, moving : Image or Subject, or a pyramid of images, finest first; leaves with one rank more are a batch
     transform : what is optimised; a sequence of transforms or `Stage`s runs one after another: a linear one starts
         where the last ended if it can hold that map, else the last one's map acts after it
-    objective : a term, a sum of terms, or a callable on the names of `losses.terms.NAMES`
+    objective : a term, a sum of terms, or a callable on the names of `losses.terms.NAMES`; or a sequence of these, one
+        per level from coarse to fine, of which the last gives the value of the result
     optimizer : for the solver `Descent`, such as `adam(0.3)`
     solver : `Descent(...)` (default) or `GaussNewton(...)`
     levels : images per pyramid, fewer where they become smaller than `min_size` voxels (a warning tells)
@@ -215,14 +219,16 @@ def register(
     stages = [_resolve(stage, default) for stage in given]
     if symmetric and not any(stage.transform.negates for stage in stages):
         raise ValueError(f"{stages[-1].transform} has no cheap inverse: symmetric registration goes with SVF and SVFFD")
-    whole = prepare(fixed, moving, then, levels=max(_levels(stage) for stage in stages), min_size=min_size)
-    if is_transformed([stage.objective for stage in stages], initial, starts):
+    objectives = [part for stage in stages for part in stage.objective]
+    most = max(_levels(stage) for stage in stages)
+    whole = prepare(fixed, moving, then, levels=most, min_size=min_size, objectives=objectives)
+    if is_transformed(objectives, initial, starts):
         whole = dataclasses.replace(whole, wrapped=True)
     if not whole.wrapped:
         stages = [dataclasses.replace(stage, objective=tree_detach(stage.objective)) for stage in stages]
     sizes = dict(whole.sizes)
-    for stage in stages:
-        sizes |= batch_axes("objective", stage.objective, stage.objective.ranks())[1]
+    for part in objectives:
+        sizes |= batch_axes("objective", part, part.ranks())[1]
     if initial is not None:
         sizes |= batch_axes("initial", initial, initial_ranks(initial, stages[0].transform, whole.domain))[1]
     given_starts = [name for name, value in (("initial", initial), ("starts", starts)) if value is not None]
@@ -274,9 +280,9 @@ def evaluate(
 
     Returns scalars, or (B,) where a leaf of images, mapping or weights has a batch axis.
     """
-    whole = prepare(fixed, moving, None, levels=1, min_size=1, detach=False)
-    check_dimension("mapping", mapping, whole.domain)
     total = as_objective(objective)
+    whole = prepare(fixed, moving, None, levels=1, min_size=1, detach=False, objectives=(total,))
+    check_dimension("mapping", mapping, whole.domain)
     ranks = mapping.ranks()
     sizes = batch_axes("mapping", mapping, ranks)[1] | batch_axes("objective", total, total.ranks())[1]
     size = batch_size(whole.sizes | sizes)
@@ -308,14 +314,22 @@ def _resolve(given: Stage | Transform, default: Stage) -> Stage:
             raise ValueError("GaussNewton has no optimizer: give either a solver or an optimizer")
         limited = default.solver if solver is None else solver
         solver = Descent(optim.as_optimizer(optimizer), limited.limit if isinstance(limited, Descent) else None)
-    total = as_objective(default.objective if stage.objective is None else stage.objective)
+    objective = default.objective if stage.objective is None else stage.objective
+    given_each: Sequence[Any] = objective if isinstance(objective, (list, tuple)) else [objective]
+    several = tuple(as_objective(one) for one in given_each)
+    levels = default.levels if stage.levels is None else stage.levels
+    if len(several) != 1 and len(several) != levels:
+        raise ValueError(
+            f"{len(several)} objectives for {levels} levels: give one, or one per level from coarse to fine"
+        )
     if isinstance(solver, GaussNewton):
-        total.check_squares()
+        for one in several:
+            one.check_squares()
     return Stage(
         stage.transform,
-        total,
+        several,
         Descent() if solver is None else solver,
-        levels=default.levels if stage.levels is None else stage.levels,
+        levels=levels,
         steps=default.steps if stage.steps is None else stage.steps,
         stop=stop,
     )
@@ -420,7 +434,7 @@ class _Stage:
                 before = whole.domain if level is None else level.pairs.domain
                 axes = batch_axes("domain", before, before.ranks())[0]
                 params = refine(transform, params, tree_take(before, each, axes), work.pairs.domain)
-            if level is None and whole.visible:
+            if level is None and whole.visible and _looks(self._objective(depth)):
                 apart = (work.overlap(params) <= 0).reshape(self.size, width).all(1)
                 failures = failures.add(apart, Status.NO_OVERLAP)
             level = finer
@@ -445,15 +459,21 @@ class _Stage:
             traces.append(Trace(history, self.number, depth))
         assert level is not None
         value, terms = level.value(params)
-        if whole.visible:
+        if whole.visible and _looks(self._objective(0)):
             failures = failures.add(level.overlap(params) <= 0, Status.LOST_OVERLAP)
         status = torch.where(failures.cause > 0, failures.cause, status)
         return _Solution(transform, params, self.then, value, terms, status, steps, traces, failures)
 
     def _level(self, depth: int) -> Level | BothWays:
         stage = self.stage
-        level = self.whole.level(depth, stage.transform, stage.objective, self.size, self.padding, self.then)
+        objective = self._objective(depth)
+        level = self.whole.level(depth, stage.transform, objective, self.size, self.padding, self.then)
         return BothWays.of(level) if self.symmetric and stage.transform.negates else level
+
+    def _objective(self, depth: int) -> Objective:
+        """That of a level, 0 the finest; a pyramid that ends early drops the coarsest."""
+        several: Sequence[Objective] = self.stage.objective
+        return several[-1 - depth] if len(several) > 1 else several[0]
 
     def _counts(self) -> list[int]:
         """Steps per level, coarse to fine; a pyramid that ends early drops the coarsest."""
@@ -487,6 +507,11 @@ class _Stage:
             progress(Event(self.number, self.stages, level, levels, step, steps, active, self.size, value))
 
         return tell
+
+
+def _looks(objective: Objective) -> bool:
+    """Whether an objective asks for voxels, of which some have to be in sight."""
+    return not objective.needs.isdisjoint((*OF_IMAGES, *OF_LABELS))
 
 
 def _is_pure(solver: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnreg.annotations import Annotations
 from fnreg.image import Image
 from fnreg.pair import Pair, pair_seen
 from fnreg.problem import Level
@@ -29,21 +30,39 @@ def mirrored(level: Level) -> Level:
     if pairs.to_moving is None:
         raise ValueError("symmetric registration needs a linear map to act after, or none: resample the moving image")
 
-    def seen(pair: Pair) -> tuple[Tensor, Tensor | None]:
+    def seen(pair: Pair) -> tuple[Tensor, Tensor | None, Annotations | None]:
         grid, dtype = pair.fixed.grid, pair.fixed.data.dtype
         assert pair.to_moving is not None
         coords = split_coords(Split(None, None), pair.to_moving, pair.from_fixed, grid.size, dtype)
         found, weights = pair_seen(dataclasses.replace(pair, fixed_mask=None), coords, level.padding)
         mask = None if weights is None else weights.reshape(1, *grid.shape)
-        return found.value.reshape(-1, *grid.shape), mask
+        return found.value.reshape(-1, *grid.shape), mask, _annotations(pair, coords, level)
 
     grid = pairs.fixed.grid
-    data, mask = over_batch(seen, pair=(pairs, pairs.ranks()))
+    data, mask, annotations = over_batch(seen, pair=(pairs, pairs.ranks()))
     to_fixed = over_batch(lambda g: g.inverse_affine, grid=(grid, grid.ranks()))
     back = Pair(
-        Image(data, grid), pairs.fixed, pairs.objective, pairs.from_fixed, mask, pairs.fixed_mask, to_moving=to_fixed
+        Image(data, grid),
+        pairs.fixed,
+        pairs.objective,
+        pairs.from_fixed,
+        mask,
+        pairs.fixed_mask,
+        to_moving=to_fixed,
+        annotations=annotations,
     )
     return dataclasses.replace(level, pairs=back, axes=batch_axes("pair", back, back.ranks())[0])
+
+
+def _annotations(pair: Pair, coords: Tensor, level: Level) -> Annotations | None:
+    """Labels and points that have changed places, those of the moving image seen through what acts after."""
+    known = pair.annotations
+    if known is None:
+        return None
+    labels, points = known.of_labels(coords, level.padding), known.moving_points
+    if points is not None and pair.then is not None:
+        points = points.through(torch.linalg.inv_ex(pair.then.matrix()).inverse)
+    return Annotations(labels.get("warped_labels"), known.fixed_labels, points, known.fixed_points)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

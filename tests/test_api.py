@@ -27,7 +27,7 @@ NAMES = [name for name in fnreg.__all__ if name != "__version__"]
 VALUES = [name for name in NAMES if not isinstance(getattr(fnreg, name), ModuleType)]
 
 # How a registration is put together inside; what these modules define is no part of the interface.
-INTERNAL = {"inputs", "problem", "starts", "native"}
+INTERNAL = {"annotations", "inputs", "problem", "starts", "native"}
 
 
 def modules() -> list[ModuleType]:
@@ -248,12 +248,13 @@ def test_statuses_are_numbers_with_names() -> None:
     faults = ["NOT_FINITE", "CONSTANT", "BAD_MASK", "EMPTY_MASK"]
     sides = [f"{side}_{fault}" for side in ("FIXED", "MOVING") for fault in faults]
     names = ["STEPS", "CONVERGED", "DIVERGED", "LOST_OVERLAP", "NO_OVERLAP", *sides]
+    names += ["BAD_LABELS", "FIXED_BAD_POINTS", "MOVING_BAD_POINTS"]
     assert [status.name for status in fnreg.Status] == names
-    assert [int(status) for status in fnreg.Status] == list(range(13))
+    assert [int(status) for status in fnreg.Status] == list(range(len(names)))
     for status in fnreg.Status:
         assert bool(status.remedy) == (status > fnreg.Status.CONVERGED)
         assert fnreg.Status(int(status)) is pickle.loads(pickle.dumps(status)) is status
-    assert len({status.remedy for status in fnreg.Status}) == 12
+    assert len({status.remedy for status in fnreg.Status}) == len(names) - 1
     assert issubclass(fnreg.RegistrationError, ValueError)
 
 

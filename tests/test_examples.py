@@ -13,6 +13,7 @@ SMALL: dict[str, list[str]] = {
     "thousand_pairs": ["--count", "20"],
     "free_form": ["--steps", "5"],
     "diffeomorphic": ["--steps", "5"],
+    "landmarks_and_labels": ["--steps", "10"],
     "circle_to_c": [],
 }
 LONG = {"circle_to_c"}

@@ -21,7 +21,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
 
 import fnreg
-from fnreg import Grid, Objective, Term, stack, term
+from fnreg import Grid, Objective, Term, settings, stack, term
 from fnreg.losses import functional
 from fnreg.losses.terms import NAMES, SIMILARITIES, objective
 from fnreg.pytree import batch_axes, tree_flatten, tree_vmap
@@ -34,6 +34,7 @@ MEASURES: dict[str, Callable[..., Tensor]] = {
     "mae": functional.mae,
     "huber": functional.huber,
     "ncc": functional.ncc,
+    "charbonnier": functional.charbonnier,
 }
 RESIDUALS = {"mse": functional.mse_residuals, "ncc": functional.ncc_residuals}
 every_measure = pytest.mark.parametrize("name", MEASURES)
@@ -215,6 +216,32 @@ def test_huber_refuses_a_delta_that_is_not_positive() -> None:
         functional.huber(torch.zeros(1, 3), torch.ones(1, 3), delta=0)
 
 
+@given(shapes, seeds, st.floats(0.01, 2.0))
+def test_charbonnier_is_the_root_of_numpy_and_lies_between_its_limits(
+    shape: tuple[int, ...], seed: int, eps: float
+) -> None:
+    warped, fixed = images(shape, seed)
+    away = (warped - fixed).numpy()
+    found = functional.charbonnier(warped, fixed, eps=eps)
+    assert_close(found, tensor(np.mean(np.sqrt(away**2 + eps**2) - eps)), atol=1e-13, rtol=0)
+    assert float(found) <= float(functional.mse(warped, fixed)) / (2 * eps) + 1e-15
+    mae = float(functional.mae(warped, fixed))
+    assert mae - eps <= float(found) <= mae
+    assert bool((grad(functional.charbonnier)(warped, fixed, None).abs() * warped.numel() < 1).all())
+
+
+def test_charbonnier_keeps_its_digits_at_small_differences() -> None:
+    """In float32 sqrt(d^2 + eps^2) - eps would be 0 here."""
+    small = torch.full((1, 3), 1e-5)
+    assert_close(functional.charbonnier(small, 0 * small, eps=1.0), torch.tensor(5e-11), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, math.nan])
+def test_charbonnier_refuses_an_eps_that_is_not_positive(eps: float) -> None:
+    with pytest.raises(ValueError, match=f"eps is {eps}: it must be positive"):
+        functional.charbonnier(torch.zeros(1, 3), torch.ones(1, 3), eps=eps)
+
+
 def test_mae_has_no_slope_at_equality() -> None:
     image = tensor([[1.0, 2.0, 3.0]])
     moved = image + tensor([[0.0, 0.1, -0.1]])
@@ -351,24 +378,70 @@ def test_options_are_checked_and_kept() -> None:
     assert (0.5 * made).options == made.options
     assert made(delta=0.4).options == (("delta", 0.4),)
     assert_close(total(made), functional.huber(WARPED, FIXED, delta=0.2))
-    with pytest.raises(TypeError, match="huber has no option 'detla': its options are delta"):
+    with pytest.raises(TypeError, match="huber has no option 'detla': its options are delta, channel"):
         fnreg.huber(detla=0.2)
-    with pytest.raises(TypeError, match="mse has no option 'delta': its options are none"):
+    with pytest.raises(TypeError, match="mse has no option 'delta': its options are channel"):
         fnreg.mse(delta=0.2)
     with pytest.raises(TypeError, match="huber has no option 'weights'"):
         fnreg.huber(weights=None)
+    with pytest.raises(TypeError, match="divergence has no option 'channel': its options are none"):
+        fnreg.divergence(channel=0)
+
+
+@pytest.mark.parametrize("name", SIMILARITIES)
+@pytest.mark.parametrize("channel", [0, 2, (2, 0), (1,)], ids=str)
+def test_every_similarity_may_see_some_channels_only(name: str, channel: Any) -> None:
+    found = {"warped": uniform(3, 6, 5, seed=1), "fixed": uniform(3, 6, 5, seed=2), "weights": None, "grid": None}
+    chosen = [channel] if isinstance(channel, int) else list(channel)
+    part = found | {side: found[side][chosen] for side in ("warped", "fixed")}  # type: ignore[index]
+    made = SIMILARITIES[name](channel=channel)
+    assert_close(made.value(found), SIMILARITIES[name].value(part), atol=1e-15, rtol=0)
+    assert repr(0.5 * made) == f"0.5 * {name}(channel={channel})"
+    if made.residuals is not None:
+        squares = objective(2 * made).residuals(found).square().sum()
+        assert_close(squares, 2 * made.value(found), atol=1e-14, rtol=0)
+
+
+def test_a_channel_goes_with_other_options_and_with_any_function() -> None:
+    made = fnreg.huber(delta=0.2)(channel=1)
+    assert_close(total(made), functional.huber(WARPED[1:], FIXED[1:], delta=0.2))
+    assert objective(made).mean_squares() is None
+    assert objective(fnreg.mse(channel=0)).mean_squares() is None  # what is fast is the mean over all channels
+
+    def first(warped: Tensor) -> Tensor:
+        return tensor(float(len(warped)))
+
+    def own(warped: Tensor, *, channel: int = 5) -> Tensor:
+        return tensor(float(len(warped) * channel))
+
+    assert total(term(first)(channel=0)) == 1
+    assert total(term(own)(channel=3)) == 6  # an option of the function itself stays its own
+
+
+@pytest.mark.parametrize("channel", [-1, True, 0.0, "red", (), (0, -2), [0], None])
+def test_what_is_no_channel_is_refused(channel: Any) -> None:
+    with pytest.raises(ValueError, match=r"mse\(channel=.*\): expected a channel from 0, such as 0, or a tuple"):
+        fnreg.mse(channel=channel)
+
+
+def test_a_channel_that_is_not_there_is_named() -> None:
+    for channel in (2, (0, 7)):
+        with pytest.raises(ValueError, match=r"mse\(channel=.*\) but the images have 2 channels: choose from 0 to 1"):
+            total(fnreg.mse(channel=channel))
 
 
 def test_a_term_is_given_what_it_asks_for() -> None:
     seen: list[set[str]] = []
 
-    def everything(
-        warped: Any, fixed: Any, weights: Any, displacement: Any, field: Any, params: Any, transform: Any, domain: Any
-    ) -> Tensor:
-        seen.append({name for name, value in locals().items() if value == name})
-        return tensor(1.0)
-
-    made = objective(everything)
+    arguments = ", ".join(NAMES)
+    made_of: dict[str, Any] = {"seen": seen, "tensor": tensor}
+    exec(
+        f"def everything({arguments}):\n"
+        "    seen.append({name for name, value in locals().items() if value == name})\n"
+        "    return tensor(1.0)",
+        made_of,
+    )
+    made = objective(made_of["everything"])
     assert made.needs == set(NAMES)
     made.value({name: name for name in NAMES})
     assert seen == [set(NAMES)]
@@ -446,9 +519,11 @@ def test_a_term_is_a_tree_of_its_weight() -> None:
 
 
 def test_similarities_have_their_names() -> None:
-    assert {name: made.name for name, made in SIMILARITIES.items()} == {name: name for name in MEASURES}
+    assert {name: made.name for name, made in SIMILARITIES.items()} == {name: name for name in SIMILARITIES}
+    assert set(MEASURES) <= set(SIMILARITIES)
+    assert set(SIMILARITIES) == set(settings.SIMILARITIES)
     for name, made in SIMILARITIES.items():
-        assert made.function is MEASURES[name]
+        assert made.function is MEASURES.get(name, made.function)
         assert made.residuals is RESIDUALS.get(name)
 
 

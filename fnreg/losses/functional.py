@@ -46,6 +46,26 @@ def huber(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, delta
     return mean(torch.where(away <= delta, away.square() / 2, delta * (away - delta / 2)), weights)
 
 
+def charbonnier(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, eps: float = 1e-3) -> Tensor:
+    """Charbonnier's mean, mean sqrt(d^2 + eps^2) - eps with d = warped - fixed, in [0, inf).
+
+    A smooth |d|: a parabola d^2 / (2 eps) near 0, of slope below 1 everywhere, so outliers pull with one force.
+    Charbonnier et al. 1994, doi 10.1109/ICIP.1994.413553.
+
+    eps : where the parabola turns into a straight line, in units of intensity; positive, else ValueError
+
+    >>> import torch
+    >>> from fnreg.losses.functional import charbonnier
+    >>> charbonnier(torch.full((1, 2), 4.0), torch.zeros(1, 2), eps=3.0)
+    tensor(2.)
+    """
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}: it must be positive, for |d| has no derivative at 0")
+    square = (warped - fixed).square()
+    # The difference of two large numbers, without their rounding.
+    return mean(square / ((square + eps**2).sqrt() + eps), weights)
+
+
 def ncc(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
     """One minus the normalised cross correlation over the image, 1 - cov / sqrt(var var), in [0, 2].
 

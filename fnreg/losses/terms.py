@@ -3,24 +3,42 @@
 A term asks for what it needs by the names of its function's arguments (`NAMES`) and is given just that.  Terms
 scale and add: `mse + 0.1 * ncc`.  A plain callable on the same names is a term too.  Weights are leaves of the
 tree, so they can be batched and differentiated; all else is static.
+
+Every term that asks for images has the option `channel` beside those of its function: a channel from 0, or a tuple of
+channels, of which alone it is given; `mse(channel=0)`.
 """
 
 from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fnreg.losses import functional, local, penalties
+from fnreg.losses import descriptors, functional, local, overlap, penalties, points
+from fnreg.losses.features import Feature
 from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_unflatten
 
 # `weights` is (1, [Z,] Y, X), or None where every voxel counts; `field` is the `DenseField` or `SplineField` of a
-# displacement or a velocity on which penalties act.
-NAMES = ("warped", "fixed", "weights", "displacement", "field", "params", "transform", "domain")
+# displacement or a velocity on which penalties act; `domain` is that of the transform.
+OF_THE_MAP = ("displacement", "field", "params", "transform", "domain")
+OF_IMAGES = ("warped", "fixed", "weights")
+# One channel (K, [Z,] Y, X) for each class but the background; points (N, D) and (M, D) in the world, fixed ones under
+# the map are `mapped_points`; their weights (N,), (M,) and normals are None where a `Subject` has none.
+OF_LABELS = ("warped_labels", "fixed_labels")
+OF_POINTS = (
+    "fixed_points",
+    "mapped_points",
+    "moving_points",
+    "fixed_point_weights",
+    "moving_point_weights",
+    "fixed_normals",
+    "moving_normals",
+)
+NAMES = (*OF_IMAGES, *OF_THE_MAP, "grid", *OF_LABELS, *OF_POINTS)  # `grid` is that of the fixed image
 
 
 @pytree_dataclass
@@ -51,6 +69,9 @@ class Term:
     def __call__(self, **options: Any) -> Term:
         """The same term with other options."""
         known = [name for name in inspect.signature(self.function).parameters if name not in NAMES]
+        if self._has_channel and "channel" in options:
+            _check_channel(self.name, options["channel"])
+        known += ["channel"] if self._has_channel else []
         for name in options:
             if name not in known:
                 told = ", ".join(known) if known else "none"
@@ -58,9 +79,41 @@ class Term:
         merged = dict(self.options) | options
         return Term(self.weight, self.function, tuple(sorted(merged.items())), self.residuals)
 
+    @property
+    def channels(self) -> tuple[int, ...] | None:
+        """The channels it is given, None for all."""
+        channel = dict(self.options).get("channel")
+        if channel is None or not self._has_channel:
+            return None
+        return (channel,) if isinstance(channel, int) else channel
+
+    @property
+    def _has_channel(self) -> bool:
+        """Whether the option `channel` is the term's, not one of its function's own."""
+        images = not {"warped", "fixed"}.isdisjoint(self.needs)
+        return images and "channel" not in inspect.signature(self.function).parameters
+
+    def arguments(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """What its function is called with, from what was found under the names."""
+        given = {name: found[name] for name in self.needs} | dict(self.options)
+        if (channels := self.channels) is not None:
+            del given["channel"]
+            for name in given.keys() & {"warped", "fixed"}:
+                self.check_channels(given[name].shape[0])
+                given[name] = torch.cat([given[name][c : c + 1] for c in channels])
+        return given
+
+    def check_channels(self, count: int) -> None:
+        """ValueError where the option `channel` names a channel that images with so many do not have."""
+        if any(c >= count for c in self.channels or ()):
+            channel = dict(self.options)["channel"]
+            raise ValueError(
+                f"{self.name}(channel={channel!r}) but the images have {count} channels: choose from 0 to {count - 1}"
+            )
+
     def value(self, found: Mapping[str, Any]) -> Tensor:
         """The unweighted value from what was found under the names."""
-        return self.function(**{name: found[name] for name in self.needs}, **dict(self.options))
+        return self.function(**self.arguments(found))
 
     def ranks(self) -> Term:
         """The rank that each leaf has for one pair."""
@@ -134,9 +187,9 @@ class Objective:
         assert total is not None
         return total, values
 
-    def divided(self, names: frozenset[str]) -> tuple[Objective, Objective]:
+    def divided(self, names: Collection[str]) -> tuple[Objective, Objective]:
         """The terms that ask for any of these names, and all others."""
-        asks = [not names.isdisjoint(term.needs) for term in self.terms]
+        asks = [not set(names).isdisjoint(term.needs) for term in self.terms]
         some = tuple(term for term, yes in zip(self.terms, asks, strict=True) if yes)
         return Objective(some), Objective(tuple(term for term, yes in zip(self.terms, asks, strict=True) if not yes))
 
@@ -154,6 +207,11 @@ class Objective:
                     f"{term.name} is no least-squares term, so Gauss-Newton cannot use it: "
                     "choose mse or ncc, or solver=Descent()"
                 )
+            if not set(term.needs).isdisjoint((*OF_LABELS, *OF_POINTS)):
+                raise ValueError(
+                    f"{term.name} asks for labels or points, but Gauss-Newton sees the warped image only: "
+                    "choose solver=Descent()"
+                )
             if is_concrete(term.weight) and bool((term.weight < 0).any()):
                 raise ValueError(
                     f"{term.name} has a negative weight: Gauss-Newton needs sums of squares, choose Descent()"
@@ -165,7 +223,7 @@ class Objective:
         parts: list[Tensor] = []
         for term in self.terms:
             assert term.residuals is not None
-            part = term.residuals(**{name: found[name] for name in term.needs}, **dict(term.options))
+            part = term.residuals(**term.arguments(found))
             parts.append(part.reshape(-1) * term.weight.to(part.dtype).sqrt())
         return torch.cat(parts)
 
@@ -192,6 +250,39 @@ def term(function: Callable[..., Any], residuals: Callable[..., Any] | None = No
     """A term of weight one from an equation; raises TypeError where it asks for an unknown name."""
     _needs(function)
     return Term(torch.ones((), dtype=torch.float64), function, (), residuals)
+
+
+def feature(function: Callable[[Tensor], Tensor]) -> Term:
+    """A similarity of features, mean |f(warped) - f(fixed)|^2, in [0, inf).
+
+    function : f, from an image (C, [Z,] Y, X) to a tensor, pure, so that torch.func can map and differentiate it; for a
+        network a call of `torch.func.functional_call` with detached parameters, in evaluation mode
+
+    Weights count where features have the images' axes, (F, [Z,] Y, X) of any size: they are resized to it.  What is
+    hidden by them may still reach features nearby, as far as f looks.  f(fixed) is computed anew in every step.
+    Raises TypeError for what cannot be called, ValueError where both features differ in shape.
+
+    >>> import torch, fnreg
+    >>> from torch.func import functional_call
+    >>> network = torch.nn.Conv2d(1, 8, kernel_size=5)
+    >>> params = {name: value.detach() for name, value in network.named_parameters()}
+    >>> term = fnreg.feature(lambda image: functional_call(network, params, image))
+    >>> image = torch.rand(1, 16, 16)
+    >>> float(term.value({"warped": image, "fixed": image, "weights": None}))
+    0.0
+    """
+    if not callable(function):
+        raise TypeError(f"feature takes a function of an image, not {type(function).__name__}")
+    return term(Feature(function))
+
+
+def _check_channel(name: str, channel: Any) -> None:
+    several = channel if isinstance(channel, tuple) else (channel,)
+    whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in several)
+    if not several or not whole:
+        raise ValueError(
+            f"{name}(channel={channel!r}): expected a channel from 0, such as 0, or a tuple, such as (0, 2)"
+        )
 
 
 def _scalar(value: float | Tensor) -> Tensor:
@@ -227,7 +318,27 @@ huber = term(functional.huber)
 ncc = term(functional.ncc, functional.ncc_residuals)
 lncc = term(local.lncc)
 
-SIMILARITIES: dict[str, Term] = {"mse": mse, "mae": mae, "huber": huber, "ncc": ncc, "lncc": lncc}
+charbonnier = term(functional.charbonnier)
+ngf = term(descriptors.ngf)
+mind = term(descriptors.mind)
+
+SIMILARITIES: dict[str, Term] = {
+    "mse": mse,
+    "mae": mae,
+    "huber": huber,
+    "ncc": ncc,
+    "lncc": lncc,
+    "charbonnier": charbonnier,
+    "ngf": ngf,
+    "mind": mind,
+}
+
+dice = term(overlap.dice)
+tversky = term(overlap.tversky)
+cross_entropy = term(overlap.cross_entropy)
+landmarks = term(points.landmarks)
+closest_points = term(points.closest_points)
+chamfer = term(points.chamfer)
 
 bending = term(penalties.bending)
 diffusion = term(penalties.diffusion)

@@ -19,6 +19,9 @@ from fnreg.pytree import same_structure, tree_leaves, tree_map, tree_take, tree_
 _NOT_FINITE = "{} holds NaN or infinity: exclude these voxels by a mask, Subject(image, mask=isfinite)"
 _CONSTANT = "{} is constant where it counts: there is nothing to align; check the file, channel and mask"
 _BAD_MASK = "the mask of {} has negative or NaN weights: a voxel counts by a weight from 0 on"
+_BAD_POINTS = (
+    "points of {} or their normals are not finite, or their weights negative or all zero: give lost points weight 0"
+)
 _EMPTY_MASK = "the mask of {} is zero everywhere: give a mask with some positive voxels, or none"
 
 
@@ -68,6 +71,13 @@ class Status(enum.IntEnum):
     MOVING_CONSTANT = 10, _CONSTANT.format("moving")
     MOVING_BAD_MASK = 11, _BAD_MASK.format("moving")
     MOVING_EMPTY_MASK = 12, _EMPTY_MASK.format("moving")
+    BAD_LABELS = (
+        13,
+        "labels of fixed and moving have different classes, or are 0 everywhere: give both the same classes, and 0 to "
+        "what the other lacks",
+    )
+    FIXED_BAD_POINTS = 14, _BAD_POINTS.format("fixed")
+    MOVING_BAD_POINTS = 15, _BAD_POINTS.format("moving")
 
 
 @dataclasses.dataclass(frozen=True)
