@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from fnreg.image import Image as Image
     from fnreg.image import Subject as Subject
     from fnreg.losses import functional as functional
+    from fnreg.losses import information as information
     from fnreg.losses import penalties as penalties
     from fnreg.losses.terms import Objective as Objective
     from fnreg.losses.terms import Term as Term
     from fnreg.losses.terms import bending as bending
+    from fnreg.losses.terms import correlation_ratio as correlation_ratio
     from fnreg.losses.terms import curvature as curvature
     from fnreg.losses.terms import diffusion as diffusion
     from fnreg.losses.terms import divergence as divergence
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
     from fnreg.losses.terms import huber as huber
     from fnreg.losses.terms import log_jacobian as log_jacobian
     from fnreg.losses.terms import mae as mae
+    from fnreg.losses.terms import mi as mi
     from fnreg.losses.terms import mse as mse
     from fnreg.losses.terms import ncc as ncc
+    from fnreg.losses.terms import nmi as nmi
     from fnreg.losses.terms import term as term
     from fnreg.losses.terms import total_variation as total_variation
     from fnreg.optim import adam as adam
@@ -84,6 +88,7 @@ _HOME = {
         "Objective",
         "Term",
         "bending",
+        "correlation_ratio",
         "curvature",
         "diffusion",
         "divergence",
@@ -92,8 +97,10 @@ _HOME = {
         "huber",
         "log_jacobian",
         "mae",
+        "mi",
         "mse",
         "ncc",
+        "nmi",
         "term",
         "total_variation",
     ),
@@ -126,6 +133,7 @@ _MODULES = {
     "data": "fnreg.data",
     "fields": "fnreg.fields",
     "functional": "fnreg.losses.functional",
+    "information": "fnreg.losses.information",
     "io": "fnreg.io",
     "optim": "fnreg.optim",
     "penalties": "fnreg.losses.penalties",

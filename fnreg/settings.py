@@ -39,7 +39,7 @@ SYMMETRIC = ("svffd", "svf")  # whose negative parameters are those of the inver
 PENALTIES = (
     "bending", "diffusion", "curvature", "elasticity", "divergence", "total_variation", "folding", "log_jacobian",
 )  # fmt: skip
-SIMILARITIES = ("mse", "mae", "huber", "ncc")
+SIMILARITIES = ("mse", "mae", "huber", "ncc", "mi", "nmi", "cr")
 OPTIMIZERS = ("adam", "sgd", "gauss-newton")
 INITS = ("header", "center", "moments", "search")
 PADDINGS = ("none", "zeros", "border", "reflection")

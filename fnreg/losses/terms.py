@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnreg.losses import functional, penalties
+from fnreg.losses import functional, information, penalties
 from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_unflatten
 
 # `weights` is (1, [Z,] Y, X), or None where every voxel counts; `field` is the `DenseField` or `SplineField` of a
@@ -220,8 +220,12 @@ mse = term(functional.mse, functional.mse_residuals)
 mae = term(functional.mae)
 huber = term(functional.huber)
 ncc = term(functional.ncc, functional.ncc_residuals)
+mi = term(information.mi)
+nmi = term(information.nmi)
+correlation_ratio = term(information.correlation_ratio)
 
 SIMILARITIES: dict[str, Term] = {"mse": mse, "mae": mae, "huber": huber, "ncc": ncc}
+SIMILARITIES |= {"mi": mi, "nmi": nmi, "cr": correlation_ratio}
 
 bending = term(penalties.bending)
 diffusion = term(penalties.diffusion)
