@@ -44,11 +44,12 @@ def joint_histogram(warped: Tensor, fixed: Tensor, weights: Tensor | None = None
     >>> joint_histogram(ramp, ramp, bins=5).sum(1)
     tensor([[0.1667, 0.8333, 1.0000, 0.8333, 0.1667]], dtype=torch.float64)
     """
-    images = warped.unsqueeze(0), fixed.unsqueeze(0), None if weights is None else weights.unsqueeze(0)
+    share = None if weights is None else weights.unsqueeze(0)
+    images = warped.unsqueeze(0), fixed.unsqueeze(0), share
     dual = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
     if dual or forward_levels():
-        constants = [None if image is None else image.detach() for image in images]
-        scaled = _scaled(parzen.ends, *constants, bins)  # type: ignore[arg-type]
+        share = None if share is None else share.detach()
+        scaled = _scaled(parzen.ends, warped.detach().unsqueeze(0), fixed.detach().unsqueeze(0), share, bins)
         return parzen.counted(*images, scaled, bins).squeeze(0)
     return _Histogram.apply(*images, bins)[0].squeeze(0)  # type: ignore[no-untyped-call]
 

@@ -121,8 +121,5 @@ def _joint(warped: Tensor, fixed: Tensor, weights: Tensor | None, bins: int) -> 
             f"expected {(1, *fixed.shape[1:])}, one weight for each voxel"
         )
     kind = warped.dtype if warped.dtype in REALS else torch.float32  # half precision has no room for a histogram
-    images = [
-        None if image is None else image.reshape(rows, -1).to(kind)
-        for image, rows in ((warped, len(warped)), (fixed, len(fixed)), (weights, 1))
-    ]
-    return joint_histogram(*images, bins=int(bins))
+    share = None if weights is None else weights.reshape(1, -1).to(kind)
+    return joint_histogram(warped.flatten(1).to(kind), fixed.flatten(1).to(kind), share, bins=int(bins))

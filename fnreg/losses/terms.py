@@ -224,8 +224,11 @@ mi = term(information.mi)
 nmi = term(information.nmi)
 correlation_ratio = term(information.correlation_ratio)
 
-SIMILARITIES: dict[str, Term] = {"mse": mse, "mae": mae, "huber": huber, "ncc": ncc}
-SIMILARITIES |= {"mi": mi, "nmi": nmi, "cr": correlation_ratio}
+SIMILARITIES: dict[str, Term] = {"mse": mse, "mae": mae, "huber": huber, "ncc": ncc} | {
+    "mi": mi,
+    "nmi": nmi,
+    "cr": correlation_ratio,
+}
 
 bending = term(penalties.bending)
 diffusion = term(penalties.diffusion)
