@@ -15,6 +15,7 @@ order: neither the number of threads nor the batch changes a bit.  `parzen` comp
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,9 +55,14 @@ def joint_histogram(warped: Tensor, fixed: Tensor, weights: Tensor | None = None
     return _Histogram.apply(*images, bins)[0].squeeze(0)  # type: ignore[no-untyped-call]
 
 
-def _scaled(ends: Any, warped: Tensor, fixed: Tensor, weights: Weights, bins: int) -> Tensor:
+def _scaled(
+    ends: Callable[[Tensor, Weights], tuple[Tensor, Tensor]], warped: Tensor, fixed: Tensor, weights: Weights, bins: int
+) -> Tensor:
     """(B, C, 4): the least value and the bins per unit of intensity, of warped and of fixed."""
-    found = [part for image in (warped, fixed) for part in parzen.scale(*ends(image, weights), bins)]
+    found: list[Tensor] = []
+    for image in (warped, fixed):
+        low, high = ends(image, weights)
+        found += parzen.scale(low, high, bins)
     return torch.stack([part.expand(warped.shape[:2]) for part in found], -1)
 
 

@@ -255,6 +255,9 @@ class Settings:
             term = _make("similarity", self.similarity, term, options)
             if options.get("delta", 1.0) <= 0:  # pyright: ignore[reportOperatorIssue]
                 raise SettingsError(f"similarity {self.similarity!r}: delta must be positive")
+            bins: Any = options.get("bins", 32)
+            if isinstance(bins, tuple) or bins < 4 or bins % 1:
+                raise SettingsError(f"similarity {self.similarity!r}: bins must be a whole number of at least 4")
         return term
 
     def penalties(self) -> list[Term]:
