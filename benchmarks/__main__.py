@@ -19,6 +19,7 @@ from benchmarks.measure import Absent, Options, Table
 
 NAMES = (
     "sampling",
+    "information",
     "rigid_batch",
     "deformable_batch",
     "fields",

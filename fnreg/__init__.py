@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fnreg.image import Subject as Subject
     from fnreg.losses import descriptors as descriptors
     from fnreg.losses import functional as functional
+    from fnreg.losses import information as information
     from fnreg.losses import overlap as overlap
     from fnreg.losses import penalties as penalties
     from fnreg.losses import points as points
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from fnreg.losses.terms import chamfer as chamfer
     from fnreg.losses.terms import charbonnier as charbonnier
     from fnreg.losses.terms import closest_points as closest_points
+    from fnreg.losses.terms import correlation_ratio as correlation_ratio
     from fnreg.losses.terms import cross_entropy as cross_entropy
     from fnreg.losses.terms import curvature as curvature
     from fnreg.losses.terms import dice as dice
@@ -45,10 +47,12 @@ if TYPE_CHECKING:
     from fnreg.losses.terms import lncc as lncc
     from fnreg.losses.terms import log_jacobian as log_jacobian
     from fnreg.losses.terms import mae as mae
+    from fnreg.losses.terms import mi as mi
     from fnreg.losses.terms import mind as mind
     from fnreg.losses.terms import mse as mse
     from fnreg.losses.terms import ncc as ncc
     from fnreg.losses.terms import ngf as ngf
+    from fnreg.losses.terms import nmi as nmi
     from fnreg.losses.terms import term as term
     from fnreg.losses.terms import total_variation as total_variation
     from fnreg.losses.terms import tversky as tversky
@@ -101,6 +105,7 @@ _HOME = {
         "chamfer",
         "charbonnier",
         "closest_points",
+        "correlation_ratio",
         "cross_entropy",
         "curvature",
         "dice",
@@ -114,10 +119,12 @@ _HOME = {
         "lncc",
         "log_jacobian",
         "mae",
+        "mi",
         "mind",
         "mse",
         "ncc",
         "ngf",
+        "nmi",
         "term",
         "total_variation",
         "tversky",
@@ -152,6 +159,7 @@ _MODULES = {
     "descriptors": "fnreg.losses.descriptors",
     "fields": "fnreg.fields",
     "functional": "fnreg.losses.functional",
+    "information": "fnreg.losses.information",
     "io": "fnreg.io",
     "optim": "fnreg.optim",
     "overlap": "fnreg.losses.overlap",

@@ -30,7 +30,8 @@ from torch import Tensor
 
 COMMON = "common.h"
 SPATIAL = ("sampling.c",)  # compiled for each scalar type and dimension
-FLAT = ("adam.c", "filter.c", "lncc.c")  # compiled for each scalar type: their loops do not ask how many axes there are
+# compiled for each scalar type: their loops do not ask how many axes there are
+FLAT = ("adam.c", "filter.c", "histogram.c", "lncc.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
 SPLIT = 32768  # samples per thread below which a hand-over costs more than it gains
 

@@ -39,7 +39,7 @@ SYMMETRIC = ("svffd", "svf")  # whose negative parameters are those of the inver
 PENALTIES = (
     "bending", "diffusion", "curvature", "elasticity", "divergence", "total_variation", "folding", "log_jacobian",
 )  # fmt: skip
-SIMILARITIES = ("mse", "mae", "huber", "charbonnier", "ncc", "lncc", "ngf", "mind")
+SIMILARITIES = ("mse", "mae", "huber", "charbonnier", "ncc", "lncc", "mi", "nmi", "cr", "ngf", "mind")
 OPTIMIZERS = ("adam", "sgd", "gauss-newton")
 INITS = ("header", "center", "moments", "search")
 PADDINGS = ("none", "zeros", "border", "reflection")
@@ -255,6 +255,9 @@ class Settings:
             term = _make("similarity", self.similarity, term, options)
             if options.get("delta", 1.0) <= 0:  # pyright: ignore[reportOperatorIssue]
                 raise SettingsError(f"similarity {self.similarity!r}: delta must be positive")
+            bins: Any = options.get("bins", 32)
+            if isinstance(bins, tuple) or bins < 4 or bins % 1:
+                raise SettingsError(f"similarity {self.similarity!r}: bins must be a whole number of at least 4")
         return term
 
     def penalties(self) -> list[Term]:

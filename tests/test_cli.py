@@ -108,6 +108,7 @@ def test_the_same_run_gives_the_same_bytes(folder: Path) -> None:
     [
         ["--transform", "translation+rigid+affine", "--similarity", "ncc"],
         ["--similarity", "huber:delta=20", "--optimizer", "adam:lr=0.1,decay=1"],
+        ["--similarity", "nmi:bins=16"],
         ["--solver", "gauss-newton", "--padding", "zeros"],
         ["--optimizer", "sgd:lr=1e-3", "--init", "moments", "--padding", "7"],
         ["--transform", "isotropic-scaling", "--seed", "3", "--device", "cpu"],
@@ -439,6 +440,8 @@ USAGE = {
     "similarity": (["--similarity", "mutual"], "unknown similarity 'mutual': choose from mse, mae, huber, ncc"),
     "option of a similarity": (["--similarity", "huber:gamma=1"], "no option 'gamma': its options are delta"),
     "value of an option": (["--similarity", "huber:delta=-1"], "delta must be positive"),
+    "bins": (["--similarity", "mi:bins=8.5"], "bins must be a whole number of at least 4"),
+    "too few bins": (["--similarity", "cr:bins=3"], "bins must be a whole number of at least 4"),
     "optimizer": (["--optimizer", "newton"], "choose from adam, sgd, gauss-newton"),
     "option of an optimizer": (["--optimizer", "adam:rate=1"], "no option 'rate': its options are lr"),
     "rate": (["--optimizer", "adam:lr=-1"], "it must be positive"),

@@ -519,7 +519,9 @@ def test_a_term_is_a_tree_of_its_weight() -> None:
 
 
 def test_similarities_have_their_names() -> None:
-    assert {name: made.name for name, made in SIMILARITIES.items()} == {name: name for name in SIMILARITIES}
+    assert {name: made.name for name, made in SIMILARITIES.items()} == {
+        name: {"cr": "correlation_ratio"}.get(name, name) for name in SIMILARITIES
+    }
     assert set(MEASURES) <= set(SIMILARITIES)
     assert set(SIMILARITIES) == set(settings.SIMILARITIES)
     for name, made in SIMILARITIES.items():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnreg.losses import descriptors, functional, local, overlap, penalties, points
+from fnreg.losses import descriptors, functional, information, local, overlap, penalties, points
 from fnreg.losses.features import Feature
 from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_unflatten
 
@@ -318,6 +318,10 @@ huber = term(functional.huber)
 ncc = term(functional.ncc, functional.ncc_residuals)
 lncc = term(local.lncc)
 
+mi = term(information.mi)
+nmi = term(information.nmi)
+correlation_ratio = term(information.correlation_ratio)
+
 charbonnier = term(functional.charbonnier)
 ngf = term(descriptors.ngf)
 mind = term(descriptors.mind)
@@ -329,6 +333,9 @@ SIMILARITIES: dict[str, Term] = {
     "ncc": ncc,
     "lncc": lncc,
     "charbonnier": charbonnier,
+    "mi": mi,
+    "nmi": nmi,
+    "cr": correlation_ratio,
     "ngf": ngf,
     "mind": mind,
 }

@@ -1,0 +1,125 @@
+"""Similarities by the joint histogram: mutual information, its normalised form, and the correlation ratio.
+
+All take `warped` and `fixed` (C, ...) of one shape and optional `weights` (1, ...) or (...), and give the mean over
+channels, a scalar to be minimised.  They ask how well one image foretells the other, not whether the intensities agree,
+so they register images of different kinds.
+
+Both images have cubic B-splines as Parzen windows (Thevenaz and Unser 2000, doi 10.1109/83.887976).  A window of order
+zero for the fixed image, as in Mattes et al. 2003, doi 10.1109/TMI.2002.803888, spares work where only the other one
+moves; but then the measures are not symmetric, have no derivative by the fixed image, which `symmetric=True` and
+derivatives through a registration need, and jump where an intensity crosses the border between two bins.
+
+Intensities are counted in bins over the range of each image, channel by channel and pair by pair, among the voxels that
+count; of the moving image, that is the range of what is seen of it.  So scale and offset of either image make no
+difference.  See `histogram` for how the range is found, and that it is a constant in differentiation.  An image without
+contrast foretells nothing: the value is the worst, the derivative 0, and so it is without any weight.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fnreg.histogram import LEAST, joint_histogram
+from fnreg.native import REALS
+
+VARIANCE = 1e-9  # in bins; less is rounding
+
+
+def mi(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, bins: int = 32) -> Tensor:
+    """Minus the mutual information, -(H(warped) + H(fixed) - H(warped, fixed)) in nats, in [-log bins, 0].
+
+    H = -sum p log p of the joint histogram and of its sums along rows and columns.  Viola and Wells 1997,
+    doi 10.1023/A:1007958904918; Maes et al. 1997, doi 10.1109/42.563664.
+
+    bins : of the histogram, at least 4
+
+    >>> import torch
+    >>> from fnreg.losses.information import mi
+    >>> ramp = torch.linspace(0, 1, 1000).reshape(1, -1)
+    >>> mi((6 * ramp).sin(), ramp) < mi(torch.zeros(1, 1000), ramp)
+    tensor(True)
+    """
+    found = _entropies(_joint(warped, fixed, weights, bins))
+    return -(found.warped + found.fixed - found.joint).mean().to(warped.dtype)
+
+
+def nmi(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, bins: int = 32) -> Tensor:
+    """Minus the normalised mutual information, -(H(warped) + H(fixed)) / H(warped, fixed), in [-2, -1].
+
+    It depends less than `mi` on how much the images overlap.  Studholme, Hill and Hawkes 1999,
+    doi 10.1016/S0031-3203(98)00091-0.
+
+    bins : of the histogram, at least 4
+    """
+    found = _entropies(_joint(warped, fixed, weights, bins))
+    ratio = (found.warped + found.fixed) / torch.where(found.joint == 0, 1, found.joint)
+    # A window alone has an entropy, so only without any weight there is none.
+    return -torch.where(found.joint == 0, 1, ratio).mean().to(warped.dtype)
+
+
+def correlation_ratio(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, bins: int = 32) -> Tensor:
+    """One minus the correlation ratio, E[Var(warped | fixed)] / Var(warped), in [0, 1].
+
+    The share of the variance of the warped image that its mean in each bin of the fixed image leaves: small where
+    warped is some function of fixed, though fixed need not be one of warped.  Roche, Malandain, Pennec and Ayache
+    1998, doi 10.1007/BFb0056301.
+
+    bins : of the histogram, at least 4
+    """
+    joint = _joint(warped, fixed, weights, bins)  # (C, bins of warped, bins of fixed)
+    # Moments in bins: cubic windows keep the mean, and add their own variance of 1/3.
+    place = torch.arange(bins, dtype=joint.dtype, device=joint.device).unsqueeze(1) - (bins - 1) / 2
+    count = joint.sum(1)  # (C, bins of fixed)
+    first, second = (joint * place).sum(1), (joint * (place.square() - 1 / 3)).sum(1)
+    total = _or_one(count.sum(1))
+    within = (second - first.square() / _or_one(count)).sum(1) / total
+    whole = second.sum(1) / total - (first.sum(1) / total).square()
+    flat = whole < VARIANCE
+    return torch.where(flat, 1, within / torch.where(flat, 1, whole)).mean().to(warped.dtype)
+
+
+class _Entropies(NamedTuple):
+    """In nats, (C,) each; all 0 without any weight."""
+
+    warped: Tensor
+    fixed: Tensor
+    joint: Tensor
+
+
+def _entropies(joint: Tensor) -> _Entropies:
+    """Of a histogram (C, bins, bins) that is not normalised: H = log(total) - sum h log h / total."""
+    total = _or_one(joint.sum((1, 2)))
+
+    def entropy(counts: Tensor) -> Tensor:
+        return torch.log(total) - (counts * torch.log(_or_one(counts))).sum(1) / total
+
+    return _Entropies(entropy(joint.sum(2)), entropy(joint.sum(1)), entropy(joint.flatten(1)))
+
+
+def _or_one(counts: Tensor) -> Tensor:
+    """1 for what is 0, or below it by rounding; NaN stays NaN."""
+    return torch.where(counts <= 0, 1, counts)
+
+
+def _joint(warped: Tensor, fixed: Tensor, weights: Tensor | None, bins: int) -> Tensor:
+    """The checked images' histogram (C, bins, bins)."""
+    if isinstance(bins, bool) or not isinstance(bins, (int, float)) or not (bins >= LEAST and bins % 1 == 0):
+        raise ValueError(f"bins is {bins}: expected a whole number of at least {LEAST}, for a window covers {LEAST}")
+    if warped.shape != fixed.shape or warped.ndim < 2 or not warped.numel():
+        raise ValueError(
+            f"warped has shape {tuple(warped.shape)} and fixed {tuple(fixed.shape)}: "
+            "expected one shape (C, ...) with a voxel at least"
+        )
+    if not (warped.is_floating_point() and fixed.is_floating_point()):
+        raise TypeError(f"warped is {warped.dtype} and fixed {fixed.dtype}: expected floating point, convert to float")
+    if weights is not None and weights.shape not in (fixed.shape[1:], (1, *fixed.shape[1:])):
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)} beside images {tuple(fixed.shape)}: "
+            f"expected {(1, *fixed.shape[1:])}, one weight for each voxel"
+        )
+    kind = warped.dtype if warped.dtype in REALS else torch.float32  # half precision has no room for a histogram
+    share = None if weights is None else weights.reshape(1, -1).to(kind)
+    return joint_histogram(warped.flatten(1).to(kind), fixed.flatten(1).to(kind), share, bins=int(bins))
