@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fnreg.losses.terms import elasticity as elasticity
     from fnreg.losses.terms import folding as folding
     from fnreg.losses.terms import huber as huber
+    from fnreg.losses.terms import inverse_consistency as inverse_consistency
     from fnreg.losses.terms import log_jacobian as log_jacobian
     from fnreg.losses.terms import mae as mae
     from fnreg.losses.terms import mse as mse
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from fnreg.optim import adam as adam
     from fnreg.optim import chain as chain
     from fnreg.optim import clip as clip
+    from fnreg.optim import normalized as normalized
     from fnreg.optim import sgd as sgd
     from fnreg.pytree import stack as stack
     from fnreg.registration import Event as Event
@@ -90,6 +92,7 @@ _HOME = {
         "elasticity",
         "folding",
         "huber",
+        "inverse_consistency",
         "log_jacobian",
         "mae",
         "mse",
@@ -97,7 +100,7 @@ _HOME = {
         "term",
         "total_variation",
     ),
-    "fnreg.optim": ("adam", "chain", "clip", "sgd"),
+    "fnreg.optim": ("adam", "chain", "clip", "normalized", "sgd"),
     "fnreg.pytree": ("stack",),
     "fnreg.registration": ("Event", "Registration", "RegistrationError", "Stage", "evaluate", "register"),
     "fnreg.solvers.base": ("Status", "Stop"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnreg.losses import functional, penalties
+from fnreg.losses import consistency, functional, penalties
 from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_unflatten
 
 # `weights` is (1, [Z,] Y, X), or None where every voxel counts; `field` is the `DenseField` or `SplineField` of a
@@ -231,6 +231,7 @@ divergence = term(penalties.divergence)
 total_variation = term(penalties.total_variation)
 folding = term(penalties.folding)
 log_jacobian = term(penalties.log_jacobian)
+inverse_consistency = term(consistency.inverse_consistency)  # of the map itself, not of a field
 
 PENALTIES: dict[str, Term] = {
     "bending": bending,

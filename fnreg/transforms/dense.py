@@ -148,6 +148,10 @@ class Velocity(OneField, abstract=True):
     def inverse(self, params: Params, domain: Domain) -> Mapping:
         return Mapping(tree_map(torch.neg, params), domain, self)
 
+    def there_and_back(self, params: Params, domain: Domain) -> Tensor:
+        back = self.shift(tree_map(torch.neg, params), domain)
+        return in_world(compose_shift(self.shift(params, domain), back), first_domain(domain))
+
 
 class _Voxels(OneField, abstract=True):
     """A vector at every voxel."""
