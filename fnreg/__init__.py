@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from fnreg.losses.terms import feature as feature
     from fnreg.losses.terms import folding as folding
     from fnreg.losses.terms import huber as huber
+    from fnreg.losses.terms import inverse_consistency as inverse_consistency
     from fnreg.losses.terms import landmarks as landmarks
     from fnreg.losses.terms import lncc as lncc
     from fnreg.losses.terms import log_jacobian as log_jacobian
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from fnreg.optim import adam as adam
     from fnreg.optim import chain as chain
     from fnreg.optim import clip as clip
+    from fnreg.optim import normalized as normalized
     from fnreg.optim import sgd as sgd
     from fnreg.pytree import stack as stack
     from fnreg.registration import Event as Event
@@ -115,6 +117,7 @@ _HOME = {
         "feature",
         "folding",
         "huber",
+        "inverse_consistency",
         "landmarks",
         "lncc",
         "log_jacobian",
@@ -129,7 +132,7 @@ _HOME = {
         "total_variation",
         "tversky",
     ),
-    "fnreg.optim": ("adam", "chain", "clip", "sgd"),
+    "fnreg.optim": ("adam", "chain", "clip", "normalized", "sgd"),
     "fnreg.pytree": ("stack",),
     "fnreg.registration": ("Event", "Registration", "RegistrationError", "Stage", "evaluate", "register"),
     "fnreg.solvers.base": ("Status", "Stop"),

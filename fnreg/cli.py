@@ -196,12 +196,12 @@ def _plain(value: Any) -> bool:
 def info(
     file: Path, /, *, as_json: Annotated[bool, _option("Print JSON.", "--json")] = False, verbose: _Verbose = False
 ) -> int:
-    """Tell what an image or a transform file holds.
+    """Tell what an image, a transform or a displacement file holds.
 
     Parameters
     ----------
     file
-        Image (PNG, JPEG, TIFF) or transform (.safetensors).
+        Image (PNG, JPEG, TIFF), transform (.safetensors; ITK's .tfm, .txt, .h5) or displacement (.nii, .nii.gz).
     """
     from fnreg.info import describe
 

@@ -1,4 +1,4 @@
-"""What an image or a transform file holds, as a table."""
+"""What an image, a transform or a displacement file holds, as a table."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from fnreg import io
+from fnreg import fields, io
 from fnreg.io.image import suffix
-from fnreg.pytree import tree_leaves
+from fnreg.io.itk import DENSE_SUFFIXES, parts
+from fnreg.io.nifti import SUFFIXES
+from fnreg.pytree import batch_axes, tree_leaves
 from fnreg.transforms.base import Mapping, first_domain
 from fnreg.transforms.linear import decompose
 from fnreg.transforms.rotation import matrix_to_angle
@@ -18,8 +20,14 @@ from fnreg.transforms.rotation import matrix_to_angle
 
 def describe(file: Path) -> dict[str, Any]:
     """Names and values in reading order.  Raises ImageReadError or TransformReadError."""
-    if suffix(file) == ".safetensors":
-        return {"file": str(file)} | _mapping(io.read_transform(file))
+    kind, told = suffix(file), {"file": str(file)}
+    if kind == ".safetensors":
+        return told | _mapping(io.read_transform(file))
+    if kind in SUFFIXES:
+        return told | _regularity(io.read_displacement(file))
+    if kind in DENSE_SUFFIXES:
+        mapping = io.read_itk(file)
+        return told | (_linear(mapping) if mapping.transform.linear else _regularity(mapping))
     image = io.read_image(file)
     values = image.data[torch.isfinite(image.data)].double()
     found: dict[str, Any] = {
@@ -43,13 +51,35 @@ def _mapping(mapping: Mapping) -> dict[str, Any]:
         "domain": repr(domain),
         "parameters": sum(leaf.numel() for leaf in tree_leaves(mapping.params)),
     }
-    try:
-        matrix = mapping.matrix()
-    except ValueError:
-        return found
-    if matrix.ndim > 2:
-        return found | {"pairs": len(matrix)}
-    found["matrix"] = matrix.tolist()
+    _, sizes = batch_axes("mapping", mapping, mapping.ranks())
+    if sizes:
+        return found | {"pairs": next(iter(sizes.values()))}
+    return found | (_linear(mapping) if mapping.transform.linear else _regularity(mapping))
+
+
+def _regularity(mapping: Mapping) -> dict[str, Any]:
+    """Of a map with a field: its grid, how far it moves and how regular it is; linear parts count."""
+    grid = first_domain(next(part for part in parts(mapping) if not part.transform.linear).domain)
+    field = mapping.displacement(grid)
+    told = fields.statistics(field, grid)
+    found: dict[str, Any] = {
+        "size": " x ".join(map(str, grid.size)),
+        "spacing": grid.spacing.tolist(),
+        "origin": grid.origin.tolist(),
+        "largest displacement": float(told.max_displacement),
+        "mean displacement": float(field.norm(dim=0).mean()),
+        "least Jacobian determinant": float(told.min_determinant),
+        "largest Jacobian determinant": float(told.max_determinant),
+        "folds at voxels": int(fields.folds(field, grid)),
+        "folds in cells between": int(fields.folded_cells(field, grid)),
+    }
+    linear = [part for part in parts(mapping) if part.transform.linear]
+    return found | ({"linear parts": [part.matrix().tolist() for part in linear]} if linear else {})
+
+
+def _linear(mapping: Mapping) -> dict[str, Any]:
+    domain, matrix = first_domain(mapping.domain), mapping.matrix()
+    found: dict[str, Any] = {"matrix": matrix.tolist()}
     _, factors = decompose(matrix)
     if domain.ndim == 2:
         found["rotation in degrees"] = math.degrees(float(matrix_to_angle(factors.rotation)))

@@ -177,6 +177,58 @@ class SGD(Optimizer):
 
 
 @dataclasses.dataclass(frozen=True)
+class Normalized(Optimizer):
+    """Steepest descent by steps of one length: v <- momentum v + g, step = -lr v / max |v_i|, where i goes over voxels.
+
+    The longest vector of a pair moves by `lr`, all others in proportion: where the gradient is rounding, as in flat
+    areas, next to nothing moves, while `Adam` makes steps of full size there.  So it suits `Diffeomorphism` on images
+    with large flat areas, such as shapes and masks; on images with texture everywhere `Adam` gets further.  The scale
+    of the images does not matter.  The updates of ANTs' and greedy's registrations are scaled so; Avants et al. 2008,
+    doi 10.1016/j.media.2007.06.004.
+
+    A leaf with spatial axes, (B, D, [Z,] Y, X), has a vector of its first axis at each voxel; of any other leaf (B, P)
+    each number is a vector of its own.  The longest is that over all leaves of the pair.
+
+    lr : voxels; a tensor (B,) for one rate per pair
+    momentum : in [0, 1); 0.9 keeps about ten steps in mind
+    decay : the rate falls exponentially to `decay * lr` over the level.  1, not at all, as a `Diffeomorphism` is
+        smoothed by the same amount after each step, so that ever shorter steps would let it relax
+    """
+
+    lr: Rate = 0.5
+    momentum: float = 0.0
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("lr", self.lr)
+        if not (0 <= self.momentum < 1 and 0 < self.decay <= 1):
+            raise ValueError(f"{self!r}: expected momentum in [0, 1) and decay in (0, 1]")
+
+    def init(self, step: Any) -> Any:
+        leaves, _ = tree_flatten(step)
+        return _State([torch.zeros_like(leaf) for leaf in leaves], _rates(self.lr, leaves))
+
+    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+        leaves, spec = tree_flatten(gradient)
+        for g, v in zip(leaves, state.inner, strict=True):
+            if (g.shape, g.dtype, g.device) != (v.shape, v.dtype, v.device):
+                raise ValueError(
+                    f"the state of {type(self).__name__} does not fit a step of shape {tuple(g.shape)}: "
+                    "it was made for other parameters"
+                )
+        inner = [self.momentum * v + g for v, g in zip(state.inner, leaves, strict=True)]
+        # Largest entries first: squares of what is tiny would be 0, and of what is huge infinite.
+        size = torch.stack([v.abs().flatten(1).amax(1) for v in inner]).amax(0)  # (B,)
+        units = [v / _per_pair(torch.where(size == 0, 1, size), v) for v in inner]
+        squares = [v.square().sum(1) if v.ndim > 2 else v.square() for v in units]
+        longest = torch.stack([square.flatten(1).amax(1) for square in squares]).amax(0)
+        # A pair without any gradient stays where it is; NaN comes through.
+        longest = torch.where(longest == 0, 1, longest).sqrt()
+        steps = [-v / _per_pair(longest, v) for v in units]
+        return scale(tree_unflatten(steps, spec), state.rate * self.decay**progress), state._replace(inner=inner)
+
+
+@dataclasses.dataclass(frozen=True)
 class Torchopt(Optimizer):
     """Any torchopt optimizer by name with its options: `Torchopt("rmsprop", (("lr", 0.1),))`.
 
@@ -255,6 +307,7 @@ class Chain(Optimizer):
 
 adam = Adam
 sgd = SGD
+normalized = Normalized
 clip = Clip
 
 

@@ -203,6 +203,7 @@ def test_everything_public_is_annotated(module: ModuleType) -> None:
         fnreg.Sequential((Rigid(), fnreg.Scaling())),
         fnreg.adam(0.2, decay=0.5),
         fnreg.sgd(0.2, momentum=0.3),
+        fnreg.normalized(0.4, momentum=0.5),
         fnreg.chain(fnreg.clip(1.0), fnreg.adam(0.3)),
         fnreg.Stop(patience=5),
         fnreg.Descent(limit=2.0),

@@ -396,7 +396,7 @@ def test_every_similarity_may_see_some_channels_only(name: str, channel: Any) ->
     part = found | {side: found[side][chosen] for side in ("warped", "fixed")}  # type: ignore[index]
     made = SIMILARITIES[name](channel=channel)
     assert_close(made.value(found), SIMILARITIES[name].value(part), atol=1e-15, rtol=0)
-    assert repr(0.5 * made) == f"0.5 * {name}(channel={channel})"
+    assert repr(0.5 * made) == f"0.5 * {made.name}(channel={channel})"
     if made.residuals is not None:
         squares = objective(2 * made).residuals(found).square().sum()
         assert_close(squares, 2 * made.value(found), atol=1e-14, rtol=0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torchopt
@@ -17,7 +19,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
-from fnreg import adam, chain, clip, native, optim, sgd
+from fnreg import Diffeomorphism, adam, chain, clip, fields, native, normalized, optim, register, sgd
+from fnreg.data import c_shape, circle
 from fnreg.optim import Chain, Torchopt, as_optimizer
 from fnreg.pytree import tree_map
 from fnreg.solvers.base import check_step
@@ -31,12 +34,15 @@ SPECS: dict[str, Any] = {
     "sgd": sgd(0.3),
     "sgd momentum": sgd(0.3, momentum=0.9, decay=0.2),
     "sgd pure": sgd(0.3, momentum=0.9, pure=True),
+    "normalized": normalized(0.3),
+    "normalized momentum": normalized(0.3, momentum=0.9, decay=0.2),
     "chain": chain(clip(0.5), adam(0.3)),
     "chain pure": chain(clip(0.5), sgd(0.3, momentum=0.5, pure=True), clip(0.1)),
     "torchopt": Torchopt("rmsprop", (("lr", 0.1),)),
     "given": as_optimizer(torchopt.adagrad(0.1)),
     "rate per pair": adam(tensor([0.1, 0.2, 0.4])),
     "rate per pair pure": sgd(tensor([0.1, 0.2, 0.4]), pure=True),
+    "rate per pair normalized": normalized(tensor([0.1, 0.2, 0.4]), momentum=0.5),
 }
 
 
@@ -180,7 +186,7 @@ def test_a_batch_equals_one_by_one(name: str) -> None:
         spec = SPECS[name]
         rate = getattr(spec, "lr", None)
         if isinstance(rate, Tensor):
-            spec = type(spec)(lr=float(rate[number]), pure=spec.pure)
+            spec = dataclasses.replace(spec, lr=float(rate[number]))
         alone = run(spec, [pair(gradient, number) for gradient in several])
         for ours, single in zip(found, alone, strict=True):
             close(pair(ours, number), single, atol=0, rtol=1e-14)
@@ -231,9 +237,49 @@ def test_adam_does_not_see_the_scale_of_the_gradient(factor: float) -> None:
         close(run(adam(0.3, pure=pure), scaled), run(adam(0.3, pure=pure), several), atol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_longest_vector_of_each_pair_moves_by_the_rate(factor: float, dtype: torch.dtype) -> None:
+    """Against NumPy; also where squares of the gradient are 0 or infinite in single precision."""
+    (gradient,) = gradients(1, seed=3)
+    gradient = {"a": gradient["a"], "b": torch.stack([gradient["b"]] * 2, 3) * tensor([1.0, 0.3])}  # (B, 3, 2, 2)
+    given = tree_map(lambda leaf: (factor * leaf).to(dtype), gradient)
+    (update,) = run(normalized(0.3), [given])
+    for number in range(3):
+        one = {name: leaf[number].numpy() for name, leaf in gradient.items()}
+        longest = max(np.abs(one["a"]).max(), np.sqrt((one["b"] ** 2).sum(0)).max())
+        for name, leaf in update.items():
+            expected = tensor(-0.3 * one[name] / longest)
+            assert_close(leaf[number].double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=0)
+
+
+def test_momentum_turns_the_normalized_step() -> None:
+    a, b = tensor([[[3.0], [0.0]]]), tensor([[[0.0], [4.0]]])  # (B, D, X)
+    first, second = (update["u"] for update in run(normalized(0.5, momentum=0.5), [{"u": a}, {"u": b}]))
+    assert_close(first, -0.5 * a / 3)
+    mixed = 0.5 * a + b
+    assert_close(second, -0.5 * mixed / mixed.norm())
+
+
+def test_a_pair_without_gradient_stays_and_no_number_shows() -> None:
+    gradient = {"u": torch.stack([torch.zeros(2, 3), torch.ones(2, 3), torch.full((2, 3), torch.nan)])}
+    (update,) = run(normalized(0.5), [gradient])
+    assert not update["u"][0].any()
+    assert_close(update["u"][1].norm(dim=0), torch.full((3,), 0.5))
+    assert update["u"][2].isnan().all()
+
+
+def test_flat_areas_do_not_move() -> None:
+    """Where the gradient is a millionth, the normalized step is too; that of Adam is as long as any other."""
+    gradient = {"u": tensor([[[1.0, 1e-6], [0.0, 0.0]]])}
+    (plain,), (adams,) = run(normalized(0.5), [gradient]), run(adam(0.5), [gradient])
+    assert_close(plain["u"][0, 0], tensor([-0.5, -0.5e-6]))
+    assert_close(adams["u"][0, 0], tensor([-0.5, -0.5]), rtol=1e-3, atol=0)
+
+
 def test_the_rate_decays_over_a_level() -> None:
     steps = [{"a": torch.ones(1, 1).double()}] * 10
-    for spec in (sgd(0.5, decay=0.1), sgd(0.5, decay=0.1, pure=True)):
+    for spec in (sgd(0.5, decay=0.1), sgd(0.5, decay=0.1, pure=True), normalized(0.5, decay=0.1)):
         sizes = [-float(update["a"]) for update in run(spec, steps)]
         assert sizes == pytest.approx([0.5 * 0.1 ** (n / 10) for n in range(10)])
     for spec in (adam(0.5, decay=0.1), adam(0.5, decay=0.1, pure=True)):
@@ -261,7 +307,11 @@ def test_a_gradient_that_is_short_enough_is_not_touched() -> None:
 # -- batches that shrink, transforms -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [adam(tensor([0.1, 0.2, 0.4])), sgd(tensor([0.1, 0.2, 0.4]), pure=True)], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [make(tensor([0.1, 0.2, 0.4])) for make in (adam, normalized)] + [sgd(tensor([0.1, 0.2, 0.4]), pure=True)],
+    ids=str,
+)
 def test_a_rate_travels_with_its_pair(spec: Any) -> None:
     """The solvers drop finished pairs from the state; the rates that are left are those of the pairs that are left."""
     several = gradients(2)
@@ -278,7 +328,9 @@ def test_a_rate_travels_with_its_pair(spec: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "pure_spec", [adam(0.3, pure=True), chain(clip(0.5), sgd(0.3, momentum=0.5, pure=True))], ids=str
+    "pure_spec",
+    [adam(0.3, pure=True), normalized(0.3, momentum=0.5), chain(clip(0.5), sgd(0.3, momentum=0.5, pure=True))],
+    ids=str,
 )
 def test_pure_optimizers_run_under_vmap_and_grad(pure_spec: Any) -> None:
     several = gradients(3)
@@ -321,7 +373,7 @@ def test_a_rate_can_be_batched_and_differentiated() -> None:
 
 
 @pytest.mark.parametrize("rate", [0, -0.3, math.nan, math.inf, tensor([0.1, -0.1]), tensor(0.0)])
-@pytest.mark.parametrize("make", [adam, sgd])
+@pytest.mark.parametrize("make", [adam, sgd, normalized])
 def test_absurd_rates_are_refused(make: Any, rate: Any) -> None:
     with pytest.raises(ValueError, match=r"lr is .*: it must be positive and finite"):
         make(rate)
@@ -337,6 +389,9 @@ def test_absurd_rates_are_refused(make: Any, rate: Any) -> None:
         (adam, {"eps": -1.0}),
         (sgd, {"momentum": 1.0}),
         (sgd, {"decay": 0.0}),
+        (normalized, {"momentum": 1.0}),
+        (normalized, {"momentum": -0.1}),
+        (normalized, {"decay": 0.0}),
     ],
 )
 def test_absurd_options_are_refused(make: Any, options: dict[str, float]) -> None:
@@ -352,7 +407,7 @@ def test_absurd_norms_are_refused(norm: float) -> None:
 
 
 @pytest.mark.parametrize("rates", [torch.ones(2), torch.ones(3, 1)])
-@pytest.mark.parametrize("make", [adam, sgd])
+@pytest.mark.parametrize("make", [adam, sgd, normalized])
 def test_rates_for_other_pairs_are_refused(make: Any, rates: Tensor) -> None:
     with pytest.raises(ValueError, match=r"lr has shape .* for 3 pairs: give one rate, or one per pair"):
         make(rates).init(gradients(1)[0])
@@ -384,6 +439,8 @@ def test_a_state_that_does_not_fit_the_step_is_refused() -> None:
     state = adam(0.3).init(wide)
     with pytest.raises(ValueError, match=r"the state of Adam does not fit a step of shape \(3, 1\): it was made for"):
         adam(0.3).update(narrow, state, 0.0)
+    with pytest.raises(ValueError, match=r"the state of Normalized does not fit a step of shape \(3, 1\)"):
+        normalized(0.3).update(narrow, normalized(0.3).init(wide), 0.0)
     check_step(wide, adam(0.3).update(wide, state, 0.0)[0], "Adam")
     rms = Torchopt("rmsprop", (("lr", 0.1),))
     update, _ = rms.update(narrow, rms.init(wide), 0.0)
@@ -418,3 +475,18 @@ def test_specs_are_values() -> None:
     assert hash(chain(clip(1.0), adam(0.3))) == hash(chain(clip(1.0), adam(0.3)))
     assert repr(adam(0.3)) == "Adam(lr=0.3, b1=0.9, b2=0.999, eps=1e-12, decay=0.1, pure=False)"
     assert optim.adam is adam
+
+
+# -- what it is for ------------------------------------------------------------------------------------------------
+
+
+def test_normalized_steps_bend_shapes_further_than_adam() -> None:
+    """Most of these images is flat: there Adam moves voxels by what is rounding, at the cost of all others."""
+    c, disc, left = c_shape(64, blur=1.5), circle(64, blur=1.5), []
+    for optimizer in (normalized(0.5), adam(0.5)):
+        transform = Diffeomorphism(gradient=2.0, smooth=0.5)
+        result = register(c, disc, transform, optimizer=optimizer, levels=3, steps=60, padding="border")
+        left.append(float(result.value))
+        if optimizer == normalized(0.5):
+            assert fields.folded_cells(result.mapping.displacement(), c.grid) == 0
+    assert left[0] < 0.8 * left[1]

@@ -1,5 +1,7 @@
 """Images and transforms to and from files.  Every write is atomic; no file can run code."""
 
+from fnreg.io.field import read_displacement as read_displacement
+from fnreg.io.field import read_itk as read_itk
 from fnreg.io.files import ImageReadError as ImageReadError
 from fnreg.io.files import TransformReadError as TransformReadError
 from fnreg.io.files import WriteError as WriteError
@@ -15,7 +17,9 @@ __all__ = [
     "ImageReadError",
     "TransformReadError",
     "WriteError",
+    "read_displacement",
     "read_image",
+    "read_itk",
     "read_transform",
     "write_displacement",
     "write_image",

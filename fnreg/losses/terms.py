@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnreg.losses import descriptors, functional, information, local, overlap, penalties, points
+from fnreg.losses import consistency, descriptors, functional, information, local, overlap, penalties, points
 from fnreg.losses.features import Feature
 from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_unflatten
 
@@ -355,6 +355,7 @@ divergence = term(penalties.divergence)
 total_variation = term(penalties.total_variation)
 folding = term(penalties.folding)
 log_jacobian = term(penalties.log_jacobian)
+inverse_consistency = term(consistency.inverse_consistency)  # of the map itself, not of a field
 
 PENALTIES: dict[str, Term] = {
     "bending": bending,

@@ -133,6 +133,15 @@ class Transform:
         """The inverse map."""
         raise NotImplementedError(f"{type(self).__name__} has no inverse")
 
+    def there_and_back(self, params: Params, domain: Domain) -> Tensor:
+        """T^-1(T(p)) - p at the domain's voxels, world vectors (D, [Z,] Y, X), where the inverse takes no search."""
+        if self.linear:  # exact
+            return torch.zeros_like(self.displacement(params, domain))
+        raise ValueError(
+            f"the inverse of {self} is a search, through which inverse_consistency cannot be optimised: use SVFFD or "
+            "SVF, alone or first in a Sequential with linear transforms after it"
+        )
+
     @property
     def linear(self) -> bool:
         """Whether every map of this transform is linear, and so has a `matrix`."""
@@ -327,6 +336,12 @@ class Sequential(Transform):
         found = (t.first_step(p, d) for t, d, p in self._parts(domain, params))
         return next((step for step in found if step is not None), None)
 
+    def there_and_back(self, params: Params, domain: Domain) -> Tensor:
+        if self.linear or not self.splits:
+            return super().there_and_back(params, domain)
+        first, of_first, begin = self._parts(domain, params)[0]
+        return first.there_and_back(begin, of_first)  # what acts after it has an exact inverse
+
     def field(self, params: Params, domain: Domain) -> Any:
         for t, d, p in self._parts(domain, params):
             if not t.linear:
@@ -418,6 +433,9 @@ class Held(Transform):
 
     def field(self, params: Params, domain: Domain) -> Any:
         return self.transform.field(params, domain)
+
+    def there_and_back(self, params: Params, domain: Domain) -> Tensor:
+        return self.transform.there_and_back(params, domain)
 
     def cast(self, params: Any, dtype: torch.dtype) -> Any:
         return self.transform.cast(params, dtype)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fnreg.fields import compose_step, exp_shift, folds, in_voxels, in_world, invert_shift
+from fnreg.fields import compose_shift, compose_step, exp_shift, folded_cells, folds, in_voxels, in_world, invert_shift
 from fnreg.filters import gaussian, resize
 from fnreg.grid import Grid
 from fnreg.losses.penalties import DenseField
@@ -20,6 +20,7 @@ from fnreg.pytree import is_concrete, tree_map
 from fnreg.sampling import sample
 from fnreg.transforms.base import Domain, Mapping, Params, Split, Step, Transform, first_domain
 
+ITERATIONS = 200  # of the search for an inverse; few voxels need more than ten
 SMALLEST = 0.1  # voxels: the residual that an inverse may have
 
 
@@ -64,13 +65,14 @@ class Dense(Transform, abstract=True):
         return tree_map(lambda leaf: leaf.to(dtype), params)
 
     def inverse(self, params: Params, domain: Domain) -> Mapping:
-        """By Newton's method at the domain's voxels.
+        """By Newton's method at the domain's voxels; between them it is linear, as every `Displacement`.
 
-        Where the map folds, or more than a tenth of a voxel is left, there is none: ValueError for one map; among
-        those of a batch it is NaN.
+        Where the map folds at a voxel, or more than a tenth of a voxel is left, there is none: ValueError for one
+        map; among those of a batch it is NaN.  Where the map compresses much its inverse bends between two voxels, so
+        that the way there and back, `fnreg.fields.inverse_consistency`, may miss by voxels though none is left here.
         """
         grid, shift = first_domain(domain), self.shift(params, domain)
-        found = invert_shift(shift, iterations=20)
+        found = invert_shift(shift, iterations=ITERATIONS)
         count = folds(in_world(shift, grid), grid)  # where points have several origins, no residual tells
         if is_concrete(found.residual):
             advice = (
@@ -80,7 +82,11 @@ class Dense(Transform, abstract=True):
                 left = float(found.residual)
                 raise ValueError(f"the inverse of {self} did not converge: {left:.3g} voxels are left; {advice}")
             if int(count) > 0:
-                raise ValueError(f"the map of {self} folds at {int(count)} voxels, so it has no inverse: {advice}")
+                cells = int(folded_cells(in_world(shift, grid), grid))
+                raise ValueError(
+                    f"the map of {self} folds at {int(count)} voxels and in {cells} of the cells between them, so it "
+                    f"has no inverse: {advice}"
+                )
         found_field = torch.where((found.residual <= SMALLEST) & (count == 0), found.field, torch.nan)
         return Mapping({"displacement": in_world(found_field, grid)}, grid, Displacement())
 
@@ -141,6 +147,10 @@ class Velocity(OneField, abstract=True):
 
     def inverse(self, params: Params, domain: Domain) -> Mapping:
         return Mapping(tree_map(torch.neg, params), domain, self)
+
+    def there_and_back(self, params: Params, domain: Domain) -> Tensor:
+        back = self.shift(tree_map(torch.neg, params), domain)
+        return in_world(compose_shift(self.shift(params, domain), back), first_domain(domain))
 
 
 class _Voxels(OneField, abstract=True):
