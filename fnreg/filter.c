@@ -7,31 +7,36 @@
  * memory for that. */
 #define ACROSS JOIN(NAME, _across)
 #define FILTER JOIN(NAME, _filter)
-#ifndef LANES
-#define LANES 32
-#endif
+#define VECTOR JOIN(NAME, _vector)
+#define LANES ((int64_t)(64 / sizeof(REAL)))
+#define WIDE 4 /* vectors that are summed side by side, so that none waits for the last */
 
-/* out = sum_t taps(|t|) rows[t]: rows are where the neighbours begin, NULL outside. */
+typedef REAL VECTOR __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+
+/* out = scale sum_t taps(|t|) rows[t]: rows are where the neighbours begin, NULL outside. */
 static void ACROSS(const REAL *const *rows, const REAL *taps, int64_t radius, REAL scale, int64_t count, REAL *restrict out) {
-    int64_t low = -radius, high = radius;
+    int64_t low = -radius, high = radius, p = 0;
     while (low < 0 && !rows[low]) low++;
     while (high > 0 && !rows[high]) high--;
-    for (int64_t p = 0; p < count; p += LANES) {
-        REAL sum[LANES] = {0};
-        const int64_t left = count - p;
-        if (left >= LANES) {
-            for (int64_t t = low; t <= high; t++) {
-                const REAL w = taps[t < 0 ? -t : t], *restrict row = rows[t] + p;
-                for (int q = 0; q < LANES; q++) sum[q] += w * row[q];
-            }
-            for (int q = 0; q < LANES; q++) out[p + q] = scale * sum[q];
-        } else {
-            for (int64_t t = low; t <= high; t++) {
-                const REAL w = taps[t < 0 ? -t : t], *restrict row = rows[t] + p;
-                for (int64_t q = 0; q < left; q++) sum[q] += w * row[q];
-            }
-            for (int64_t q = 0; q < left; q++) out[p + q] = scale * sum[q];
+    for (; p + WIDE * LANES <= count; p += WIDE * LANES) {
+        VECTOR sum[WIDE] = {{0}};
+        for (int64_t t = low; t <= high; t++) {
+            const REAL w = taps[t < 0 ? -t : t];
+            const VECTOR *row = (const VECTOR *)(rows[t] + p);
+            for (int k = 0; k < WIDE; k++) sum[k] += w * row[k];
         }
+        for (int k = 0; k < WIDE; k++) ((VECTOR *)(out + p))[k] = scale * sum[k];
+    }
+    for (; p < count && count >= LANES; p += LANES) {
+        if (p > count - LANES) p = count - LANES; /* the last vector may sum some places again */
+        VECTOR sum = {0};
+        for (int64_t t = low; t <= high; t++) sum += taps[t < 0 ? -t : t] * *(const VECTOR *)(rows[t] + p);
+        *(VECTOR *)(out + p) = scale * sum;
+    }
+    for (; p < count; p++) {
+        REAL sum = 0;
+        for (int64_t t = low; t <= high; t++) sum += taps[t < 0 ? -t : t] * rows[t][p];
+        out[p] = scale * sum;
     }
 }
 
@@ -83,4 +88,7 @@ void FILTER(const REAL *data, REAL *out, const int64_t *n, const REAL *taps, con
 }
 
 #undef ACROSS
+#undef VECTOR
+#undef LANES
+#undef WIDE
 #undef FILTER

@@ -103,28 +103,39 @@ class Passes:
 
     def gradient(self, params: Any, zero: Any) -> tuple[Any, Tensor]:
         """Gradient by the step at zero, (B, ...), and the value (B,)."""
-        pairs, domain, axes = self.pairs, self.pairs.domain, self._domain_axes
-        of_terms = batch_axes("objective", self.penalties, self.penalties.ranks())[0]
+        axes, domain = self._domain_axes, self.pairs.domain
+        if self._adds:
+            by_map, value = self._by_map(self._maps(self._parts(params)))
+            assert by_map.shift is not None
+            gradient = self.transform.step_of_shift(by_map.shift)
+        else:
+            gradient, value = self._gradient_on_tape(params, zero)
+        if type(self.transform).precondition is not Transform.precondition:
+            gradient = tree_vmap(self.transform.precondition, (None, axes), gradient, domain)
+        return gradient, value.to(self.pairs.fixed.data.dtype)
+
+    @property
+    def _adds(self) -> bool:
+        """Whether a step adds to the shift, and to nothing else of the energy."""
+        return type(self.transform).step_of_shift is not Transform.step_of_shift and not self.penalties.terms
+
+    def _gradient_on_tape(self, params: Any, zero: Any) -> tuple[Any, Tensor]:
+        pairs, of_terms = self.pairs, batch_axes("objective", self.penalties, self.penalties.ranks())[0]
 
         def after(step: Any) -> dict[str, Tensor]:
             parts = functools.partial(parts_after, self.transform)
-            return tree_vmap(parts, (None, None, of_terms, axes), step, params, self.penalties, domain)
+            axes = (None, None, of_terms, self._domain_axes)
+            return tree_vmap(parts, axes, step, params, self.penalties, pairs.domain)
 
         parts, back = pull_back(after, zero)
-        maps = self._maps(parts)
-        by_map, factor, value = self._by_squares(maps) if self.squared is not None else self._by_images(maps)
+        by_map, value = self._by_map(self._maps(parts))
         assert pairs.to_moving is not None
         left, right = pairs.to_moving[..., :-1, :], pairs.from_fixed
-        by_parts: dict[str, Any] = {"matrix": ((scale(by_map.matrix, factor) @ right.mT).mT @ left).mT}
-        if by_map.shift is not None:
-            by_parts["shift"] = scale(by_map.shift, factor).to(parts["shift"].dtype)
+        by_parts: dict[str, Any] = {"matrix": ((by_map.matrix @ right.mT).mT @ left).mT, "shift": by_map.shift}
         if "penalty" in parts:
-            by_parts["penalty"] = torch.ones_like(parts["penalty"])
             value = value + parts["penalty"]
-        gradient = back({name: by_parts[name] for name in parts})
-        if type(self.transform).precondition is not Transform.precondition:
-            gradient = tree_vmap(self.transform.precondition, (None, axes), gradient, domain)
-        return gradient, value.to(pairs.fixed.data.dtype)
+            by_parts["penalty"] = torch.ones_like(parts["penalty"])
+        return back({name: by_parts[name].to(part.dtype) for name, part in parts.items()}), value
 
     def overlap(self, params: Any) -> Tensor:
         """Share of the fixed voxels that count (B,)."""
@@ -175,9 +186,14 @@ class Passes:
         factor = self.squared / (torch.where(known, found.weight, 1) * self.pairs.fixed.channels)
         return factor, torch.where(known, found.value * factor, torch.inf)
 
-    def _by_squares(self, maps: Maps) -> tuple[ByMap, Tensor | float, Tensor]:
+    def _by_map(self, maps: Maps) -> tuple[ByMap, Tensor]:
+        """Derivatives of the value by the map, and the value (B,), of the terms of the images."""
+        if self.squared is None:
+            return self._by_images(maps)
         found = self._squares(maps)
-        return found.by_map, *self._mean(found)
+        factor, value = self._mean(found)
+        matrix, shift = found.by_map
+        return ByMap(scale(matrix, factor), None if shift is None else scale(shift, factor)), value
 
     # -- other terms -------------------------------------------------------------------------------------------
 
@@ -210,7 +226,7 @@ class Passes:
 
         return tree_vmap(one, (of_terms, of_grid, *((axis,) for axis in axes)), self.images, fixed.grid, *given)
 
-    def _by_images(self, maps: Maps) -> tuple[ByMap, Tensor | float, Tensor]:
+    def _by_images(self, maps: Maps) -> tuple[ByMap, Tensor]:
         pairs = self.pairs
         warped, weights, mask, rest = self._seen(maps)
 
@@ -228,4 +244,4 @@ class Passes:
             more = pull(self._batched(pairs.moving_mask), by["mask"], maps, padding="zeros")
             shift = None if by_map.shift is None or more.shift is None else by_map.shift + more.shift
             by_map = ByMap(by_map.matrix + more.matrix, shift)
-        return by_map, 1.0, value["value"].to(torch.float64)
+        return by_map, value["value"].to(torch.float64)

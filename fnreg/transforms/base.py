@@ -100,6 +100,10 @@ class Transform:
         """`split` after `perturb`, for transforms to which a step is cheaper to add than to the parameters."""
         return self.split(self.perturb(params, step, domain), domain)
 
+    def step_of_shift(self, by_shift: Tensor) -> Step | None:
+        """The gradient by the step from that by the shift of `split`, where a step adds to the shift as it is."""
+        return None
+
     def field(self, params: Params, domain: Domain) -> Any:
         """What penalties act on, a `DenseField` or `SplineField` of displacements or velocities."""
         raise ValueError(

@@ -167,11 +167,18 @@ class _Voxels(OneField, abstract=True):
         return DenseField(along(grid, in_voxels(params[self.name], grid)), grid.spacing)
 
 
-@dataclasses.dataclass(frozen=True)
-class Displacement(_Voxels):
-    """T(p) = p + u(p), params displacement u (D, [Z,] Y, X): a world vector at every voxel, linear in between."""
+class _Displacements(_Voxels, abstract=True):
+    """Parameters that are the displacement."""
 
     name: ClassVar[str] = "displacement"
+
+    def step_of_shift(self, by_shift: Tensor) -> Step:
+        return {"displacement": by_shift}
+
+
+@dataclasses.dataclass(frozen=True)
+class Displacement(_Displacements):
+    """T(p) = p + u(p), params displacement u (D, [Z,] Y, X): a world vector at every voxel, linear in between."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +193,7 @@ class SVF(_Voxels, Velocity):
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffeomorphism(_Voxels):
+class Diffeomorphism(_Displacements):
     """Small smooth steps, composed: u <- d + u o (id + d), params displacement u (D, [Z,] Y, X).
 
     The gradient is taken with respect to the displacement as it stands and smoothed before the optimizer sees it; the
@@ -200,7 +207,6 @@ class Diffeomorphism(_Voxels):
     gradient: float = 1.0
     smooth: float = 0.75
     limit: float = 0.5
-    name: ClassVar[str] = "displacement"
 
     def __post_init__(self) -> None:
         if not (self.gradient >= 0 and self.smooth >= 0 and self.limit > 0):
