@@ -32,6 +32,7 @@ NAMES = (
     "growth",
     "brain_affine",
     "brain_deformable",
+    "brain_race",
     "ants2d",
 )
 

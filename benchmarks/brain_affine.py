@@ -25,7 +25,12 @@ THREADS = 2
 
 def dice(labels: Image, fixed: Image, mapping: Mapping) -> float:
     """Mean over the labels of the fixed image of 2 |A and B| / (|A| + |B|)."""
-    warped = warp(labels, mapping, fixed.grid, mode="nearest").data
+    return overlap(warp(labels, mapping, fixed.grid, mode="nearest"), fixed)
+
+
+def overlap(labels: Image, fixed: Image) -> float:
+    """`dice` of labels that are on the fixed grid."""
+    warped = labels.data
     names = [name for name in fixed.data.unique().tolist() if name > 0]
     scores = []
     for name in names:

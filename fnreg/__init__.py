@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fnreg import io as io
     from fnreg import optim as optim
     from fnreg import plot as plot
+    from fnreg import presets as presets
     from fnreg.grid import Grid as Grid
     from fnreg.image import Image as Image
     from fnreg.image import Subject as Subject
@@ -169,6 +170,7 @@ _MODULES = {
     "penalties": "fnreg.losses.penalties",
     "plot": "fnreg.plot",
     "points": "fnreg.losses.points",
+    "presets": "fnreg.presets",
 }
 
 __all__ = ["__version__", *sorted(_WHERE), *sorted(_MODULES)]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -18,6 +18,7 @@ from fnreg.settings import (
     OPTIMIZERS,
     PADDINGS,
     PENALTIES,
+    PRESETS,
     SAVES,
     SIMILARITIES,
     SYMMETRIC,
@@ -64,6 +65,9 @@ def register(
     /,
     *,
     output: _Output,
+    preset: Annotated[
+        str | None, _option(f"Tuned settings in place of --transform to --steps and --padding: {', '.join(PRESETS)}.")
+    ] = None,
     transform: Annotated[
         str | None,
         _option(f"Stages joined by +, of: {', '.join(TRANSFORMS)}; options as affine+svffd:stride=4. [default: rigid]"),
@@ -125,7 +129,8 @@ def register(
         Image that is to look like it.
     """
     given = {
-        "transform": transform, "similarity": similarity, "penalty": "+".join(penalty) if penalty else None,
+        "preset": preset, "transform": transform, "similarity": similarity,
+        "penalty": "+".join(penalty) if penalty else None,
         "symmetric": symmetric, "optimizer": optimizer, "levels": levels, "steps": steps, "init": init,
         "padding": padding, "save": save, "seed": seed, "threads": threads, "device": device,
     }  # fmt: skip

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 import fnreg
-from fnreg import extras, io, results
+from fnreg import extras, io, presets, results
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.io.files import ImageReadError, TransformReadError, write_bytes
 from fnreg.io.itk import parts
+from fnreg.losses.terms import objective as as_objective
 from fnreg.output import OutputFolder
 from fnreg.pytree import tree_leaves, tree_map
 from fnreg.registration import Event, Stage, evaluate, register
@@ -71,7 +72,7 @@ class Plan:
     fixed: Subject
     moving: Subject
     stages: list[Stage]
-    solver: Any
+    options: dict[str, Any]  # of `register`
     begin: Begin | None
     figures: bool
     notes: list[str]
@@ -93,7 +94,7 @@ class Plan:
             "settings": dataclasses.asdict(self.settings),
             "stages": [repr(stage.transform) for stage in self.stages],
             "objective": repr(self.stages[-1].objective),
-            "solver": repr(self.solver),
+            "solver": repr(self.stages[-1].solver or self.stages[-1].optimizer or self.options["solver"]),
             "versions": {"python": platform.python_version(), **versions},
             "threads": torch.get_num_threads(),
         }
@@ -109,8 +110,7 @@ def prepare(files: Files, settings: Settings) -> Plan:
 
     Raises SettingsError, ImageReadError, TransformReadError, DeviceError or MissingExtraError.
     """
-    stages = [Stage(transform, settings.objective(transform)) for transform in settings.transforms()]
-    solver = settings.solver()
+    stages, options = _stages(settings)
     device = _device(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -129,7 +129,20 @@ def prepare(files: Files, settings: Settings) -> Plan:
     for stage in stages:
         _try(stage, subjects[0].image)
     begin = _begin(settings, stages[0].transform, subjects[0].image.grid)
-    return Plan(files, settings, subjects[0], subjects[1], stages, solver, begin, figures, notes)
+    return Plan(files, settings, subjects[0], subjects[1], stages, options, begin, figures, notes)
+
+
+def _stages(settings: Settings) -> tuple[list[Stage], dict[str, Any]]:
+    """The stages, and the options of `register` that hold for all."""
+    transforms = settings.transforms()
+    if settings.preset:
+        chosen = presets.PRESETS[settings.preset]
+        options = {name: value for name, value in chosen.items() if name != "transform"}
+        return [dataclasses.replace(s, objective=as_objective(s.objective)) for s in chosen["transform"]], options
+    counts = settings.counts()
+    options = {"solver": settings.solver(), "levels": settings.levels, "padding": settings.outside()}
+    options |= {"steps": counts[0] if len(counts) == 1 else counts, "symmetric": settings.symmetric}
+    return [Stage(transform, settings.objective(transform)) for transform in transforms], options
 
 
 def _try(stage: Stage, fixed: Image) -> None:
@@ -202,30 +215,24 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
     first, last = plan.stages[0].transform, plan.stages[-1]
     grid = plan.fixed.image.grid
     begin = plan.begin or Begin()
-    counts = settings.counts()
+    padding = plan.options.get("padding")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # By the last objective: a stage that can be penalised does not move at the start.
         start = begin.mapping(first, grid)
         if first.linear and not last.transform.linear:
             start = start @ Mapping(last.transform.init(grid), grid, last.transform)
-        before, before_terms = evaluate(
-            plan.fixed, plan.moving, start, objective=last.objective, padding=settings.outside()
-        )
+        before, before_terms = evaluate(plan.fixed, plan.moving, start, objective=last.objective, padding=padding)
         result = register(
             plan.fixed,
             plan.moving,
             plan.stages,
-            solver=plan.solver,
-            levels=settings.levels,
-            steps=counts[0] if len(counts) == 1 else counts,
             then=begin.then,
             initial=begin.initial,
             starts=_starts(first, grid) if settings.init == "search" else None,
             start=settings.init if settings.init in ("center", "moments") else "header",
-            padding=settings.outside(),
-            symmetric=settings.symmetric,
             progress=progress,
+            **plan.options,
         )
     seconds = time.perf_counter() - clock
     notes = [str(warning.message) for warning in caught]

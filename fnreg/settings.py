@@ -44,6 +44,8 @@ OPTIMIZERS = ("adam", "sgd", "gauss-newton")
 INITS = ("header", "center", "moments", "search")
 PADDINGS = ("none", "zeros", "border", "reflection")
 SAVES = ("params", "xfm", "warped", "figures", "inverse", "displacement", "jacobian")
+PRESETS = {"brain": "affine+diffeomorphism"}  # of `fnreg.presets`, with their transforms
+OF_PRESETS = ("transform", "similarity", "penalty", "symmetric", "optimizer", "levels", "steps", "padding")
 STARTS = 36  # of init "search"
 
 
@@ -135,6 +137,7 @@ def _of_kind(told: str, value: Option, kind: str) -> Any:
 class Settings:
     """How a pair is registered.
 
+    preset : a name of `PRESETS`, which decides what `OF_PRESETS` lists
     transform : stages, joined by +, with options, such as "affine+svffd:stride=4"; see `TRANSFORMS`
     similarity : what is minimised, with options, such as "huber:delta=0.1"; see `SIMILARITIES`
     penalty : on the fields of the stages in `DENSE`, weights by name, joined by +, such as "bending=1e-3", with options
@@ -149,6 +152,7 @@ class Settings:
     seed : of torch's random numbers; threads : of torch, 0 leaves them; device : of torch
     """
 
+    preset: str = ""
     transform: str = "rigid"
     similarity: str = "mse"
     penalty: str = ""
@@ -169,6 +173,12 @@ class Settings:
         order of precedence.  Raises SettingsError, with the known names, for an unknown one."""
         found = {} if file is None else _read(file)
         found |= {key: value for key, value in given.items() if value is not None}
+        if found.get("preset"):
+            name = choose("preset", str(found["preset"]), PRESETS)
+            for key in OF_PRESETS:
+                if key in found:
+                    raise SettingsError(f"preset {name} decides about {key}: give one of the two")
+            found["transform"] = PRESETS[name]
         if "steps" in found and "levels" not in found and len(_steps(str(found["steps"]))) > 1:
             found["levels"] = len(_steps(str(found["steps"])))
         made = Settings(**found)

@@ -437,7 +437,10 @@ USAGE = {
     "center of a field": (["--transform", "ffd", "--init", "center"], "does not begin with a shift"),
     "search of a field": (["--transform", "svf", "--init", "search"], "does not begin with a rotation"),
     "option of a transform": (["--transform", "rigid:stride=4"], "no option 'stride'"),
-    "similarity": (["--similarity", "mutual"], "unknown similarity 'mutual': choose from mse, mae, huber, ncc"),
+    "similarity": (
+        ["--similarity", "mutual"],
+        "unknown similarity 'mutual': choose from mse, mae, huber, charbonnier, ncc",
+    ),
     "option of a similarity": (["--similarity", "huber:gamma=1"], "no option 'gamma': its options are delta"),
     "value of an option": (["--similarity", "huber:delta=-1"], "delta must be positive"),
     "bins": (["--similarity", "mi:bins=8.5"], "bins must be a whole number of at least 4"),

@@ -1,0 +1,40 @@
+"""Tuned settings by name: plain arguments of `register`, which print as the Python that makes them.
+
+>>> import fnreg
+>>> sorted(fnreg.presets.brain)
+['padding', 'stop', 'transform']
+>>> fnreg.presets.brain["transform"][1].transform
+Diffeomorphism(gradient=0.75, smooth=0.7, limit=0.5)
+
+`register(fixed, moving, **fnreg.presets.brain)` uses them; `presets.brain | {"padding": None}` changes one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fnreg.losses.terms import lncc, ncc
+from fnreg.optim import adam
+from fnreg.registration import Stage
+from fnreg.solvers.gauss_newton import GaussNewton
+from fnreg.transforms.dense import Diffeomorphism
+from fnreg.transforms.linear import Affine
+
+# Brains without skull, of one or of similar contrasts, at any resolution: an affine map to half resolution, then
+# correlation within windows.  Tuned on two pairs of NIREP; benchmarks/brain_race.py.
+brain: dict[str, Any] = {
+    "transform": [
+        Stage(Affine(), ncc, GaussNewton(), levels=4, steps=(20, 10, 5, 0)),
+        Stage(
+            Diffeomorphism(gradient=0.75, smooth=0.7),
+            lncc(radius=3, flat=0.2),
+            optimizer=adam(0.25, decay=1.0),
+            levels=3,
+            steps=(100, 100, 20),
+        ),
+    ],
+    "padding": "zeros",
+    "stop": None,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {"brain": brain}
