@@ -74,11 +74,14 @@ class Adam(Optimizer):
     """Adam with bias correction.  Kingma and Ba 2015, arXiv 1412.6980.
 
         m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
-        step = -lr m / (1 - b1^k) / (sqrt(v / (1 - b2^k)) + eps)
+        step = -lr m / (1 - b1^k) / (sqrt(v / (1 - b2^k)) + eps + relative rms)
 
     lr : voxels; a tensor (B,) for one rate per pair
     decay : the rate falls exponentially to `decay * lr` over the level
     eps : 1e-12, so small that the scale of the images does not matter
+    relative : of rms, the root of the mean of v / (1 - b2^k) over all entries of a leaf of the pair; at 0 every entry
+        moves by about the rate, however small its gradient, and the larger it is the more the gradients' sizes count:
+        for fields, which would else be rough where images tell nothing
     pure : fnreg's own lines instead of torchopt's; its one pass in C serves in either case
     """
 
@@ -87,22 +90,26 @@ class Adam(Optimizer):
     b2: float = 0.999
     eps: float = 1e-12
     decay: float = 0.1
+    relative: float = 0.0
     pure: bool = False
 
     def __post_init__(self) -> None:
         _positive("lr", self.lr)
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 < self.decay <= 1 and self.eps >= 0):
-            raise ValueError(f"{self!r}: expected b1 and b2 in [0, 1), decay in (0, 1] and eps >= 0")
+        known = 0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 < self.decay <= 1
+        if not (known and self.eps >= 0 and 0 <= self.relative < math.inf):
+            raise ValueError(
+                f"{self!r}: expected b1 and b2 in [0, 1), decay in (0, 1], eps >= 0 and a finite relative >= 0"
+            )
 
     def init(self, step: Any) -> Any:
         leaves, _ = tree_flatten(step)
         rate = _rates(self.lr, leaves)
-        if not (self.pure or _serves(leaves)):
+        if not (self.pure or self.relative or _serves(leaves)):
             method = _torchopt("adam", lr=1.0, betas=(self.b1, self.b2), eps=self.eps)
             return _State(method.init(leaves), rate, method)
         zero = [torch.zeros_like(leaf) for leaf in leaves]
         count = torch.zeros(leaves[0].shape[0], dtype=torch.float64, device=leaves[0].device)
-        return _State((zero, zero, count), rate)
+        return _State((zero, zero, count, [torch.zeros_like(count) for _ in leaves]), rate)
 
     def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(gradient)
@@ -116,29 +123,43 @@ class Adam(Optimizer):
                     f"the state of {type(self).__name__} does not fit a step of shape {tuple(g.shape)}: "
                     "it was made for other parameters"
                 )
-        before = zip(leaves, *state.inner[:2], strict=True)
-        count = state.inner[2] + 1
+        m, v, count, mean = state.inner
+        count = count + 1
         first, second = rate / (1 - self.b1**count), 1 / (1 - self.b2**count)  # (B,)
+        if self.relative:  # the mean of v follows from that of the squared gradient
+            mean = [self.b2 * a + (1 - self.b2) * _mean_square(g) for a, g in zip(mean, leaves, strict=True)]
         change = self._in_one_pass if not is_tracked(leaves, state) and _serves(leaves) else self._plain
-        m, v, steps = zip(*(change(g, m, v, first, second) for g, m, v in before), strict=True)
-        return tree_unflatten(list(steps), spec), state._replace(inner=(list(m), list(v), count))
+        changed: list[tuple[Tensor, Tensor, Tensor]] = []
+        for g, m_before, v_before, of_v in zip(leaves, m, v, mean, strict=True):
+            # 1e-30 under the root keeps the derivative finite where a gradient has always been zero.
+            least = self.eps + self.relative * (second * of_v + 1e-30).sqrt()
+            changed.append(change(g, m_before, v_before, first, second, least))
+        m, v, steps = (list(part) for part in zip(*changed, strict=True))
+        return tree_unflatten(steps, spec), state._replace(inner=(m, v, count, mean))
 
-    def _plain(self, g: Tensor, m: Tensor, v: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _plain(
+        self, g: Tensor, m: Tensor, v: Tensor, first: Tensor, second: Tensor, least: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         m = self.b1 * m + (1 - self.b1) * g
         v = self.b2 * v + (1 - self.b2) * g * g
-        first, second = (_per_pair(factor.to(g.dtype), g) for factor in (first, second))
-        # 1e-30 under the root keeps the derivative finite where a gradient has always been zero.
-        return m, v, -first * m / ((second * v + 1e-30).sqrt() + self.eps)
+        first, second, least = (_per_pair(factor.to(g.dtype), g) for factor in (first, second, least))
+        return m, v, -first * m / ((second * v + 1e-30).sqrt() + least)
 
     def _in_one_pass(
-        self, g: Tensor, m: Tensor, v: Tensor, first: Tensor, second: Tensor
+        self, g: Tensor, m: Tensor, v: Tensor, first: Tensor, second: Tensor, least: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same in C, where torch makes a dozen passes."""
         g, m, v = g.contiguous(), m.contiguous(), v.contiguous()
         after = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
-        options = (first.to(torch.float64), second, self.b1, self.b2, self.eps, g[0].numel())
+        options = (first.to(torch.float64), second, least, self.b1, self.b2, g[0].numel())
         native.call("_adam", g.dtype, None, (g, m, v, *after, *options), g.numel())
         return after
+
+
+def _mean_square(leaf: Tensor) -> Tensor:
+    """Mean square per pair (B,), float64."""
+    flat = leaf.flatten(1)
+    return (flat.unsqueeze(1) @ flat.unsqueeze(2)).flatten().to(torch.float64) / flat.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@
 >>> sorted(fnreg.presets.brain)
 ['padding', 'stop', 'transform']
 >>> fnreg.presets.brain["transform"][1].transform
-Diffeomorphism(gradient=0.75, smooth=0.7, limit=0.5)
+Diffeomorphism(gradient=0.75, smooth=0.6, limit=0.5)
 
 `register(fixed, moving, **fnreg.presets.brain)` uses them; `presets.brain | {"padding": None}` changes one.
 """
@@ -26,9 +26,9 @@ brain: dict[str, Any] = {
     "transform": [
         Stage(Affine(), ncc, GaussNewton(), levels=4, steps=(20, 10, 5, 0)),
         Stage(
-            Diffeomorphism(gradient=0.75, smooth=0.7),
+            Diffeomorphism(gradient=0.75, smooth=0.6),
             lncc(radius=3, flat=0.2),
-            optimizer=adam(0.25, decay=1.0),
+            optimizer=adam(0.8, b2=0.99, decay=1.0, relative=3.0),
             levels=3,
             steps=(100, 100, 20),
         ),

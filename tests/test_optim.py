@@ -31,6 +31,7 @@ seeds = st.integers(0, 2**16)
 SPECS: dict[str, Any] = {
     "adam": adam(0.3),
     "adam pure": adam(0.3, pure=True),
+    "adam relative": adam(0.3, relative=2.0),
     "sgd": sgd(0.3),
     "sgd momentum": sgd(0.3, momentum=0.9, decay=0.2),
     "sgd pure": sgd(0.3, momentum=0.9, pure=True),
@@ -161,11 +162,28 @@ def test_pure_adam_equals_torchopt_where_float32_is_exact(b2: float) -> None:
 def test_the_kernel_of_adam_equals_its_lines(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     several = [{"a": torch.randn(*shape, generator=generator, dtype=dtype).mT} for _ in range(4)]  # of any layout
-    spec = adam(torch.linspace(0.1, 0.5, shape[0]), pure=True)
-    found = run(spec, several)
-    with without_kernels():
-        expected = run(spec, several)
-    close(found, expected, atol=1e-5 if dtype == torch.float32 else 1e-13)
+    for relative in (0.0, 2.0):
+        spec = adam(torch.linspace(0.1, 0.5, shape[0]), relative=relative, pure=True)
+        found = run(spec, several)
+        with without_kernels():
+            expected = run(spec, several)
+        close(found, expected, atol=1e-5 if dtype == torch.float32 else 1e-13)
+
+
+@few
+@given(seed=seeds, relative=st.floats(0, 10), betas=st.tuples(st.floats(0, 0.95), st.floats(0.5, 0.999)))
+def test_a_relative_share_of_the_root(seed: int, relative: float, betas: tuple[float, float]) -> None:
+    """The equation, written down again; with much of it the step is the gradient's mean over its size."""
+    several = gradients(6, seed)
+    found = run(adam(0.3, b1=betas[0], b2=betas[1], decay=1.0, relative=relative), several)
+    m = v = torch.zeros_like(several[0]["a"])
+    for k, (gradient, update) in enumerate(zip(several, found, strict=True), 1):
+        m, v = betas[0] * m + (1 - betas[0]) * gradient["a"], betas[1] * v + (1 - betas[1]) * gradient["a"] ** 2
+        root = (v / (1 - betas[1] ** k)).sqrt()
+        size = root.square().mean(1, keepdim=True).sqrt()
+        close(update["a"], -0.3 * m / (1 - betas[0] ** k) / (root + 1e-12 + relative * size), atol=1e-10)
+    alone = run(adam(0.3, b1=betas[0], b2=betas[1], decay=1.0, relative=relative), [pair(g, 1) for g in several])
+    close(alone, [pair(update, 1) for update in found], atol=1e-12)
 
 
 def test_no_number_stays_none() -> None:
@@ -473,7 +491,7 @@ def test_torchopt_by_name_and_as_given_are_one() -> None:
 def test_specs_are_values() -> None:
     assert adam(0.3) == adam(0.3) != adam(0.2)
     assert hash(chain(clip(1.0), adam(0.3))) == hash(chain(clip(1.0), adam(0.3)))
-    assert repr(adam(0.3)) == "Adam(lr=0.3, b1=0.9, b2=0.999, eps=1e-12, decay=0.1, pure=False)"
+    assert repr(adam(0.3)) == "Adam(lr=0.3, b1=0.9, b2=0.999, eps=1e-12, decay=0.1, relative=0.0, pure=False)"
     assert optim.adam is adam
 
 

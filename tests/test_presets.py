@@ -77,7 +77,7 @@ def test_it_registers_on_the_command_line(tmp_path: Path, capsys: pytest.Capture
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["settings"]["preset"] == "brain"
     assert record["stages"] == [repr(stage.transform) for stage in presets.brain["transform"]]
-    assert "lncc" in record["objective"] and "Adam(lr=0.25" in record["solver"]
+    assert "lncc" in record["objective"] and "Adam(lr=0.8" in record["solver"]
     assert record["terms_after"]["lncc"] < record["terms_before"]["lncc"]
     assert "affine+diffeomorphism" in capsys.readouterr().out
 
