@@ -22,6 +22,7 @@ from benchmarks.measure import Absent, Options, Table
 NAMES = (
     "sampling",
     "information",
+    "local",
     "rigid_batch",
     "deformable_batch",
     "fields",
