@@ -32,6 +32,8 @@ NAMES = (
     "growth",
     "brain_affine",
     "brain_deformable",
+    "hippocampus",
+    "templates3d",
     "ants2d",
 )
 
