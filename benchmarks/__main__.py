@@ -34,6 +34,8 @@ NAMES = (
     "brain_affine",
     "brain_deformable",
     "brain_race",
+    "hippocampus",
+    "templates3d",
     "ants2d",
 )
 

@@ -57,10 +57,15 @@ def brain_path(name: str) -> Path:
     return folder("nirep") / f"{name}.nii.gz"
 
 
+def volume(path: Path) -> Image:
+    """A NIfTI file in LPS world coordinates."""
+    read = peer("nibabel").load(path)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ read.affine  # RAS to LPS
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    values = np.ascontiguousarray(np.asarray(read.dataobj, dtype=np.float32).transpose(2, 1, 0))
+    return Image.from_array(values, spacing=spacing, origin=affine[:3, 3], direction=affine[:3, :3] / spacing)
+
+
 def brain(name: str) -> Image:
     """A volume of `nirep` in LPS world coordinates."""
-    volume = peer("nibabel").load(brain_path(name))
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.affine  # RAS to LPS
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    values = np.ascontiguousarray(np.asarray(volume.dataobj, dtype=np.float32).transpose(2, 1, 0))
-    return Image.from_array(values, spacing=spacing, origin=affine[:3, 3], direction=affine[:3, :3] / spacing)
+    return volume(brain_path(name))
