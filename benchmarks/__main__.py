@@ -37,6 +37,8 @@ NAMES = (
     "hippocampus",
     "templates3d",
     "ants2d",
+    "histology",
+    "ct_head2d",
 )
 
 
