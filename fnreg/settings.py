@@ -44,7 +44,9 @@ OPTIMIZERS = ("adam", "sgd", "gauss-newton")
 INITS = ("header", "center", "moments", "search")
 PADDINGS = ("none", "zeros", "border", "reflection")
 SAVES = ("params", "xfm", "warped", "figures", "inverse", "displacement", "jacobian")
-PRESETS = {"brain": "affine+diffeomorphism"}  # of `fnreg.presets`, with their transforms
+PRESETS = {
+    name: "affine+diffeomorphism" for name in ("brain", "brain_fast")
+}  # of `fnreg.presets`, with their transforms
 OF_PRESETS = ("transform", "similarity", "penalty", "symmetric", "optimizer", "levels", "steps", "padding")
 STARTS = 36  # of init "search"
 
