@@ -1,5 +1,5 @@
 /* One update of Adam for items (B, n), out of place:
- *   m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  step = -first m / (sqrt(second v) + least)
+ *   m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  step = -first m / (sqrt(second v + 1e-30) + least)
  * with `first` = rate / (1 - b1^k), `second` = 1 / (1 - b2^k) and `least` of each item. */
 #define ADAM JOIN(NAME, _adam)
 
@@ -15,7 +15,7 @@ void ADAM(const REAL *gradient, const REAL *m_before, const REAL *v_before, REAL
             const REAL m = one * m_before[p] + rest_one * g, v = two * v_before[p] + rest_two * g * g;
             m_after[p] = m;
             v_after[p] = v;
-            step[p] = -scale * m / (JOIN(SQRT_, REAL)(unbias * v) + e);
+            step[p] = -scale * m / (JOIN(SQRT_, REAL)(unbias * v + (REAL)1e-30) + e);
         }
         s = last;
     }

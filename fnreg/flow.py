@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.grid import index_points
-from fnreg.pytree import constant, forward_levels
+from fnreg.pytree import constant, fold, forward_asked, forward_levels, leading
 from fnreg.sampling import KNOT, is_stored, sample
 
 Plain = Callable[[Tensor], Tensor]  # the same by compositions, for one field
@@ -26,9 +26,8 @@ Plain = Callable[[Tensor], Tensor]  # the same by compositions, for one field
 
 def _serves(shift: Tensor) -> bool:
     """Whether there is a kernel, and no forward derivative is asked."""
-    dual = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
     field = 2 <= shift.ndim <= 4 and shift.shape[0] == shift.ndim - 1
-    return field and native.serves(shift, voxels=math.prod(shift.shape[1:])) and not (dual or forward_levels())
+    return field and native.serves(shift, voxels=math.prod(shift.shape[1:])) and not forward_asked()
 
 
 def compose(
@@ -86,11 +85,6 @@ def _pulled_once(field: Tensor, cotangent: Tensor, scale: float, add: bool) -> T
     return out.squeeze(1) if parts == 1 else out.sum(1)
 
 
-def _folded(size: int, dim: int | None, tensor: Tensor) -> Tensor:
-    """A batch axis of vmap folded into the leading one."""
-    return (tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).flatten(0, 1)
-
-
 class _Compose(torch.autograd.Function):
     """`_composed` for fields (B, D, *shape); its derivatives go through `sample`'s."""
 
@@ -121,7 +115,8 @@ class _Compose(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        folded = [_folded(info.batch_size, dim, t) for t, dim in zip(args, in_dims, strict=True)]
+        lead = leading(args[0], in_dims[0])
+        folded = [fold(info.batch_size, dim, t, lead) for t, dim in zip(args, in_dims, strict=True)]
         return _Compose.apply(*folded).unflatten(0, (info.batch_size, -1)), 0  # type: ignore[no-untyped-call]
 
 
@@ -192,5 +187,6 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        folded = [_folded(info.batch_size, dim, t) for t, dim in zip(args[:3], in_dims[:3], strict=True)]
+        lead = leading(args[0], in_dims[0])
+        folded = [fold(info.batch_size, dim, t, lead) for t, dim in zip(args[:3], in_dims[:3], strict=True)]
         return _Pull.apply(*folded, *args[3:]).unflatten(0, (info.batch_size, -1)), 0  # type: ignore[no-untyped-call]

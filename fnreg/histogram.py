@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fnreg import native, parzen
 from fnreg.parzen import Weights
-from fnreg.pytree import forward_levels
+from fnreg.pytree import fold, forward_asked, forward_levels, leading
 from fnreg.sampling import is_stored
 
 PART = 2**14  # voxels from which on a row is cut, and into how many parts at most: each has a histogram of its own
@@ -47,8 +47,7 @@ def joint_histogram(warped: Tensor, fixed: Tensor, weights: Tensor | None = None
     """
     share = None if weights is None else weights.unsqueeze(0)
     images = warped.unsqueeze(0), fixed.unsqueeze(0), share
-    dual = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
-    if dual or forward_levels():
+    if forward_asked():
         share = None if share is None else share.detach()
         scaled = _scaled(parzen.ends, warped.detach().unsqueeze(0), fixed.detach().unsqueeze(0), share, bins)
         return parzen.counted(*images, scaled, bins).squeeze(0)
@@ -143,19 +142,6 @@ def _pulled(
 # -- as one function --------------------------------------------------------------------------------------------
 
 
-def _folded(size: int, dim: int | None, tensor: Weights, lead: int, *, shared: bool) -> Weights:
-    """A batch axis of vmap folded into the leading one of length `lead`; left out where all share one item."""
-    if tensor is None or (shared and dim is None and len(tensor) == 1):
-        return tensor
-    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return tensor.expand(size, lead, *tensor.shape[2:]).flatten(0, 1)
-
-
-def _lead(warped: Tensor, dim: int | None) -> int:
-    """The length of the leading axis below that of vmap."""
-    return len(warped) if dim is None else warped.movedim(dim, 0).shape[1]
-
-
 class _Histogram(torch.autograd.Function):
     """warped (B, C, N), fixed (B or 1, C, N), weights (B or 1, 1, N) to h (B, C, bins, bins) and `_scaled`."""
 
@@ -180,9 +166,9 @@ class _Histogram(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        size, lead = info.batch_size, _lead(args[0], in_dims[0])
+        size, lead = info.batch_size, leading(args[0], in_dims[0])
         folded = [
-            _folded(size, dim, image, lead, shared=number > 0)
+            fold(size, dim, image, lead, shared=number > 0)
             for number, (image, dim) in enumerate(zip(args[:3], in_dims[:3], strict=True))
         ]
         found = _Histogram.apply(*folded, args[3])  # type: ignore[no-untyped-call]
@@ -231,9 +217,9 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        size, lead = info.batch_size, _lead(args[1], in_dims[1])
+        size, lead = info.batch_size, leading(args[1], in_dims[1])
         folded = [
-            _folded(size, dim, tensor, lead, shared=number in (2, 3))
+            fold(size, dim, tensor, lead, shared=number in (2, 3))
             for number, (tensor, dim) in enumerate(zip(args[:5], in_dims[:5], strict=True))
         ]
         found = _Pull.apply(*folded, args[5])  # type: ignore[no-untyped-call]

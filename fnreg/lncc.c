@@ -76,11 +76,13 @@ void CORRELATION(REAL *sums_moving, const REAL *fixed, const REAL *count, const 
                 const REAL counts = var_f > least_f ? w * known : (REAL)0; /* flat windows of the fixed image say nothing */
                 const REAL safe_f = var_f > least_f ? var_f : (REAL)1, varies = var_m > least_m ? (REAL)1 : (REAL)0;
                 const REAL safe_m = var_m > least_m ? var_m : least_m > 0 ? least_m : (REAL)1;
-                const REAL root = with_sign ? JOIN(SQRT_, REAL)(safe_f * safe_m) : safe_f * safe_m;
-                const REAL a = with_sign ? 1 / root : 2 * cov / root;
-                const REAL b = varies * (with_sign ? cov / (root * safe_m) : 2 * cov * cov / (root * safe_m));
+                /* Never a product of variances, which float might not hold. */
+                const REAL by_f = cov / safe_f, by_m = cov / safe_m;
+                const REAL root = JOIN(SQRT_, REAL)(safe_f) * JOIN(SQRT_, REAL)(safe_m), signed_value = cov / root;
+                const REAL a = with_sign ? 1 / root : 2 * by_f / safe_m;
+                const REAL b = varies * (with_sign ? signed_value : 2 * by_f * by_m) / safe_m;
                 const REAL scale = counts * unit;
-                value[q] = counts * (with_sign ? cov / root : cov * cov / root);
+                value[q] = counts * (with_sign ? signed_value : by_f * by_m);
                 share[q] = counts;
                 m[p] = scale * a;
                 mm[p] = scale * b;

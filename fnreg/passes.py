@@ -96,9 +96,10 @@ class Passes:
         maps = self._maps(self._parts(params))
         if self.squared is None or len(self.images.terms) != 1:
             return self._of_images(*self._seen(maps)[:2])
-        value = self._mean(self._squares(maps))[1]
+        found = self._squares(maps)
+        value = self._mean(found)[1]
         kind = self.pairs.fixed.data.dtype
-        plain = torch.where(self.squared == 0, 0, value / torch.where(self.squared == 0, 1, self.squared))
+        plain = found.value / (torch.where(found.weight > 0, found.weight, 1) * self.pairs.fixed.channels)
         return value.to(kind), {self.images.terms[0].name: plain.to(kind)}
 
     def gradient(self, params: Any, zero: Any) -> tuple[Any, Tensor]:

@@ -287,6 +287,27 @@ def forward_levels() -> int:
     return sum(level.key().name == "Jvp" for level in retrieve_all_functorch_interpreters())
 
 
+def forward_asked() -> bool:
+    """Whether a forward derivative is being taken, by torch.func or by torch's own dual numbers."""
+    return torch.autograd.forward_ad._current_level >= 0 or forward_levels() > 0  # pyright: ignore[reportPrivateUsage]
+
+
+def leading(tensor: Tensor, dim: int | None) -> int:
+    """The length of the leading axis below that of vmap, which lies at `dim`."""
+    return len(tensor) if dim is None else tensor.movedim(dim, 0).shape[1]
+
+
+def fold(size: int, dim: int | None, tensor: Tensor | None, lead: int, *, shared: bool = False) -> Any:
+    """A batch axis of vmap folded into the leading one of length `lead`, for the `vmap` of a Function.
+
+    shared : what has no batch axis and a leading one of 1 stays so
+    """
+    if tensor is None or (shared and dim is None and len(tensor) == 1):
+        return tensor
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.expand(size, lead, *tensor.shape[2:]).flatten(0, 1)
+
+
 def is_transformed(*trees: Any) -> bool:
     """Whether a leaf is inside a torch.func transform."""
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]

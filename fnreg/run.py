@@ -91,8 +91,8 @@ class Plan:
             "fnreg": fnreg.__version__,
             "inputs": inputs,
             "output": str(self.files.output),
-            "settings": dataclasses.asdict(self.settings),
-            "stages": [repr(stage.transform) for stage in self.stages],
+            "settings": self.settings.given(),
+            "stages": [repr(stage if self.settings.preset else stage.transform) for stage in self.stages],
             "objective": repr(self.stages[-1].objective),
             "solver": repr(self.stages[-1].solver or self.stages[-1].optimizer or self.options["solver"]),
             "versions": {"python": platform.python_version(), **versions},
@@ -235,7 +235,7 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
             **plan.options,
         )
     seconds = time.perf_counter() - clock
-    notes = [str(warning.message) for warning in caught]
+    notes = [str(warning.message) for warning in caught if warning.category is UserWarning]  # not of what torch imports
     if float(result.value) > float(before):
         notes.append(f"the objective rose from {float(before):.4g} to {float(result.value):.4g}: look at the figures")
     found = results.outcome(result, float(before), before_terms)
@@ -276,6 +276,8 @@ def _starts(first: Any, grid: Grid) -> Any:
 
 def _of_folds(share: float, before: float, settings: Settings) -> str:
     told = f"the map folds at {100 * share:.3g} % of the pixels: give "
+    if settings.preset:
+        return f"{told}a transform, similarity and penalty of its own in place of preset {settings.preset}"
     if settings.penalty:
         return f"{told}a larger weight than {settings.penalty}, or use svffd"
     # Bending is below 1 for smooth maps: so it weighs less than what there is to gain, whatever the intensities.

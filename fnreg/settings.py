@@ -189,6 +189,12 @@ class Settings:
 
     def check(self) -> None:
         """SettingsError for the first thing that is wrong."""
+        if self.preset:
+            text = PRESETS[choose("preset", self.preset, PRESETS)]
+            plain = dataclasses.replace(Settings(), preset=self.preset, transform=text)
+            for key in OF_PRESETS:
+                if getattr(self, key) != getattr(plain, key):
+                    raise SettingsError(f"preset {self.preset} decides about {key}: give one of the two")
         names = [choose("transform", parse_spec("transform", text)[0], TRANSFORMS) for text in self.stages()]
         dense = [name for name in names if name in DENSE]
         for text in self.penalty_texts():
@@ -211,6 +217,11 @@ class Settings:
         self.outside()
         if self.init not in INITS and "." not in self.init and "/" not in self.init:
             choose("init", self.init, (*INITS, "or a file"))
+
+    def given(self) -> dict[str, Any]:
+        """What was chosen by name: without that which a preset decides."""
+        decided = () if not self.preset else OF_PRESETS[1:]
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in decided}
 
     def counts(self) -> list[int]:
         """Steps per level, coarse to fine, or one number for all."""

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from fnreg import native
-from fnreg.pytree import constant, forward_levels
+from fnreg.pytree import constant, fold, forward_asked, leading
 
 Taps = tuple[tuple[float, ...], ...]  # weights per axis, x first, from the centre outwards
 
 
 def serves(data: Tensor) -> bool:
     """Whether there is a kernel for data (C, [Z,] Y, X), and no forward derivative is asked."""
-    dual = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
     images = 2 <= data.ndim <= 4 and data.numel() > 0
-    return images and native.serves(data, voxels=math.prod(data.shape[1:])) and not (dual or forward_levels())
+    return images and native.serves(data, voxels=math.prod(data.shape[1:])) and not forward_asked()
 
 
 def windowed(data: Tensor, taps: Taps, *, normalised: bool) -> Tensor:
@@ -89,8 +88,12 @@ class _Windowed(torch.autograd.Function):
         return _Windowed.apply(by_found, taps, normalised, not transposed), None, None, None  # type: ignore[no-untyped-call]
 
     @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        return _Windowed.apply(tangent, *ctx.options)  # type: ignore[no-untyped-call]
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        folded = args[0].movedim(in_dims[0], 0).flatten(0, 1)
+        folded = fold(info.batch_size, in_dims[0], args[0], leading(args[0], in_dims[0]))
         return _Windowed.apply(folded, *args[1:]).unflatten(0, (info.batch_size, -1)), 0  # type: ignore[no-untyped-call]
 
 

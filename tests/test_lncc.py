@@ -185,6 +185,57 @@ def test_a_batch_is_its_pairs(masked: bool) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (None, None)], ids=str)
+@pytest.mark.parametrize("below", [(0, None, None), (None, 0, None), (None, None, 0), (0, None, 0), (0, 0, None)])
+def test_nested_batches_with_what_is_shared_at_either_level(axes: Any, below: Any) -> None:
+    """Against the composition, which torch batches itself."""
+    outer = (0, *axes)
+
+    def made(place: int, *shape: int) -> Tensor:
+        lead = [2] * (outer[place] == 0) + [3] * (below[place] == 0)
+        return random(*lead, *shape, seed=place).abs() if place == 2 else random(*lead, *shape, seed=place)
+
+    given = made(0, 1, 6, 7), made(1, 1, 6, 7), made(2, 1, 6, 7)
+    function = vmap(vmap(grad_and_value(lambda a, b, w: lncc(a, b, w, radius=1)), below), outer)
+    found = function(*given)
+    with without_kernels():
+        close(found, function(*given), atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-6, 1e-4, 1e6, 1e10])
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "plain"])
+def test_the_unit_of_intensity_does_not_matter_in_float32(scale: float, squared: bool, kernel: bool) -> None:
+    a, b = (gaussian(random(1, 30, 30, seed=s, dtype=torch.float32), 1.0).clamp(min=0) for s in (0, 1))
+    # Windows that vary by little more than rounding have derivatives of little more than rounding.
+    function = grad_and_value(lambda x, y: lncc(x, y, squared=squared, flat=0.1))
+    with mock.patch.object(native, "load", native.load if kernel else lambda: None):
+        gradient, value = function(a, b)
+        scaled = function(scale * a, scale * b)
+    assert float(scaled[1]) == pytest.approx(float(value), abs=1e-4)
+    close(scale * scaled[0], gradient, atol=1e-3 * float(gradient.abs().max()))
+
+
+@needs_compiler
+def test_forward_over_reverse() -> None:
+    a, b, tangent = (random(1, 5, 6, seed=s) for s in range(3))
+    pull = torch.func.vjp(lambda x: lncc(x, b, radius=1), a)[1]
+    moved = torch.func.jvp(lambda c: pull(c)[0], (torch.ones(()).double(),), (torch.tensor(0.3, dtype=torch.float64),))[
+        1
+    ]
+    close(moved, 0.3 * pull(torch.ones(()).double())[0], atol=1e-14)
+    found = torch.func.jvp(grad(lambda x: lncc(x, b, radius=1)), (a,), (tangent,))[1]
+    expected = torch.func.vjp(grad(lambda x: lncc(x, b, radius=1)), a)[1](tangent)[0]
+    close(found, expected, atol=1e-12)  # the Hessian is symmetric
+
+
+def test_a_mask_of_truth_values() -> None:
+    a, b = random(1, 8, 9), random(1, 8, 9, seed=1)
+    hidden = mask(8, 9) > 0.3
+    close(lncc(a, b, hidden), lncc(a, b, hidden.double()), atol=0)
+
+
+@needs_compiler
 def test_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = random(2, 40, 50, 30, dtype=torch.float32), random(2, 40, 50, 30, seed=1, dtype=torch.float32)
     function = grad_and_value(lambda x: lncc(x, b))

@@ -32,7 +32,7 @@ from fnreg.grid import index_points
 from fnreg.inputs import prepare
 from fnreg.losses.terms import objective
 from fnreg.mapped import ByMap, Maps, Squares, pull, squares, warp
-from fnreg.pair import pair_gradient
+from fnreg.pair import pair_energy, pair_gradient
 from fnreg.problem import Level
 from fnreg.pytree import tree_map
 from fnreg.sampling import sample
@@ -216,6 +216,8 @@ def test_without_overlap_the_value_is_infinite() -> None:
     level, params = levels(Translation())
     away = {"translation": params["translation"] + torch.tensor([1e3, 0.0])}
     assert level.gradient(away)[1].tolist() == [torch.inf] * 3
+    found, expected = level.value(away), level._over(pair_energy, away)  # pyright: ignore[reportPrivateUsage]
+    assert found[0].tolist() == expected[0].tolist() and found[1]["mse"].tolist() == expected[1]["mse"].tolist()
 
 
 def test_without_a_compiler_a_registration_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

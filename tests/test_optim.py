@@ -186,6 +186,15 @@ def test_a_relative_share_of_the_root(seed: int, relative: float, betas: tuple[f
     close(alone, [pair(update, 1) for update in found], atol=1e-12)
 
 
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "plain"])
+def test_without_eps_no_gradient_is_no_step(kernel: bool) -> None:
+    step = {"a": torch.tensor([[0.0, 1.0]])}
+    with nullcontext() if kernel else without_kernels():
+        spec = adam(0.3, eps=0.0, pure=True)
+        update = spec.update(step, spec.init(step), 0.0)[0]["a"]
+    close(update, torch.tensor([[0.0, -0.3]]), atol=1e-6)
+
+
 def test_no_number_stays_none() -> None:
     """A pair that failed keeps its NaN; its neighbours do not see it."""
     step = {"a": torch.tensor([[math.nan, 1.0], [2.0, 3.0]])}

@@ -60,6 +60,21 @@ def test_what_a_preset_decides_is_not_given_beside_it(key: str) -> None:
         Settings.gather(given)
 
 
+def test_settings_made_by_hand_are_checked_too() -> None:
+    with pytest.raises(SettingsError, match="unknown preset 'brian'"):
+        Settings(preset="brian").check()
+    with pytest.raises(SettingsError, match="preset brain decides about similarity: give one of the two"):
+        Settings(preset="brain", transform=PRESETS["brain"], similarity="ncc").check()
+    Settings.gather({"preset": "brain"}).check()
+
+
+def test_advice_that_can_be_followed() -> None:
+    from fnreg.run import _of_folds  # pyright: ignore[reportPrivateUsage]
+
+    told = _of_folds(0.1, 0.5, Settings.gather({"preset": "brain"}))
+    assert "in place of preset brain" in told and "--penalty" not in told
+
+
 def test_an_unknown_one_is_named() -> None:
     with pytest.raises(SettingsError, match="unknown preset 'brian': did you mean brain"):
         Settings.gather({"preset": "brian"})
@@ -75,8 +90,11 @@ def test_it_registers_on_the_command_line(tmp_path: Path, capsys: pytest.Capture
     files = [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "-o", str(tmp_path / "out"), "--save", "params"]
     assert cli.main(["register", *files, "--preset", "brain"]) == 0
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["settings"]["preset"] == "brain"
-    assert record["stages"] == [repr(stage.transform) for stage in presets.brain["transform"]]
+    assert record["settings"] == {"preset": "brain", "transform": PRESETS["brain"], "init": "header", "save": "params", "seed": 0, "threads": 0,
+                                  "device": "cpu"}  # fmt: skip
+    for told, stage in zip(record["stages"], presets.brain["transform"], strict=True):
+        assert repr(stage.transform) in told and repr(stage.objective) in told
+    assert not any("deprecated" in note for note in record["warnings"])
     assert "lncc" in record["objective"] and "Adam(lr=0.8" in record["solver"]
     assert record["terms_after"]["lncc"] < record["terms_before"]["lncc"]
     assert "affine+diffeomorphism" in capsys.readouterr().out

@@ -76,6 +76,8 @@ def test_every_derivative(shape: tuple[int, ...]) -> None:
     tangent = random(2, *shape, seed=1)
     forward = torch.func.jvp(lambda x: gaussian(x, 0.8), (data.detach(),), (tangent,))[1]
     close(forward, gaussian(tangent, 0.8), atol=1e-13)
+    pull = torch.func.vjp(lambda x: gaussian(x, 0.8), data.detach())[1]
+    close(torch.func.jvp(lambda c: pull(c)[0], (tangent,), (tangent,))[1], pull(tangent)[0], atol=1e-13)
 
 
 @needs_compiler

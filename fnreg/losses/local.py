@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.filters import window_sums
-from fnreg.pytree import constant
+from fnreg.pytree import constant, fold, forward_asked, leading
 from fnreg.windows import Taps, filtered, serves
 
 Window = Literal["box", "gaussian"]
@@ -54,6 +54,8 @@ def lncc(
         raise ValueError(f"warped has shape {tuple(warped.shape)} but fixed has {tuple(fixed.shape)}")
     if not 0 <= flat < 1:
         raise ValueError(f"flat is {flat}: expected a share of the standard deviation, at least 0 and below 1")
+    if weights is not None and not weights.is_floating_point():
+        weights = weights.to(warped.dtype)
     alike = all(t.dtype == warped.dtype and t.device == warped.device for t in (fixed, weights) if t is not None)
     if not (alike and serves(warped)):
         return _composed(warped, fixed, weights, taps, squared, flat)
@@ -109,8 +111,10 @@ def _composed(warped: Tensor, fixed: Tensor, weights: Tensor | None, taps: Taps,
         away.append(deviation)
     covariance = window_sums(share * away[0] * away[1], taps) * unit - means[0] * means[1]
     counts = torch.where(varies[1] & seen, share, 0)
-    product = variances[0] * variances[1]
-    correlation = covariance.square() / product if squared else covariance / product.sqrt()
+    if squared:  # never a product of variances, which float32 might not hold
+        correlation = (covariance / variances[0]) * (covariance / variances[1])
+    else:
+        correlation = covariance / variances[0].sqrt() / variances[1].sqrt()
     total = counts.sum(axes)
     correlation = (torch.where(counts > 0, correlation, 0) * counts).sum(axes)
     return (1 - correlation / torch.where(total > 0, total, 1)).mean()
@@ -199,14 +203,18 @@ class _Lncc(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_value: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         warped, fixed, weights, by_warped = ctx.saved_tensors
-        if not any(ctx.needs_input_grad[1:3]):
+        if not (any(ctx.needs_input_grad[1:3]) or forward_asked()):
             found = _Scaled.apply(by_value, by_warped, warped, fixed, weights, ctx.options)  # type: ignore[no-untyped-call]
             return found, None, None, None, None, None
         return *_pull_back(by_value, warped, fixed, weights, ctx.options), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        folded = [_folded(info.batch_size, dim, t) for t, dim in zip(args[:3], in_dims[:3], strict=True)]
+        lead = max(leading(t, dim) for t, dim in zip(args[:3], in_dims[:3], strict=True) if t is not None)
+        folded = [
+            fold(info.batch_size, dim, t, lead, shared=number > 0)
+            for number, (t, dim) in enumerate(zip(args[:3], in_dims[:3], strict=True))
+        ]
         found = _Lncc.apply(*folded, *args[3:])  # type: ignore[no-untyped-call]
         return tuple(part.unflatten(0, (info.batch_size, -1)) for part in found), (0, 0)
 
@@ -239,18 +247,12 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        size = info.batch_size
-        batch = args[1].shape[1 if in_dims[1] == 0 else 0] if in_dims[1] is not None else len(args[1])
-        folded = [_folded(size, dim, t) for t, dim in zip(args[:5], in_dims[:5], strict=True)]
-        folded[0] = folded[0].expand(size * batch)
+        size, lead = info.batch_size, leading(args[1], in_dims[1])
+        folded = [
+            fold(size, dim, t, lead, shared=number > 2)
+            for number, (t, dim) in enumerate(zip(args[:5], in_dims[:5], strict=True))
+        ]
         return _Scaled.apply(*folded, args[5]).unflatten(0, (size, -1)), 0  # type: ignore[no-untyped-call]
-
-
-def _folded(size: int, dim: int | None, tensor: Tensor | None) -> Any:
-    """A batch axis of vmap folded into the leading one; what all share and has none stays shared."""
-    if tensor is None or (dim is None and len(tensor) == 1):
-        return tensor
-    return (tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).flatten(0, 1)
 
 
 def _pull_back(by_value: Tensor, warped: Tensor, fixed: Tensor, weights: Tensor | None, options: Any) -> Any:
