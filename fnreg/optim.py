@@ -130,9 +130,10 @@ class Adam(Optimizer):
             mean = [self.b2 * a + (1 - self.b2) * _mean_square(g) for a, g in zip(mean, leaves, strict=True)]
         change = self._in_one_pass if not is_tracked(leaves, state) and _serves(leaves) else self._plain
         changed: list[tuple[Tensor, Tensor, Tensor]] = []
+        least = torch.full_like(count, self.eps)
         for g, m_before, v_before, of_v in zip(leaves, m, v, mean, strict=True):
-            # 1e-30 under the root keeps the derivative finite where a gradient has always been zero.
-            least = self.eps + self.relative * (second * of_v + 1e-30).sqrt()
+            if self.relative:  # 1e-30 under a root keeps its derivative finite where a gradient has always been zero
+                least = self.eps + self.relative * (second * of_v + 1e-30).sqrt()
             changed.append(change(g, m_before, v_before, first, second, least))
         m, v, steps = (list(part) for part in zip(*changed, strict=True))
         return tree_unflatten(steps, spec), state._replace(inner=(m, v, count, mean))
