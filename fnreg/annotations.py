@@ -137,10 +137,11 @@ def _told(numbers: Tensor, fixed: Tensor, moving: Tensor) -> str:
 
 
 def check(objective: Objective, fixed: Subject, moving: Subject) -> None:
-    """ValueError where terms ask for what the subjects lack, or for channels that the images do not have."""
+    """ValueError where terms ask for what the subjects lack, or for channels or windows that the images do not have."""
     sides = (("fixed", fixed), ("moving", moving))
     for term in objective.terms:
         term.check_channels(fixed.image.channels)
+        term.check_size(fixed.image.grid.size)
         for side, known in sides:
             if known.labels is None and not set(OF_LABELS).isdisjoint(term.needs):
                 raise ValueError(f"{term.name} asks for labels but {side} has none: give Subject(image, labels=...)")

@@ -300,6 +300,17 @@ def test_absurd_options(options: dict[str, Any], told: str) -> None:
         lncc(random(1, 8, 8), random(1, 8, 8), **options)
 
 
+@pytest.mark.parametrize("options", [{"radius": 6}, {"radius": 3, "window": "gaussian"}])
+def test_a_window_larger_than_the_finest_image(options: dict[str, Any]) -> None:
+    image = fnreg.Image(random(1, 20, 12))
+    with pytest.raises(ValueError, match=r"has windows of 13 voxels for an image of size \(12, 20\): choose a smaller"):
+        fnreg.register(image, image, fnreg.Translation(), objective=fnreg.mse + fnreg.lncc(**options), levels=1)
+    coarse = fnreg.Image(
+        random(1, 32, 32)
+    )  # of a window that fits the finest level what is left on a coarse one counts
+    fnreg.register(coarse, coarse, fnreg.Translation(), objective=fnreg.lncc(radius=5), levels=3, steps=1)
+
+
 def test_images_of_different_shape() -> None:
     with pytest.raises(ValueError, match=r"warped has shape \(1, 8, 8\) but fixed has \(1, 8, 9\)"):
         lncc(random(1, 8, 8), random(1, 8, 9))

@@ -78,6 +78,16 @@ def _taps(radius: int, window: Window, size: tuple[int, ...]) -> Taps:
     return tuple(taps[:n] for n in size)
 
 
+def check_window(size: tuple[int, ...], *, radius: int = 2, window: Window = "box") -> None:
+    """ValueError where a window reaches over all of an axis, x first: such a correlation is no local one."""
+    reach = len(_taps(radius, window, (10**6,))[0]) - 1
+    if any(1 < n <= 2 * reach for n in size):
+        raise ValueError(
+            f"lncc(radius={radius}, window={window!r}) has windows of {2 * reach + 1} voxels for an image of "
+            f"size {size}: choose a smaller radius, or ncc for one window over the whole image"
+        )
+
+
 def _rounding(dtype: torch.dtype) -> float:
     """The share of a mean square below which its difference to the square of a mean is but rounding."""
     return 32 * torch.finfo(dtype).eps

@@ -111,6 +111,11 @@ class Term:
                 f"{self.name}(channel={channel!r}) but the images have {count} channels: choose from 0 to {count - 1}"
             )
 
+    def check_size(self, size: tuple[int, ...]) -> None:
+        """ValueError where a window is larger than images of this size, x first; on coarse levels it is cut off."""
+        if self.function is local.lncc:
+            local.check_window(size, **{k: v for k, v in self.options if k in ("radius", "window")})
+
     def value(self, found: Mapping[str, Any]) -> Tensor:
         """The unweighted value from what was found under the names."""
         return self.function(**self.arguments(found))
