@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import re
 import tomllib
@@ -275,6 +276,9 @@ class Settings:
         name, options = parse_spec("similarity", self.similarity)
         term = terms.SIMILARITIES[name]
         if options:
+            kinds = {name: str(p.annotation) for name, p in inspect.signature(term.function).parameters.items()}
+            whole = {k for k, v in options.items() if isinstance(v, float) and v.is_integer() and kinds.get(k) == "int"}
+            options = {k: int(v) if k in whole else v for k, v in options.items()}  # type: ignore[arg-type]
             term = _make("similarity", self.similarity, term, options)
             if options.get("delta", 1.0) <= 0:  # pyright: ignore[reportOperatorIssue]
                 raise SettingsError(f"similarity {self.similarity!r}: delta must be positive")

@@ -106,3 +106,11 @@ def test_twice_is_the_same() -> None:
              for stage in presets.brain["transform"]]  # fmt: skip
     first, second = (fnreg.register(fixed, moving, **presets.brain | {"transform": small}) for _ in "ab")
     assert equal_bits(first.mapping.params, second.mapping.params)
+
+
+def test_whole_numbers_of_a_similarity_on_the_command_line() -> None:
+    made = Settings.gather({"similarity": "lncc:radius=3,flat=0.1,squared=false"}).measure()
+    assert repr(made) == "lncc(flat=0.1, radius=3, squared=False)"
+    image = torch.rand(1, 9, 9)
+    assert float(made.value({"warped": image, "fixed": image, "weights": None})) < 1e-5
+    assert repr(Settings.gather({"similarity": "mi:bins=16"}).measure()) == "mi(bins=16)"
