@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.brain_affine import THREADS, dice, overlap
-from benchmarks.images import brain, brain_path
+from benchmarks.images import brain, brain_path, volume
 from benchmarks.measure import Absent, Options, Table, apart, peak, peer
 from fnreg import Affine, Image, Mapping, Registration, presets, register
 from fnreg.fields import determinant
@@ -75,16 +75,11 @@ def greedy(fixed: str, moving: str) -> Outcome:
         labels = f"{options} {reslice} -ri NN -rm {brain_path(f'{moving}_seg')} {folder}/labels.nii.gz"
         tool.execute(labels, out=io.StringIO(), err=io.StringIO())
         nibabel = peer("nibabel")
-        found = Image(torch.from_numpy(values(nibabel.load(folder / "labels.nii.gz"))[None]), brain(fixed).grid)
+        found = volume(folder / "labels.nii.gz")
         vectors = np.asarray(nibabel.load(folder / "warp.nii.gz").dataobj, dtype=np.float32)[..., 0, :]
         displacement = torch.from_numpy(np.ascontiguousarray(vectors.transpose(3, 2, 1, 0)))
     target = brain(f"{fixed}_seg")
     return judged(seconds, displacement, overlap(found, target), target)
-
-
-def values(volume: Any) -> np.ndarray:
-    """Voxels (Z, Y, X) of a file."""
-    return np.ascontiguousarray(np.asarray(volume.dataobj, dtype=np.float32).transpose(2, 1, 0))
 
 
 def judged(seconds: float, displacement: torch.Tensor, score: float, labels: Image) -> Outcome:

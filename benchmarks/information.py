@@ -97,23 +97,29 @@ def times(case: Case, names: tuple[str, ...], repeats: int) -> dict[str, float]:
     return {name: 1e9 * taken / voxels for name, taken in race(chosen, repeats=repeats).items()}
 
 
-def memory(case: Case, name: str) -> float | None:
-    """Bytes per voxel at the highest, beyond the inputs; after a small warm-up."""
-    runners((min(case[0], 1), (8,) * len(case[1])))[name]()
-    used = peak(runners(case)[name])
+def bytes_per_voxel(make: Callable[[Case], dict[str, Callable[[], Any]]], case: Case, name: str) -> float | None:
+    """At the highest, beyond the inputs; after a small warm-up."""
+    make((min(case[0], 1), (8,) * len(case[1])))[name]()
+    used = peak(make(case)[name])
     return None if used is None else used * 2**20 / max(case[0], 1) / math.prod(case[1])
+
+
+def memory(case: Case, name: str) -> float | None:
+    """`bytes_per_voxel` of a runner."""
+    return bytes_per_voxel(runners, case, name)
+
+
+def cases(options: Options) -> dict[str, Case]:
+    """One volume, and many small images, by title."""
+    side, many = (48, 64) if options.quick else (96, 1024)
+    return {f"{side}^3, one pair": (0, (side,) * 3), f"{many} pairs of 28 x 28, under vmap": (many, (28, 28))}
 
 
 def run(options: Options) -> list[Table]:
     """One table per case."""
     repeats = 3 if options.quick else 9
-    side, many = (48, 64) if options.quick else (96, 1024)
-    cases: dict[str, Case] = {
-        f"{side}^3, one pair": (0, (side,) * 3),
-        f"{many} pairs of 28 x 28, under vmap": (many, (28, 28)),
-    }
     tables: list[Table] = []
-    for title, case in cases.items():
+    for title, case in cases(options).items():
         names = (*OURS, WEIGHTED, DENSE, *PEERS)
         found = times(case, names, repeats)
         plain = apart(times, case, (*OURS, WEIGHTED), repeats, environment={"FNREG_NATIVE": "0"})

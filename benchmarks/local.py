@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.func import grad_and_value, vmap
 
-from benchmarks.information import Case, inputs
-from benchmarks.measure import Absent, Options, Table, apart, peak, peer, race
+from benchmarks.information import Case, bytes_per_voxel, cases, inputs
+from benchmarks.measure import Absent, Options, Table, apart, peer, race
 from fnreg.losses.local import lncc
 
 RADIUS = 3
@@ -43,22 +43,15 @@ def runners(case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def memory(case: Case, name: str) -> float | None:
-    """Bytes per voxel at the highest, beyond the inputs; after a small warm-up."""
-    runners((min(case[0], 1), (8,) * len(case[1])))[name]()
-    used = peak(runners(case)[name])
-    return None if used is None else used * 2**20 / max(case[0], 1) / math.prod(case[1])
+    """`bytes_per_voxel` of a runner."""
+    return bytes_per_voxel(runners, case, name)
 
 
 def run(options: Options) -> list[Table]:
     """One table per case."""
     repeats = 3 if options.quick else 9
-    side, many = (48, 64) if options.quick else (96, 1024)
-    cases: dict[str, Case] = {
-        f"{side}^3, one pair": (0, (side,) * 3),
-        f"{many} pairs of 28 x 28, under vmap": (many, (28, 28)),
-    }
     tables: list[Table] = []
-    for title, case in cases.items():
+    for title, case in cases(options).items():
         voxels = max(case[0], 1) * math.prod(case[1])
         found = {name: 1e9 * taken / voxels for name, taken in race(runners(case), repeats=repeats).items()}
         theirs = found.get("deepali, lcc_loss")

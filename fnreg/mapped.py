@@ -17,9 +17,8 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.grid import index_points
+from fnreg.native import CHUNK
 from fnreg.sampling import KNOT, Padding
-
-CHUNK = 16384  # points that are summed in one go: fixed, so that sums do not depend on the number of threads
 
 
 class Maps(NamedTuple):

@@ -59,6 +59,16 @@ def _rates(rate: Rate, step: list[Tensor]) -> Rate:
     return rate
 
 
+def _check_fit(spec: Optimizer, step: list[Tensor], state: list[Tensor]) -> None:
+    """A state that was made for another step would be broadcast, or read beyond its end: refuse it."""
+    for a, b in zip(step, state, strict=True):
+        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            raise ValueError(
+                f"the state of {type(spec).__name__} does not fit a step of shape {tuple(a.shape)}: "
+                "it was made for other parameters"
+            )
+
+
 def _serves(step: list[Tensor]) -> bool:
     return native.serves(*step, voxels=1)
 
@@ -117,12 +127,7 @@ class Adam(Optimizer):
         if state.method is not None:
             steps, inner = state.method.update(leaves, state.inner, inplace=False)
             return scale(tree_unflatten(steps, spec), rate), state._replace(inner=inner)
-        for g, m in zip(leaves, state.inner[0], strict=True):
-            if (g.shape, g.dtype, g.device) != (m.shape, m.dtype, m.device):
-                raise ValueError(
-                    f"the state of {type(self).__name__} does not fit a step of shape {tuple(g.shape)}: "
-                    "it was made for other parameters"
-                )
+        _check_fit(self, leaves, state.inner[0])
         m, v, count, mean = state.inner
         count = count + 1
         first, second = rate / (1 - self.b1**count), 1 / (1 - self.b2**count)  # (B,)
@@ -232,12 +237,7 @@ class Normalized(Optimizer):
 
     def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(gradient)
-        for g, v in zip(leaves, state.inner, strict=True):
-            if (g.shape, g.dtype, g.device) != (v.shape, v.dtype, v.device):
-                raise ValueError(
-                    f"the state of {type(self).__name__} does not fit a step of shape {tuple(g.shape)}: "
-                    "it was made for other parameters"
-                )
+        _check_fit(self, leaves, state.inner)
         inner = [self.momentum * v + g for v, g in zip(state.inner, leaves, strict=True)]
         # Largest entries first: squares of what is tiny would be 0, and of what is huge infinite.
         size = torch.stack([v.abs().flatten(1).amax(1) for v in inner]).amax(0)  # (B,)

@@ -23,7 +23,12 @@ from fnreg.optim import scale
 from fnreg.pair import Pair, in_sight, pair_map, splits
 from fnreg.pytree import Axes, batch_axes, is_tracked, tree_detach, tree_flatten, tree_unflatten, tree_vmap
 from fnreg.sampling import Padding
-from fnreg.transforms.base import Domain, Transform, domain_ranks, first_domain
+from fnreg.transforms.base import Domain, Split, Transform, domain_ranks, first_domain
+
+
+def _named(split: Split) -> dict[str, Tensor]:
+    """What a split has, by name."""
+    return {name: part for name, part in split._asdict().items() if part is not None}
 
 
 def parts_after(
@@ -31,8 +36,7 @@ def parts_after(
 ) -> dict[str, Tensor]:
     """What the energy is made of after a step, by name: `shift` and `matrix` of the map's `split` where it has them,
     and the `penalty` of terms that ask for the map alone."""
-    split = transform.split_after(params, step, domain)._asdict()
-    parts = {name: part for name, part in split.items() if part is not None}
+    parts = _named(transform.split_after(params, step, domain))
     if penalties.terms:
         after = transform.perturb(params, step, domain)
         found = pair_map(transform, after, domain, first_domain(domain), penalties.needs)
@@ -154,8 +158,7 @@ class Passes:
 
     def _parts(self, params: Any) -> dict[str, Tensor]:
         def parts(params: Any, domain: Domain) -> dict[str, Tensor]:
-            split = self.transform.split(params, domain)._asdict()
-            return {name: part for name, part in split.items() if part is not None}
+            return _named(self.transform.split(params, domain))
 
         return tree_vmap(parts, (None, self._domain_axes), params, self.pairs.domain)
 

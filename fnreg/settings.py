@@ -192,7 +192,7 @@ class Settings:
         """SettingsError for the first thing that is wrong."""
         if self.preset:
             text = PRESETS[choose("preset", self.preset, PRESETS)]
-            plain = dataclasses.replace(Settings(), preset=self.preset, transform=text)
+            plain = Settings(preset=self.preset, transform=text)
             for key in OF_PRESETS:
                 if getattr(self, key) != getattr(plain, key):
                     raise SettingsError(f"preset {self.preset} decides about {key}: give one of the two")

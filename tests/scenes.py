@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import numpy as np
@@ -30,6 +31,7 @@ from fnreg import (
     Transform,
     adam,
     fields,
+    native,
     stack,
 )
 from fnreg.filters import gaussian
@@ -387,3 +389,8 @@ def inner_mask(image: Image, margin: int = 4) -> Tensor:
     mask = torch.zeros(1, *image.grid.shape, dtype=image.data.dtype)
     mask[(slice(None), *(slice(margin, -margin),) * image.grid.ndim)] = 1
     return mask
+
+
+def without_kernels() -> Any:
+    """As on a machine without a compiler."""
+    return mock.patch.object(native, "load", lambda: None)

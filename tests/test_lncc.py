@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scenes import close, equal_bits, few
+from scenes import close, equal_bits, few, without_kernels
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, grad_and_value, vmap
@@ -32,10 +32,6 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 def mask(*shape: int, seed: int = 5) -> Tensor:
     return torch.rand(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def without_kernels() -> Any:
-    return mock.patch.object(native, "load", lambda: None)
 
 
 def by_loops(a: Tensor, b: Tensor, weights: Tensor | None, radius: int, squared: bool, window: str = "box") -> float:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from contextlib import nullcontext
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,12 +13,12 @@ import torch
 import torchopt
 from hypothesis import given
 from hypothesis import strategies as st
-from scenes import close, equal_bits, few, tensor, uniform
+from scenes import close, equal_bits, few, tensor, uniform, without_kernels
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
-from fnreg import Diffeomorphism, adam, chain, clip, fields, native, normalized, optim, register, sgd
+from fnreg import Diffeomorphism, adam, chain, clip, fields, normalized, optim, register, sgd
 from fnreg.data import c_shape, circle
 from fnreg.optim import Chain, Torchopt, as_optimizer
 from fnreg.pytree import tree_map
@@ -45,10 +44,6 @@ SPECS: dict[str, Any] = {
     "rate per pair pure": sgd(tensor([0.1, 0.2, 0.4]), pure=True),
     "rate per pair normalized": normalized(tensor([0.1, 0.2, 0.4]), momentum=0.5),
 }
-
-
-def without_kernels() -> Any:
-    return mock.patch.object(native, "load", lambda: None)
 
 
 every_spec = pytest.mark.parametrize("name", SPECS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scenes import close, equal_bits, few
+from scenes import close, equal_bits, few, without_kernels
 from scipy import ndimage
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -26,10 +26,6 @@ shapes = st.lists(st.integers(1, 19), min_size=1, max_size=3).map(tuple)
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def without_kernels() -> Any:
-    return mock.patch.object(native, "load", lambda: None)
 
 
 @few

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.filters import window_sums
+from fnreg.native import CHUNK
 from fnreg.pytree import constant, fold, forward_asked, leading
 from fnreg.windows import Taps, filtered, serves
 
 Window = Literal["box", "gaussian"]
-CHUNK = 16384  # voxels that are summed in one go: fixed, so that sums do not depend on the number of threads
 
 
 def lncc(
