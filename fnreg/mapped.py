@@ -1,9 +1,9 @@
 """Images under a map in C: the moving image as the fixed voxels see it, and derivatives by the map.
 
-What a registration asks for at every step.  A map takes a fixed voxel i to A (i + u(i)) in voxels of the moving image.
-Composed of coordinates and sampling every step would write them and the gradient of the image to memory; here only
-what is asked for is written.  There is no plain torch path: callers compose the same from its parts where the kernels
-do not serve.  The tensors are plain: neither batched nor differentiated by torch.func.
+What a registration asks for at every step.  A map takes a fixed voxel i to A (i + F u(i)) in voxels of the moving
+image.  Composed of coordinates and sampling every step would write them and the gradient of the image to memory; here
+only what is asked for is written.  There is no plain torch path: callers compose the same from its parts where the
+kernels do not serve.  The tensors are plain: neither batched nor differentiated by torch.func.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class Maps(NamedTuple):
     """A batch of maps from voxels of the fixed grid to those of the moving one."""
 
     matrices: Tensor  # (B or 1, D, D + 1) A
-    shift: Tensor | None  # (B, D, [Z,] Y, X) u in voxels of the fixed grid, in the type of the images; None for none
+    shift: Tensor | None  # (B, D, [Z,] Y, X) u, in the type of the images; None for none
     size: tuple[int, ...]  # of the fixed grid, x first
+    frames: Tensor | None = None  # (B or 1, D, D) F, from u to voxels of the fixed grid; None where u is in these
 
     @property
     def dimension(self) -> int:
@@ -42,18 +43,21 @@ class Maps(NamedTuple):
         """Number of pairs."""
         return max(t.shape[0] for t in (self.matrices, self.shift, *others) if t is not None)
 
-    def arguments(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Matrices, voxel indices and shifts as the kernels take them."""
+    def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """What the kernels know of maps: index, shifts, matrices, frames, and how many there are of the last two and of
+        points."""
         index = index_points(self.size, dtype, self.matrices.device)
+        matrices, frames = (None if t is None else t.to(dtype).contiguous() for t in (self.matrices, self.frames))
         shift = None if self.shift is None else self.shift.contiguous()
-        return self.matrices.to(dtype).contiguous(), index, shift
+        of = len(self.matrices), 1 if frames is None else len(frames), self.points
+        return index, shift, matrices, frames, of
 
 
 class ByMap(NamedTuple):
     """Derivatives of a scalar of each pair by its map."""
 
-    matrix: Tensor  # (B, D, D + 1) float64
-    shift: Tensor | None  # (B, D, [Z,] Y, X) where the map has one, in the type of the images
+    matrix: Tensor | None  # (B, D, D + 1) float64; None where it was not asked for
+    shift: Tensor | None  # (B, D, [Z,] Y, X) by F u where the map has one, in the type of the images
 
 
 class Squares(NamedTuple):
@@ -71,23 +75,29 @@ def serves(*tensors: Tensor | None) -> bool:
 
 
 def squares(
-    moving: Tensor, fixed: Tensor, mask: Tensor | None, maps: Maps, *, padding: Padding | None = None
+    moving: Tensor,
+    fixed: Tensor,
+    mask: Tensor | None,
+    maps: Maps,
+    *,
+    padding: Padding | None = None,
+    by_matrix: bool = True,
 ) -> Squares:
     """Sums of squares for a batch of pairs, which `serves` said can be had.
 
     moving : (B, C, [Z,] Y, X), or with a batch axis of 1 for all
     fixed, mask : (B or 1, C, [Z,] Y, X), (B or 1, 1, [Z,] Y, X)
     padding : None gives voxels that map outside no weight, see `register`
+    by_matrix : whether derivatives by the matrix are asked for
     """
     images = [None if t is None else t.contiguous() for t in (moving, fixed, mask)]
     batch = maps.batch(*images)
-    sums, by_shift = _results(maps, moving, batch, 2)
-    matrices, index, shift = maps.arguments(moving.dtype)
-    items = tuple(1 if t is None else t.shape[0] for t in (*images, matrices))
-    given = (*images, matrices, index, shift, sums, by_shift, moving.shape[:1:-1], items, moving.shape[1])
-    _chunked("_squares", moving, maps, batch, (*given, maps.points, CHUNK, padding is not None), padding)
+    sums, results = _sums(maps, moving, batch, 2), _results(maps, moving, batch, by_matrix)
+    items = tuple(1 if t is None else t.shape[0] for t in images)
+    given = (*images, *maps.arguments(moving.dtype), sums, *results, moving.shape[:1:-1], items, moving.shape[1])
+    _chunked("_squares", moving, maps, batch, (*given, CHUNK, padding is not None), padding)
     total = sums.sum(1)
-    return Squares(total[:, 0], total[:, 1], _by_map(total[:, 2:], maps, by_shift))
+    return Squares(total[:, 0], total[:, 1], _by_map(maps, *results))
 
 
 def warp(moving: Tensor, maps: Maps, *, padding: Padding | None = None) -> tuple[Tensor, Tensor]:
@@ -96,35 +106,36 @@ def warp(moving: Tensor, maps: Maps, *, padding: Padding | None = None) -> tuple
     moving : (B or 1, C, [Z,] Y, X); padding : as for `squares`
     """
     moving, batch = moving.contiguous(), maps.batch(moving)
-    matrices, index, shift = maps.arguments(moving.dtype)
     shape, channels = maps.size[::-1], moving.shape[1]
     warped, inside = (moving.new_empty(batch, n, *shape) for n in (channels, 1))
-    items = moving.shape[0], matrices.shape[0]
-    given = (moving, matrices, index, shift, warped, inside, moving.shape[:1:-1], items, channels, maps.points)
+    given = (moving, *maps.arguments(moving.dtype), warped, inside, moving.shape[:1:-1], moving.shape[0], channels)
     options = (*native.padding_code("border" if padding is None else padding), KNOT[moving.dtype])
     native.call("_warp", moving.dtype, maps.dimension, (*given, *options), batch * maps.points)
     return warped, inside
 
 
-def pull(moving: Tensor, by_warped: Tensor, maps: Maps, *, padding: Padding | None = None) -> ByMap:
+def pull(
+    moving: Tensor, by_warped: Tensor, maps: Maps, *, padding: Padding | None = None, by_matrix: bool = True
+) -> ByMap:
     """Derivatives by the map of what has the derivative `by_warped` (B, C, [Z,] Y, X) by the image of `warp`."""
     moving, by_warped = moving.contiguous(), by_warped.contiguous()
     batch = by_warped.shape[0]
-    sums, by_shift = _results(maps, moving, batch, 0)
-    matrices, index, shift = maps.arguments(moving.dtype)
-    items = moving.shape[0], matrices.shape[0]
-    given = (moving, by_warped, matrices, index, shift, sums, by_shift, moving.shape[:1:-1], items, moving.shape[1])
-    _chunked("_pull", moving, maps, batch, (*given, maps.points, CHUNK), padding)
-    return _by_map(sums.sum(1), maps, by_shift)
+    results = _results(maps, moving, batch, by_matrix)
+    given = (moving, by_warped, *maps.arguments(moving.dtype), *results, moving.shape[:1:-1], *moving.shape[:2])
+    _chunked("_pull", moving, maps, batch, (*given, CHUNK), padding)
+    return _by_map(maps, *results)
 
 
-def _results(maps: Maps, like: Tensor, batch: int, more: int) -> tuple[Tensor, Tensor | None]:
-    """Where the kernels put sums of each chunk, `more` before those of the matrix, and derivatives by shift."""
-    count = more + maps.dimension * (maps.dimension + 1)
-    sums = torch.empty(batch, -(-maps.points // CHUNK), count, dtype=torch.float64, device=like.device)
-    if maps.shift is None:
-        return sums, None
-    return sums, torch.empty_like(maps.shift, memory_format=torch.contiguous_format)
+def _sums(maps: Maps, like: Tensor, batch: int, count: int) -> Tensor:
+    """Where a kernel puts the sums of each chunk."""
+    return torch.empty(batch, -(-maps.points // CHUNK), count, dtype=torch.float64, device=like.device)
+
+
+def _results(maps: Maps, like: Tensor, batch: int, by_matrix: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Where the kernels put derivatives by the matrix, of each chunk, and by the shift."""
+    sums = _sums(maps, like, batch, maps.dimension * (maps.dimension + 1)) if by_matrix else None
+    shift = maps.shift
+    return sums, None if shift is None else torch.empty_like(shift, memory_format=torch.contiguous_format)
 
 
 def _chunked(
@@ -135,5 +146,6 @@ def _chunked(
     native.call(kernel, like.dtype, maps.dimension, (*arguments, *options), batch * chunks, each=each)
 
 
-def _by_map(sums: Tensor, maps: Maps, by_shift: Tensor | None) -> ByMap:
-    return ByMap(sums.reshape(-1, maps.dimension, maps.dimension + 1), by_shift)
+def _by_map(maps: Maps, sums: Tensor | None, by_shift: Tensor | None) -> ByMap:
+    matrix = None if sums is None else sums.sum(1).reshape(-1, maps.dimension, maps.dimension + 1)
+    return ByMap(matrix, by_shift)

@@ -31,7 +31,7 @@ from torch import Tensor
 COMMON = "common.h"
 SPATIAL = ("sampling.c",)  # compiled for each scalar type and dimension
 # compiled for each scalar type: their loops do not ask how many axes there are
-FLAT = ("adam.c", "filter.c", "histogram.c", "lncc.c")
+FLAT = ("adam.c", "filter.c", "histogram.c", "lengths.c", "lncc.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
 CHUNK = 16384  # points that are summed in one go: fixed, so that sums do not depend on the number of threads
 SPLIT = 32768  # samples per thread below which a hand-over costs more than it gains

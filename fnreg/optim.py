@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fnreg import native
+from fnreg.lengths import mean_square
 from fnreg.pytree import is_concrete, is_tracked, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 Rate = float | Tensor
@@ -132,7 +133,7 @@ class Adam(Optimizer):
         count = count + 1
         first, second = rate / (1 - self.b1**count), 1 / (1 - self.b2**count)  # (B,)
         if self.relative:  # the mean of v follows from that of the squared gradient
-            mean = [self.b2 * a + (1 - self.b2) * _mean_square(g) for a, g in zip(mean, leaves, strict=True)]
+            mean = [self.b2 * a + (1 - self.b2) * mean_square(g) for a, g in zip(mean, leaves, strict=True)]
         change = self._in_one_pass if not is_tracked(leaves, state) and _serves(leaves) else self._plain
         changed: list[tuple[Tensor, Tensor, Tensor]] = []
         least = torch.full_like(count, self.eps)
@@ -160,12 +161,6 @@ class Adam(Optimizer):
         options = (first.to(torch.float64), second, least, self.b1, self.b2, g[0].numel())
         native.call("_adam", g.dtype, None, (g, m, v, *after, *options), g.numel())
         return after
-
-
-def _mean_square(leaf: Tensor) -> Tensor:
-    """Mean square per pair (B,), float64."""
-    flat = leaf.flatten(1)
-    return (flat.unsqueeze(1) @ flat.unsqueeze(2)).flatten().to(torch.float64) / flat.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)

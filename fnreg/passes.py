@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from fnreg.grid import Grid
+from fnreg.lengths import scale_
 from fnreg.losses.terms import OF_IMAGES, OF_THE_MAP, Objective
 from fnreg.mapped import ByMap, Maps, Squares, pull, serves, squares, warp
 from fnreg.optim import scale
@@ -34,8 +35,8 @@ def _named(split: Split) -> dict[str, Tensor]:
 def parts_after(
     transform: Transform, step: Any, params: Any, penalties: Objective, domain: Domain
 ) -> dict[str, Tensor]:
-    """What the energy is made of after a step, by name: `shift` and `matrix` of the map's `split` where it has them,
-    and the `penalty` of terms that ask for the map alone."""
+    """What the energy is made of after a step, by name: what the map's `split_after` has, and the `penalty` of terms
+    that ask for the map alone."""
     parts = _named(transform.split_after(params, step, domain))
     if penalties.terms:
         after = transform.perturb(params, step, domain)
@@ -110,7 +111,7 @@ class Passes:
         """Gradient by the step at zero, (B, ...), and the value (B,)."""
         axes, domain = self._domain_axes, self.pairs.domain
         if self._adds:
-            by_map, value = self._by_map(self._maps(self._parts(params)))
+            by_map, value = self._by_map(self._maps(self._parts(params)), by_matrix=False)
             assert by_map.shift is not None
             gradient = self.transform.step_of_shift(by_map.shift)
         else:
@@ -133,8 +134,8 @@ class Passes:
             return tree_vmap(parts, axes, step, params, self.penalties, pairs.domain)
 
         parts, back = pull_back(after, zero)
-        by_map, value = self._by_map(self._maps(parts))
-        assert pairs.to_moving is not None
+        by_map, value = self._by_map(self._maps(parts), by_matrix=True)
+        assert pairs.to_moving is not None and by_map.matrix is not None
         left, right = pairs.to_moving[..., :-1, :], pairs.from_fixed
         by_parts: dict[str, Any] = {"matrix": ((by_map.matrix @ right.mT).mT @ left).mT, "shift": by_map.shift}
         if "penalty" in parts:
@@ -170,7 +171,7 @@ class Passes:
         world = parts["matrix"] @ right if "matrix" in parts else right
         matrices = (world.mT @ left.mT).mT
         shift = parts["shift"].to(pairs.moving.data.dtype) if "shift" in parts else None
-        return Maps(matrices.reshape(-1, *matrices.shape[-2:]), shift, pairs.fixed.grid.size)
+        return Maps(matrices.reshape(-1, *matrices.shape[-2:]), shift, pairs.fixed.grid.size, parts.get("frame"))
 
     def _batched(self, data: Tensor | None) -> Any:
         """An image or mask with a batch axis, of 1 where it is shared."""
@@ -178,10 +179,10 @@ class Passes:
 
     # -- mean squares ------------------------------------------------------------------------------------------
 
-    def _squares(self, maps: Maps) -> Squares:
+    def _squares(self, maps: Maps, *, by_matrix: bool = False) -> Squares:
         pairs = self.pairs
         moving, fixed, mask = (self._batched(t) for t in (pairs.moving.data, pairs.fixed.data, pairs.fixed_mask))
-        return squares(moving, fixed, mask, maps, padding=self.padding)
+        return squares(moving, fixed, mask, maps, padding=self.padding, by_matrix=by_matrix)
 
     def _mean(self, found: Squares) -> tuple[Tensor, Tensor]:
         """What makes the weighted mean of the sums, and that mean (B,)."""
@@ -190,14 +191,16 @@ class Passes:
         factor = self.squared / (torch.where(known, found.weight, 1) * self.pairs.fixed.channels)
         return factor, torch.where(known, found.value * factor, torch.inf)
 
-    def _by_map(self, maps: Maps) -> tuple[ByMap, Tensor]:
+    def _by_map(self, maps: Maps, *, by_matrix: bool) -> tuple[ByMap, Tensor]:
         """Derivatives of the value by the map, and the value (B,), of the terms of the images."""
         if self.squared is None:
-            return self._by_images(maps)
-        found = self._squares(maps)
+            return self._by_images(maps, by_matrix)
+        found = self._squares(maps, by_matrix=by_matrix)
         factor, value = self._mean(found)
         matrix, shift = found.by_map
-        return ByMap(scale(matrix, factor), None if shift is None else scale(shift, factor)), value
+        if shift is not None:
+            scale_(shift, factor)
+        return ByMap(None if matrix is None else scale(matrix, factor), shift), value
 
     # -- other terms -------------------------------------------------------------------------------------------
 
@@ -230,7 +233,7 @@ class Passes:
 
         return tree_vmap(one, (of_terms, of_grid, *((axis,) for axis in axes)), self.images, fixed.grid, *given)
 
-    def _by_images(self, maps: Maps) -> tuple[ByMap, Tensor]:
+    def _by_images(self, maps: Maps, by_matrix: bool) -> tuple[ByMap, Tensor]:
         pairs = self.pairs
         warped, weights, mask, rest = self._seen(maps)
 
@@ -243,9 +246,10 @@ class Passes:
         leaves = {"warped": warped} | ({} if mask is None else {"mask": mask})
         value, back = pull_back(of, leaves)
         by = back({"value": torch.ones_like(value["value"])})
-        by_map = pull(self._batched(pairs.moving.data), by["warped"], maps, padding=self.padding)
+        moving, moving_mask = self._batched(pairs.moving.data), self._batched(pairs.moving_mask)
+        by_map = pull(moving, by["warped"], maps, padding=self.padding, by_matrix=by_matrix)
         if mask is not None:
-            more = pull(self._batched(pairs.moving_mask), by["mask"], maps, padding="zeros")
-            shift = None if by_map.shift is None or more.shift is None else by_map.shift + more.shift
-            by_map = ByMap(by_map.matrix + more.matrix, shift)
+            more = pull(moving_mask, by["mask"], maps, padding="zeros", by_matrix=by_matrix)
+            both = (None if a is None or b is None else a + b for a, b in zip(by_map, more, strict=True))
+            by_map = ByMap(*both)
         return by_map, value["value"].to(torch.float64)

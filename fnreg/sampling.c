@@ -15,6 +15,7 @@
 #define PICK JOIN(NAME, _pick)
 #define CHANNEL JOIN(NAME, _channel)
 #define MAP JOIN(NAME, _map)
+#define MAPS JOIN(NAME, _maps)
 #define MAP_OF JOIN(NAME, _map_of)
 #define POINTS JOIN(NAME, _points)
 #define PLACES JOIN(NAME, _places)
@@ -361,26 +362,36 @@ void COMPOSE_BACK(const REAL *fields, const REAL *index, const REAL *cotangents,
     RESTORE(mode_before);
 }
 
-/* What a map x = A (y, 1) of the points y = i (+ shift) needs to know of one pair. */
+/* The maps x = A (y, 1) of the points y = i (+ F shift) of all pairs; F is one where it is not given. */
 typedef struct {
-    const REAL *index, *shift;
+    const REAL *index, *shifts, *matrices, *frames;
+    int64_t of_matrices, of_frames, points; /* how many there are of each: 1 for all pairs, or one for each */
+} MAPS;
+
+/* What the map of one pair needs to know. */
+typedef struct {
+    const REAL *index, *shift, *F;
     REAL A[DIM][DIM + 1];
     int64_t points;
 } MAP;
 
-static MAP MAP_OF(const REAL *index, const REAL *shifts, const REAL *matrices, int64_t items, int64_t points, int64_t b) {
-    MAP map = {index, shifts ? shifts + b * DIM * points : 0, {{0}}, points};
+static MAP MAP_OF(const MAPS *maps, int64_t b) {
+    const int64_t points = maps->points;
+    MAP map = {maps->index, maps->shifts ? maps->shifts + b * DIM * points : 0,
+               maps->frames ? maps->frames + b % maps->of_frames * DIM * DIM : 0, {{0}}, points};
     for (int k = 0; k < DIM; k++)
-        for (int j = 0; j <= DIM; j++) map.A[k][j] = matrices[(b % items * DIM + k) * (DIM + 1) + j];
+        for (int j = 0; j <= DIM; j++) map.A[k][j] = maps->matrices[(b % maps->of_matrices * DIM + k) * (DIM + 1) + j];
     return map;
 }
 
 /* The points y of a block from p on. */
 static void POINTS(const MAP *map, int64_t p, int count, REAL (*restrict y)[BLOCK]) {
     for (int j = 0; j < DIM; j++) {
-        const REAL *i = map->index + j * map->points + p, *u = map->shift ? map->shift + j * map->points + p : 0;
+        const REAL *i = map->index + j * map->points + p, *u = map->shift ? map->shift + p : 0;
         for (int q = 0; q < count; q++) y[j][q] = i[q];
-        for (int q = 0; u && q < count; q++) y[j][q] += u[q];
+        for (int q = 0; u && !map->F && q < count; q++) y[j][q] += u[j * map->points + q];
+        for (int k = 0; u && map->F && k < DIM; k++)
+            for (int q = 0; q < count; q++) y[j][q] += map->F[j * DIM + k] * u[k * map->points + q];
     }
 }
 
@@ -398,12 +409,12 @@ static int PLACES(JOIN(NAME, _block) *restrict s, const MAP *map, REAL (*restric
 }
 
 /* What a cotangent c per point, gradient = c dm/dx, adds to the derivatives by the map, per point and in sum:
- *   sum_k A_kj gradient_k  and  sum gradient_k (y, 1)_j. */
+ *   sum_k A_kj gradient_k  and  sum gradient_k (y, 1)_j, each where there is a place for it. */
 static void DERIVE(const MAP *map, REAL (*restrict y)[BLOCK], REAL (*restrict gradient)[BLOCK], int count,
                    REAL (*restrict back)[BLOCK], double *by) {
     for (int k = 0; k < DIM; k++) {
-        for (int j = 0; j < DIM; j++) by[k * (DIM + 1) + j] += SUM(gradient[k][q] * y[j][q]);
-        by[k * (DIM + 1) + DIM] += SUM(gradient[k][q]);
+        for (int j = 0; by && j < DIM; j++) by[k * (DIM + 1) + j] += SUM(gradient[k][q] * y[j][q]);
+        if (by) by[k * (DIM + 1) + DIM] += SUM(gradient[k][q]);
         for (int j = 0; back && j < DIM; j++)
             for (int q = 0; q < count; q++) back[j][q] += map->A[k][j] * gradient[k][q];
     }
@@ -413,11 +424,13 @@ static void DERIVE(const MAP *map, REAL (*restrict y)[BLOCK], REAL (*restrict gr
  *   sum w, sum w r^2 and sum 2 w r dm/dx_k y_j,  r = m(x) - f,  and per point sum_k 2 w r dm/dx_k A_kj,
  * w the inside of the moving image (unless `everywhere`) times the mask.  Nothing else goes to memory.  One task is a
  * chunk of one pair's points, so that the order of the sums depends neither on the batch nor on the threads. */
-void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL *matrices, const REAL *index,
-             const REAL *shifts, double *sums, REAL *by_shift, const int64_t *n, const int64_t *items,
-             int64_t channels, int64_t points, int64_t chunk, int everywhere, int mode, double fill, double tolerance,
+void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL *index, const REAL *shifts, const REAL *matrices,
+             const REAL *frames, const int64_t *of, double *sums, double *by_matrix, REAL *by_shift, const int64_t *n,
+             const int64_t *items, int64_t channels, int64_t chunk, int everywhere, int mode, double fill, double tolerance,
              int64_t begin, int64_t end) {
     const unsigned mode_before = flush_denormals();
+    const MAPS maps = {index, shifts, matrices, frames, of[0], of[1], of[2]};
+    const int64_t points = maps.points;
     JOIN(NAME, _block) block;
     REAL y[DIM][BLOCK], x[DIM][BLOCK], value[BLOCK], gradient[DIM][BLOCK], weight[BLOCK], back[DIM][BLOCK];
     int64_t stride[DIM];
@@ -428,9 +441,10 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
         const int64_t last = first + chunk < points ? first + chunk : points;
         const REAL *m = moving + b % items[0] * channels * voxels, *f = fixed + b % items[1] * channels * points;
         const REAL *w = mask ? mask + b % items[2] * points : 0;
-        const MAP map = MAP_OF(index, shifts, matrices, items[3], points, b);
-        double *out = sums + task * (2 + DIM * (DIM + 1));
-        for (int k = 0; k < 2 + DIM * (DIM + 1); k++) out[k] = 0;
+        const MAP map = MAP_OF(&maps, b);
+        double *out = sums + task * 2, *by = by_matrix ? by_matrix + task * DIM * (DIM + 1) : 0;
+        out[0] = out[1] = 0;
+        for (int k = 0; by && k < DIM * (DIM + 1); k++) by[k] = 0;
         for (int64_t p = first; p < last; p += BLOCK) {
             const int count = (int)(last - p < BLOCK ? last - p : BLOCK);
             POINTS(&map, p, count, y);
@@ -449,7 +463,7 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
                 out[1] += SUM(weight[q] * value[q] * value[q]);
                 for (int k = 0; k < DIM; k++)
                     for (int q = 0; q < count; q++) gradient[k][q] *= 2 * weight[q] * value[q];
-                DERIVE(&map, y, gradient, count, by_shift ? back : 0, out + 2);
+                DERIVE(&map, y, gradient, count, by_shift ? back : 0, by);
             }
             for (int j = 0; by_shift && j < DIM; j++)
                 for (int q = 0; q < count; q++) by_shift[(b * DIM + j) * points + p + q] = back[j][q];
@@ -459,10 +473,12 @@ void SQUARES(const REAL *moving, const REAL *fixed, const REAL *mask, const REAL
 }
 
 /* The moving image under a map, and which points lie inside of it. */
-void WARP(const REAL *moving, const REAL *matrices, const REAL *index, const REAL *shifts, REAL *warped, REAL *inside, const int64_t *n,
-          const int64_t *items, int64_t channels, int64_t points, int mode, double fill, double tolerance, int64_t begin,
-          int64_t end) {
+void WARP(const REAL *moving, const REAL *index, const REAL *shifts, const REAL *matrices, const REAL *frames, const int64_t *of,
+          REAL *warped, REAL *inside, const int64_t *n, int64_t items, int64_t channels, int mode, double fill,
+          double tolerance, int64_t begin, int64_t end) {
     const unsigned mode_before = flush_denormals();
+    const MAPS maps = {index, shifts, matrices, frames, of[0], of[1], of[2]};
+    const int64_t points = maps.points;
     JOIN(NAME, _block) block;
     REAL y[DIM][BLOCK], x[DIM][BLOCK], gradient[DIM][BLOCK];
     int64_t stride[DIM];
@@ -470,12 +486,12 @@ void WARP(const REAL *moving, const REAL *matrices, const REAL *index, const REA
     for (int64_t s = begin; s < end;) {
         const int64_t b = s / points, p = s - b * points, left = points - p < end - s ? points - p : end - s;
         const int count = (int)(left < BLOCK ? left : BLOCK);
-        const MAP map = MAP_OF(index, shifts, matrices, items[1], points, b);
+        const MAP map = MAP_OF(&maps, b);
         POINTS(&map, p, count, y);
         const int special = PLACES(&block, &map, y, x, count, n, stride, mode, (REAL)tolerance);
         for (int q = 0; q < count; q++) inside[s + q] = block.inside[q];
         for (int64_t channel = 0; channel < channels; channel++)
-            CHANNEL(&block, moving + (b % items[0] * channels + channel) * voxels, &x[0][0], BLOCK, count, special, n, stride,
+            CHANNEL(&block, moving + (b % items * channels + channel) * voxels, &x[0][0], BLOCK, count, special, n, stride,
                     mode, (REAL)fill, (REAL)tolerance, warped + (b * channels + channel) * points + p, &gradient[0][0], BLOCK);
         s += count;
     }
@@ -483,10 +499,12 @@ void WARP(const REAL *moving, const REAL *matrices, const REAL *index, const REA
 }
 
 /* The derivatives by the map of what has the derivative `cotangents` by the image that WARP makes; chunks and sums as SQUARES. */
-void PULL(const REAL *moving, const REAL *cotangents, const REAL *matrices, const REAL *index, const REAL *shifts, double *sums,
-          REAL *by_shift, const int64_t *n, const int64_t *items, int64_t channels, int64_t points, int64_t chunk, int mode,
-          double fill, double tolerance, int64_t begin, int64_t end) {
+void PULL(const REAL *moving, const REAL *cotangents, const REAL *index, const REAL *shifts, const REAL *matrices,
+          const REAL *frames, const int64_t *of, double *by_matrix, REAL *by_shift, const int64_t *n, int64_t items,
+          int64_t channels, int64_t chunk, int mode, double fill, double tolerance, int64_t begin, int64_t end) {
     const unsigned mode_before = flush_denormals();
+    const MAPS maps = {index, shifts, matrices, frames, of[0], of[1], of[2]};
+    const int64_t points = maps.points;
     JOIN(NAME, _block) block;
     REAL y[DIM][BLOCK], x[DIM][BLOCK], value[BLOCK], gradient[DIM][BLOCK], back[DIM][BLOCK];
     int64_t stride[DIM];
@@ -495,9 +513,9 @@ void PULL(const REAL *moving, const REAL *cotangents, const REAL *matrices, cons
     for (int64_t task = begin; task < end; task++) {
         const int64_t b = task / chunks, first = (task - b * chunks) * chunk;
         const int64_t last = first + chunk < points ? first + chunk : points;
-        const MAP map = MAP_OF(index, shifts, matrices, items[1], points, b);
-        double *out = sums + task * DIM * (DIM + 1);
-        for (int k = 0; k < DIM * (DIM + 1); k++) out[k] = 0;
+        const MAP map = MAP_OF(&maps, b);
+        double *by = by_matrix ? by_matrix + task * DIM * (DIM + 1) : 0;
+        for (int k = 0; by && k < DIM * (DIM + 1); k++) by[k] = 0;
         for (int64_t p = first; p < last; p += BLOCK) {
             const int count = (int)(last - p < BLOCK ? last - p : BLOCK);
             POINTS(&map, p, count, y);
@@ -505,12 +523,12 @@ void PULL(const REAL *moving, const REAL *cotangents, const REAL *matrices, cons
             for (int j = 0; by_shift && j < DIM; j++)
                 for (int q = 0; q < count; q++) back[j][q] = 0;
             for (int64_t channel = 0; channel < channels; channel++) {
-                CHANNEL(&block, moving + (b % items[0] * channels + channel) * voxels, &x[0][0], BLOCK, count, special, n, stride,
+                CHANNEL(&block, moving + (b % items * channels + channel) * voxels, &x[0][0], BLOCK, count, special, n, stride,
                         mode, (REAL)fill, (REAL)tolerance, value, &gradient[0][0], BLOCK);
                 const REAL *c = cotangents + (b * channels + channel) * points + p;
                 for (int k = 0; k < DIM; k++)
                     for (int q = 0; q < count; q++) gradient[k][q] *= c[q];
-                DERIVE(&map, y, gradient, count, by_shift ? back : 0, out);
+                DERIVE(&map, y, gradient, count, by_shift ? back : 0, by);
             }
             for (int j = 0; by_shift && j < DIM; j++)
                 for (int q = 0; q < count; q++) by_shift[(b * DIM + j) * points + p + q] = back[j][q];
@@ -522,6 +540,7 @@ void PULL(const REAL *moving, const REAL *cotangents, const REAL *matrices, cons
 #undef INDEX
 #undef CHANNEL
 #undef MAP
+#undef MAPS
 #undef MAP_OF
 #undef POINTS
 #undef PLACES

@@ -133,6 +133,39 @@ def test_a_warped_image_and_its_pull_back_are_those_of_sampling(dimension: int, 
         assert by_map.shift is None
 
 
+@pytest.mark.parametrize("dimension", (1, 2, 3))
+@pytest.mark.parametrize("frames", (1, 3))
+def test_a_shift_in_a_frame_is_the_framed_shift(dimension: int, frames: int) -> None:
+    torch.manual_seed(dimension)
+    shape = SHAPES[dimension]
+    moving, fixed = torch.randn(2, 3, 1, *shape, dtype=torch.float64)
+    matrices = torch.eye(dimension + 1, dtype=torch.float64)[:-1] + 0.1 * torch.rand(3, dimension, dimension + 1)
+    shift = 0.7 * torch.randn(3, dimension, *shape, dtype=torch.float64)
+    given = torch.randn(frames, dimension, dimension, dtype=torch.float64)
+    voxels = (given @ shift.flatten(2)).reshape(shift.shape)
+    plain, framed = Maps(matrices, voxels, shape[::-1]), Maps(matrices, shift, shape[::-1], given)
+
+    def everything(maps: Maps) -> Any:
+        return squares(moving, fixed, None, maps), warp(moving, maps), pull(moving, fixed, maps)
+
+    assert_close(everything(framed), everything(plain), rtol=1e-11, atol=1e-9)
+
+
+@pytest.mark.parametrize("bent", (False, True))
+def test_a_derivative_that_is_not_asked_for_is_left_out(bent: bool) -> None:
+    torch.manual_seed(0)
+    moving, fixed = torch.randn(2, 2, 1, 9, 8)
+    maps = Maps(torch.eye(3)[None, :2] * 1.01, torch.rand(2, 2, 9, 8) if bent else None, (8, 9))
+    without, whole = (squares(moving, fixed, None, maps, by_matrix=asked) for asked in (False, True))
+    assert without.by_map.matrix is None and whole.by_map.matrix is not None
+    assert equal_bits(
+        (without.value, without.weight, without.by_map.shift), (whole.value, whole.weight, whole.by_map.shift)
+    )
+    by_map = pull(moving, fixed, maps, by_matrix=False)
+    assert by_map.matrix is None
+    assert equal_bits(by_map.shift, pull(moving, fixed, maps).shift)
+
+
 def test_neither_batch_nor_threads_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     moving, fixed = torch.randn(2, 5, 1, 30, 40, 20)

@@ -183,7 +183,7 @@ def test_matrix_maps_the_points(transform: Transform, dimension: int) -> None:
 
 @every
 def test_a_split_is_the_map_of_the_voxels(transform: Transform, dimension: int) -> None:
-    """A shift in voxels, from there to world, then a matrix."""
+    """A shift, by its frame in voxels, from there to world, then a matrix."""
 
     @few
     @given(grids(dimension), seeds)
@@ -193,7 +193,9 @@ def test_a_split_is_the_map_of_the_voxels(transform: Transform, dimension: int) 
         def parted(grid: Grid, values: Params) -> Any:
             found = transform.split(values, grid)
             index = grid.world_to_index(grid.points())
-            shifted = index if found.shift is None else index + found.shift.flatten(1).mT
+            shift = None if found.shift is None else found.shift.flatten(1).mT
+            shift = shift if shift is None or found.frame is None else shift @ found.frame.mT
+            shifted = index if shift is None else index + shift
             world = grid.index_to_world(shifted)
             whole = world if found.matrix is None else world @ found.matrix[:-1, :-1].mT + found.matrix[:-1, -1]
             return whole, transform.points(values, grid, grid.points())

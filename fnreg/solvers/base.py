@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fnreg import lengths
 from fnreg.pytree import same_structure, tree_leaves, tree_map, tree_take, tree_where
 
 _NOT_FINITE = "{} holds NaN or infinity: exclude these voxels by a mask, Subject(image, mask=isfinite)"
@@ -307,6 +308,5 @@ def check_step(step: Any, update: Any, where: str) -> None:
 
 def largest(step: Any) -> Tensor:
     """The largest absolute entry of a step, per pair (B,)."""
-    leaves = (leaf.detach().flatten(1) for leaf in tree_leaves(step))
-    sizes = [torch.maximum(leaf.amax(1), -leaf.amin(1)) for leaf in leaves]
+    sizes = [lengths.largest(leaf) for leaf in tree_leaves(step)]
     return torch.stack([size.to(sizes[0].dtype) for size in sizes]).amax(0)

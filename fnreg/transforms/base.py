@@ -34,10 +34,11 @@ Domain = Any  # a Grid; for Sequential also a tuple with the domain of each part
 
 
 class Split(NamedTuple):
-    """A map of a grid's voxels i: to i + shift(i) along the grid's axes, from there to world, then by the matrix."""
+    """A map of a grid's voxels i: to i + frame shift(i) along its axes, from there to world, then by the matrix."""
 
     shift: Tensor | None  # (D, [Z,] Y, X)
     matrix: Tensor | None  # (D + 1, D + 1) world, float64; None for the identity
+    frame: Tensor | None = None  # (D, D) from the shift's units to voxels, float64; None where it is in voxels
 
 
 class Transform:
@@ -97,11 +98,11 @@ class Transform:
         return Split(None, self.matrix(params, domain))
 
     def split_after(self, params: Params, step: Step, domain: Domain) -> Split:
-        """`split` after `perturb`, for transforms to which a step is cheaper to add than to the parameters."""
+        """`split` after `perturb`, the shift in voxels: a step is often cheaper to add there than to the parameters."""
         return self.split(self.perturb(params, step, domain), domain)
 
     def step_of_shift(self, by_shift: Tensor) -> Step | None:
-        """The gradient by the step from that by the shift of `split`, where a step adds to the shift as it is."""
+        """The gradient by the step from that by the shift in voxels, where a step adds to this as it is."""
         return None
 
     def field(self, params: Params, domain: Domain) -> Any:
@@ -332,9 +333,8 @@ class Sequential(Transform):
     @staticmethod
     def _after(begun: Split, matrices: list[Tensor]) -> Split:
         matrices = matrices if begun.matrix is None else [begun.matrix, *matrices]
-        return Split(
-            begun.shift, functools.reduce(lambda total, matrix: matrix @ total, matrices) if matrices else None
-        )
+        whole = functools.reduce(lambda total, matrix: matrix @ total, matrices) if matrices else None
+        return begun._replace(matrix=whole)
 
     def first_step(self, params: Params, domain: Domain) -> Tensor | None:
         found = (t.first_step(p, d) for t, d, p in self._parts(domain, params))
@@ -479,7 +479,9 @@ def split_coords(
     index = index_points(size, dtype, matrix.device)
     if found.shift is None:
         return matrix @ index
-    return matrix[:, :-1] @ (index[:-1] + found.shift.flatten(1).to(dtype)) + matrix[:, -1:]
+    shift = found.shift.flatten(1).to(dtype)
+    shift = shift if found.frame is None else found.frame.to(dtype) @ shift
+    return matrix[:, :-1] @ (index[:-1] + shift) + matrix[:, -1:]
 
 
 def split_points(found: Split, grid: Grid) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fnreg.fields import compose_shift, compose_step, exp_shift, folded_cells, folds, in_voxels, in_world, invert_shift
 from fnreg.filters import gaussian, resize
 from fnreg.grid import Grid
+from fnreg.lengths import longest
 from fnreg.losses.penalties import DenseField
 from fnreg.pytree import is_concrete, tree_map
 from fnreg.sampling import sample
@@ -139,7 +140,7 @@ class Velocity(OneField, abstract=True):
 
     def first_step(self, params: Params, domain: Domain) -> Tensor | None:
         velocity = self.velocity_of(in_voxels(params[self.name], first_domain(domain)), domain)
-        return velocity.square().sum(0).amax().sqrt() / 2**self.steps
+        return longest(velocity) / 2**self.steps
 
     @property
     def negates(self) -> bool:
@@ -171,6 +172,9 @@ class _Displacements(_Voxels, abstract=True):
     """Parameters that are the displacement."""
 
     name: ClassVar[str] = "displacement"
+
+    def split(self, params: Params, domain: Domain) -> Split:
+        return Split(params[self.name], None, first_domain(domain).vectors_to_index)
 
     def step_of_shift(self, by_shift: Tensor) -> Step:
         return {"displacement": by_shift}
@@ -217,8 +221,8 @@ class Diffeomorphism(_Displacements):
 
     def retract(self, params: Params, step: Step, domain: Domain) -> Params:
         grid = first_domain(domain)
-        longest = step["displacement"].square().sum(0).amax().clamp(min=self.limit**2).sqrt()
-        return {"displacement": compose_step(step["displacement"], params["displacement"], grid, self.limit / longest)}
+        small = self.limit / longest(step["displacement"]).clamp(min=self.limit)
+        return {"displacement": compose_step(step["displacement"], params["displacement"], grid, small)}
 
     def precondition(self, gradient: Step, domain: Domain) -> Step:
         return {"displacement": _smooth(gradient["displacement"], self.gradient)}
