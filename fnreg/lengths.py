@@ -48,6 +48,13 @@ def mean_square(leaf: Tensor) -> Tensor:
     return (flat.unsqueeze(1) @ flat.unsqueeze(2)).flatten().to(torch.float64) / flat.shape[1]
 
 
+def is_finite(leaf: Tensor) -> Tensor:
+    """Whether all entries of each item (B, ...) are finite, and their squares, (B,)."""
+    if _is_plain(leaf):
+        return mean_square(leaf).isfinite()
+    return torch.isfinite(leaf).flatten(1).all(1)
+
+
 def scale_(leaf: Tensor, factor: Tensor) -> None:
     """Multiply each item (B, ...) by a factor (B,), in place: for what nobody else has yet."""
     if _is_plain(leaf) and leaf.is_contiguous():

@@ -116,7 +116,15 @@ def tree_map(function: Callable[..., Any], tree: T, *others: Any) -> T:
 
 
 def tree_where(mask: Tensor, yes: T, no: T) -> T:
-    """Per item of the leading axis: the leaves of `yes` where `mask` (B,) holds, else those of `no`."""
+    """Per item of the leading axis: the leaves of `yes` where `mask` (B,) holds, else those of `no`.
+
+    Where looking costs nothing and all items agree, that is one of the two as it stands.
+    """
+    if mask.device.type == "cpu" and is_concrete(mask) and not torch.compiler.is_compiling():
+        if bool(mask.all()):
+            return yes
+        if not bool(mask.any()):
+            return no
     return tree_map(lambda a, b: torch.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, b), yes, no)
 
 

@@ -197,7 +197,7 @@ def run(
         taken = solver.step(problem, now.params, now.carry, number / steps, length)
         finite = torch.isfinite(taken.value)
         for leaf in tree_leaves(taken.params):
-            finite = finite & torch.isfinite(leaf).flatten(1).all(1)
+            finite = finite & lengths.is_finite(leaf)
         lost, going = now.running & ~finite, now.running & finite
         after = tree_where(going, taken.params, tree_where(lost, now.previous, now.params))
         row = torch.where(going, taken.value, torch.nan)
