@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fnreg.extras import require
+from fnreg.extras import quiet, require
 from fnreg.io.files import ImageReadError, PathLike, read_bytes
 from fnreg.io.stored import Stored, affine_grid
 
@@ -29,16 +29,21 @@ class _Slice(NamedTuple):
 
 def stored_series(folder: PathLike, *, series: str | None = None) -> Stored:
     """The values of a series as (1, C, Z, Y, X); see `fnreg.io.read_image`."""
-    place = Path(folder)
     sitk: Any = require("SimpleITK", "itk", f"reading the DICOM series {folder}")
-    found = list(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(place)))
+    with quiet(sitk):
+        return _stored(sitk, Path(folder), series)
+
+
+def _stored(sitk: Any, folder: Path, series: str | None) -> Stored:
+    found = list(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+    _skipped(sitk, folder, found)
     if not found:
         raise ImageReadError(f"{folder} is a folder without DICOM files: expected an image, or a folder of one series")
     if series is None and len(found) > 1:
         raise ImageReadError(f"{folder} holds {len(found)} DICOM series: choose one by series=, of {', '.join(found)}")
     if series is not None and series not in found:
         raise ImageReadError(f"{folder} has no DICOM series {series!r}: it has {', '.join(found)}")
-    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(place), series or found[0])
+    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series or found[0])
     slices = [_slice(sitk, name) for name in names]
     first = slices[0]
     for one in slices[1:]:
@@ -56,6 +61,16 @@ def stored_series(folder: PathLike, *, series: str | None = None) -> Stored:
     values = (values[..., None] if values.ndim == 3 else values)[None]  # (1, Z, Y, X, C)
     linear = np.column_stack([slices[0].axes, step])
     return Stored(np.moveaxis(values, -1, 1), affine_grid(folder, values.shape[1:4], linear, slices[0].position))
+
+
+def _skipped(sitk: Any, folder: Path, found: list[str]) -> None:
+    """ImageReadError for a file that is named as DICOM but is none: ITK leaves it out, and a slice with it."""
+    known = {
+        Path(name).name for one in found for name in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), one)
+    }
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in (".dcm", ".ima") and file.name not in known:
+            raise ImageReadError(f"{file} is damaged, or not a DICOM image: mend it, or take it out of the folder")
 
 
 def _slice(sitk: Any, name: str) -> _Slice:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fnreg.extras import require
+from fnreg.extras import quiet, require
 from fnreg.grid import Grid
 from fnreg.image import Image
 from fnreg.io.files import ImageReadError, PathLike, WriteError, write_bytes
@@ -27,7 +27,8 @@ def stored_itk(path: PathLike) -> Stored:
     CHECKS[Path(path).suffix.lower()](path)
     sitk: Any = require("SimpleITK", "itk", f"reading {path}")
     try:
-        image = sitk.ReadImage(str(path))
+        with quiet(sitk):
+            image = sitk.ReadImage(str(path))
     except RuntimeError as problem:
         told = " ".join(str(problem).split())[-300:]
         raise ImageReadError(f"{path} is damaged or of an unsupported kind: {told}") from problem
