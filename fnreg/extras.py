@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -33,7 +33,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 @contextmanager
-def quiet(sitk: Any) -> Iterator[None]:
+def quiet(sitk: Any) -> Generator[None]:
     """Without the warnings that ITK writes to the terminal beside its errors."""
     shown = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)

@@ -201,7 +201,7 @@ def test_no_overlap_says_how_far_and_what_helps(folder: Path, capfd: pytest.Capt
     )
     io.write_image("away.nii.gz", fnreg.Image(image.data, away))
     base = ["register", "solid.nii.gz", "away.nii.gz", "-o", "out", *QUICK]
-    told = "away.nii.gz and solid.nii.gz do not overlap: their middles are 300 apart, and a gap of 28"
+    told = "away.nii.gz and solid.nii.gz do not overlap: their middles are 300 apart, and a gap of 27"
     refused(capfd, folder, base, 3, told)
     refused(capfd, folder, base, 3, "give --init center, or moments")
     assert cli.main([*base, "--init", "center", "--save", "warped", "--transform", "translation"]) == 0
