@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import resource
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,9 +193,7 @@ def _write_warped(folder: Path, warped: Image, moving: Image, like: Path) -> Non
         return
     near = {".mhd": ".mha", ".mha": ".mha", ".nhdr": ".nrrd", ".nrrd": ".nrrd", ".nii": ".nii"}.get(kind, ".nii.gz")
     kept = like if kind in (".nii", ".nii.gz") else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", io.GeometryWarning)  # told when the file was read
-        io.write_image(folder / f"warped{near}", warped, like=kept)
+    io.write_image(folder / f"warped{near}", warped, like=kept)
 
 
 def _write_for_itk(path: Path, mapping: Mapping) -> bool:

@@ -257,6 +257,10 @@ def test_series(tmp_path: Path) -> None:
     for k in range(6):
         one = read_image(tmp_path / "t.nii.gz", volume=k)
         assert torch.equal(one.data, series.data[k]) and np.array_equal(one.numpy()[0].T, values[..., k])
+    vectors = RANDOM.normal(size=(5, 4, 3, 6, 2)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(vectors, AFFINE), tmp_path / "v.nii.gz")
+    assert np.array_equal(read_series(tmp_path / "v.nii.gz").numpy(), vectors.transpose(3, 4, 2, 1, 0))
+    assert np.array_equal(read_image(tmp_path / "v.nii.gz", volume=4).numpy(), vectors[:, :, :, 4].T)
     with pytest.raises(ImageReadError, match=r"a series of 6 volumes: .* volume=0 to volume=5, or all by read_series"):
         read_image(tmp_path / "t.nii.gz")
     for volume in (6, -1):
@@ -353,6 +357,7 @@ HEADERS: dict[str, tuple[dict[str, Any], str]] = {
     "bomb": ({"dim": [3, 32767, 32767, 32767, 1, 1, 1, 1]}, "more than the file can hold"),
     "worst bomb": ({"dim": [7] + [32767] * 5 + [1, 1]}, "more than the file can hold"),
     "no type": ({"datatype": 0}, "holds unknown, datatype 0"),
+    "colours of colours": ({"datatype": 128, "bitpix": 24, "dim": [5, 5, 4, 1, 1, 2, 1, 1]}, "2 colours at each voxel"),
     "complex": ({"datatype": 32, "bitpix": 64}, "holds complex, datatype 32"),
     "bits": ({"datatype": 1, "bitpix": 1}, "holds bits"),
     "long floats": ({"datatype": 1536, "bitpix": 128}, "floats of 128 bits"),
@@ -604,6 +609,23 @@ def test_the_header_of_another_file_is_kept(tmp_path: Path) -> None:
         write_image(tmp_path / "b.nii.gz", warped, like=tmp_path / "a.png")
     with pytest.raises(ValueError, match="headers are kept from NIfTI to NIfTI"):
         write_image(tmp_path / "b.mha", warped, like=tmp_path / "like.nii.gz")
+
+
+def test_a_header_in_the_other_byte_order_keeps_its_extensions(tmp_path: Path) -> None:
+    header = image_of().header.as_byteswapped(">")
+    data = bytearray(nibabel.Nifti1Image(VALUES, AFFINE, header).to_bytes())
+    note = b"remember me".ljust(24, b"\0")
+    data[348:352] = b"\x01\0\0\0"
+    data[352:352] = (32).to_bytes(4, "big") + (6).to_bytes(4, "big") + note
+    data[108:112] = np.array(384, ">f4").tobytes()  # where the voxels begin
+    (tmp_path / "big.nii").write_bytes(data)
+    image = read_image(tmp_path / "big.nii")
+    assert np.array_equal(image.numpy()[0].T, VALUES)
+    write_image(tmp_path / "a.nii", image, like=tmp_path / "big.nii")
+    found = nibabel.load(tmp_path / "a.nii")
+    assert found.header.endianness == ">" and np.array_equal(np.asarray(found.dataobj), VALUES)
+    assert [extension.get_content().rstrip(b"\0") for extension in found.header.extensions] == [b"remember me"]
+    assert torch.equal(read_image(tmp_path / "a.nii").data, image.data)
 
 
 @pytest.mark.parametrize("name", SMALL)

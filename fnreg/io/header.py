@@ -86,6 +86,8 @@ def parse(path: PathLike, block: bytes, *, form: Form | None = None) -> Header:
     single = magic == MAGIC[size][0]
     slope, inter = _scale(path, fields, code)
     affine, taken, notes = _affine(path, fields, dims, form)
+    if code in COLOURS and dims[5] > 1:
+        raise ImageReadError(f"{path} has {dims[5]} colours at each voxel: expected one")
     dimension = 2 if dims[0] == 2 or (dims[0] == 5 and dims[3] == 1) else 3
     spatial = tuple(dims[dimension:0:-1])
     if dimension == 2:

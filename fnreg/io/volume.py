@@ -32,26 +32,26 @@ class Nifti(NamedTuple):
     values: np.ndarray  # as `Header.shape` says, native byte order
 
 
-def read_nifti(path: PathLike, *, form: Form | None = None) -> Nifti:
-    """A NIfTI file, all of it, or ImageReadError."""
+def read_nifti(path: PathLike, *, form: Form | None = None, voxels: bool = True) -> Nifti:
+    """A NIfTI file, all of it or, without its voxels, as far as these; or ImageReadError."""
     place, pair = Path(path), _pair(Path(path))
     try:
         if pair is not None:
             head = _Bytes(pair[0])
             block = head.take(header_size(pair[0], head.peek()))
             header, extensions = parse(pair[0], block, form=form), head.rest()
-            voxels = _Bytes(pair[1])
-            voxels.take(header.offset)
+            body = _Bytes(pair[1])
+            body.take(header.offset)
         else:
-            voxels = _Bytes(place)
-            block = voxels.take(header_size(place, voxels.peek()))
+            body = _Bytes(place)
+            block = body.take(header_size(place, body.peek()))
             header = parse(place, block, form=form)
-            extensions = voxels.take(header.offset - len(block))
+            extensions = body.take(header.offset - len(block))
         single = bytes(header.fields["magic"]).startswith(b"n+")
         if single == (pair is not None):
             told = "of two files, .hdr and .img, but is one" if single else "of one file, but is the header of another"
             raise ImageReadError(f"{path} has the name {told}: rename it")
-        values = voxels.fill(header)
+        values = body.fill(header) if voxels else np.empty(0)
     except (OSError, EOFError, zlib.error) as problem:
         if isinstance(problem, ImageReadError):
             raise
@@ -148,7 +148,7 @@ def write_nifti(
     fields["cal_max"] = fields["cal_min"] = 0  # a window for the old values
     fields["intent_code"] = intent or (VECTOR if vectors else 0)
     block = fields.binaryblock + head[1]
-    ordered = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
+    ordered = np.ascontiguousarray(values).astype(values.dtype.newbyteorder(fields.endianness), copy=False)
     voxels = ordered.reshape(-1).view(np.uint8).data
     if not name.endswith(".gz"):
         write_bytes(path, block, voxels)
@@ -178,11 +178,11 @@ def _from(like: PathLike, grid: Grid) -> tuple[Any, bytes]:
     """The header of another file on the same grid, and its extensions."""
     if not str(like).lower().endswith((".nii", ".nii.gz")):
         raise ValueError(f"like is {like}: expected a NIfTI file, .nii or .nii.gz, whose header is to be kept")
-    header, extensions, _ = read_nifti(like)
+    header, extensions, _ = read_nifti(like, voxels=False)
     here = grid.to("cpu")
     if header.grid.ndim != grid.ndim or not here.same_as(header.grid):
         raise ValueError(f"like, {like}, has the grid {header.grid} but the image has {here}: expected the same")
-    fields = header.fields.as_byteswapped("<")
+    fields = header.fields.copy()  # in its byte order, which is that of its extensions
     fields["vox_offset"] = fields.sizeof_hdr + len(extensions)
     return fields, extensions
 
