@@ -3,7 +3,6 @@
 import gzip
 import itertools
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -410,15 +409,22 @@ def test_a_bomb_takes_no_memory(tmp_path: Path) -> None:
     """A gigabyte claimed in a kilobyte of gzip, within what deflate could do: what does not come is not touched."""
     head = bytearray(raw(tmp_path / "a.nii", dim=[3, 1024, 1024, 512, 1, 1, 1, 1]).read_bytes()[:352])
     (tmp_path / "b.nii.gz").write_bytes(gzip.compress(bytes(head) + RANDOM.bytes(2**20)))
-    before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    with pytest.raises(ImageReadError, match=r"claims 1073741824 bytes .* but it ends after 1048576"):
-        read_image(tmp_path / "b.nii.gz")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024 and time.perf_counter() - clock < 5
     zeros = gzip.compress(bytes(2**28), 9)  # the other way round: more in the stream than the header says
     (tmp_path / "c.nii.gz").write_bytes(gzip.compress(raw(tmp_path / "d.nii").read_bytes()) + zeros)
-    with pytest.raises(ImageReadError, match="bytes more follow"):
-        read_image(tmp_path / "c.nii.gz")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+    code = (
+        "import sys, resource, fnreg, nibabel\n"
+        "fnreg.io.read_image(sys.argv[1])\n"  # what is loaded on first use
+        "for path in sys.argv[2:]:\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "    try:\n        fnreg.io.read_image(path)\n"
+        "    except fnreg.io.ImageReadError as problem:\n        print(problem)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    names = [str(tmp_path / name) for name in ("d.nii", "b.nii.gz", "c.nii.gz")]
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True)
+    first, taken, second, more = done.stdout.splitlines()
+    assert "claims 1073741824 bytes" in first and "but it ends after 1048576" in first and int(taken) < 100 * 1024
+    assert "bytes more follow" in second and int(more) < 100 * 1024
 
 
 def test_the_file_once_and_the_tensor_once(tmp_path: Path) -> None:
