@@ -96,7 +96,7 @@ def register(
         str | None,
         _option("Per level, coarse to fine, as 100x50x10; one number serves all. [default: 100]", "--steps", "-n"),
     ] = None,
-    fixed_mask: Annotated[Path | None, _option("Picture; pixels of the fixed image count where it is above 0.")] = None,
+    fixed_mask: Annotated[Path | None, _option("Image; voxels of the fixed image count where it is above 0.")] = None,
     moving_mask: Annotated[Path | None, _option("The same for the moving image.")] = None,
     init: Annotated[
         str | None, _option("Start: header, center, moments, search (36 angles) or a transform file. [default: header]")
@@ -124,7 +124,7 @@ def register(
     Parameters
     ----------
     fixed
-        Image whose grid the result has: PNG, JPEG or TIFF.
+        Image whose grid the result has: NIfTI, MetaImage, NRRD, a folder of DICOM, PNG, JPEG or TIFF.
     moving
         Image that is to look like it.
     """
@@ -210,7 +210,8 @@ def info(
     Parameters
     ----------
     file
-        Image (PNG, JPEG, TIFF), transform (.safetensors; ITK's .tfm, .txt, .h5) or displacement (.nii, .nii.gz).
+        Image (NIfTI, MetaImage, NRRD, a folder of DICOM, PNG, JPEG, TIFF), transform (.safetensors; ITK's .tfm, .txt,
+        .h5) or displacement (.nii, .nii.gz).
     """
     from fnreg.info import describe
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fnreg import extras, fields, io
 from fnreg.grid import Grid
 from fnreg.image import Image
+from fnreg.io.image import PICTURES, suffix
 from fnreg.io.itk import parts
 from fnreg.registration import Registration
 from fnreg.solvers.base import Status
@@ -25,6 +26,10 @@ from fnreg.transforms.rotation import matrix_to_angle
 KNOWN = (
     "warped.png",
     "warped.tif",
+    "warped.nii",
+    "warped.nii.gz",
+    "warped.mha",
+    "warped.nrrd",
     "transform.safetensors",
     "transform.tfm",
     "transform.h5",
@@ -148,17 +153,18 @@ def write(
     inverse: Registration | None = None,
     objective: str,
     title: str,
+    like: Path,
 ) -> None:
     """Write into a folder what `saves` names; see `fnreg.settings.SAVES`.
 
     inverse : what "inverse" writes, where there is one
     objective : what the course of it is labelled with; title : of the overview
+    like : the file of the fixed image: the warped one is written in its format, NIfTI with its header
     """
     fixed, moving = fixed.to("cpu"), moving.to("cpu")
     warped = result.warp(moving.to(result.value.device)).to("cpu")
     if "warped" in saves:
-        io.write_image(folder / "warped.tif", warped)
-        io.write_image(folder / "warped.png", warped, window=_window(moving))
+        _write_warped(folder, warped, moving, like)
     if "params" in saves:
         io.write_transform(folder / "transform.safetensors", result.mapping)
     for_itk = "xfm" in saves and _write_for_itk(folder / "transform", result.mapping)
@@ -174,7 +180,20 @@ def write(
             name = folder / "inverse_displacement.nii.gz"
             io.write_displacement(name, inverse.mapping, grid=inverse.fixed_grid, dtype=fixed.data.dtype)
     if "figures" in saves:
-        _draw(folder / "figures", result, fixed, moving, warped, objective, title)
+        unit = "pixels" if suffix(like) in PICTURES else "mm"
+        _draw(folder / "figures", result, fixed, moving, warped, objective, title, unit)
+
+
+def _write_warped(folder: Path, warped: Image, moving: Image, like: Path) -> None:
+    """In the format of the fixed image, or in the one nearest to it that can be written."""
+    kind = suffix(like) if like.is_file() else ""
+    if kind in PICTURES:
+        io.write_image(folder / "warped.tif", warped)
+        io.write_image(folder / "warped.png", warped, window=_window(moving))
+        return
+    near = {".mhd": ".mha", ".mha": ".mha", ".nhdr": ".nrrd", ".nrrd": ".nrrd", ".nii": ".nii"}.get(kind, ".nii.gz")
+    kept = like if kind in (".nii", ".nii.gz") else None
+    io.write_image(folder / f"warped{near}", warped, like=kept)
 
 
 def _write_for_itk(path: Path, mapping: Mapping) -> bool:
@@ -186,22 +205,29 @@ def _write_for_itk(path: Path, mapping: Mapping) -> bool:
 
 
 def _draw(
-    folder: Path, result: Registration, fixed: Image, moving: Image, warped: Image, objective: str, title: str
+    folder: Path,
+    result: Registration,
+    fixed: Image,
+    moving: Image,
+    warped: Image,
+    objective: str,
+    title: str,
+    unit: str,
 ) -> None:
     from fnreg import plot
 
     folder.mkdir()
     figures = {
-        "overview": plot.overview(fixed, moving, warped, unit="pixels", title=title),
-        "checkerboard": plot.checkerboard(fixed, warped, unit="pixels"),
+        "overview": plot.overview(fixed, moving, warped, unit=unit, title=title),
+        "checkerboard": plot.checkerboard(fixed, warped, unit=unit),
         "losses": plot.losses(result, objective=objective),
     }
     if not result.mapping.transform.linear:
         field = result.mapping.displacement(result.fixed_grid)
-        figures["jacobian"] = plot.jacobian(result.jacobian().to("cpu"), unit="pixels")
+        figures["jacobian"] = plot.jacobian(result.jacobian().to("cpu"), unit=unit)
         if fixed.grid.ndim == 2:
-            figures["flow"] = plot.flow(field, fixed.grid, unit="pixels")
-            figures["warped_grid"] = plot.warped_grid(result, image=moving, unit="pixels", title=title)
+            figures["flow"] = plot.flow(field, fixed.grid, unit=unit)
+            figures["warped_grid"] = plot.warped_grid(result, image=moving, unit=unit, title=title)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png")
 

@@ -28,6 +28,7 @@ from fnreg.io.files import ImageReadError, TransformReadError, write_bytes
 from fnreg.io.itk import parts
 from fnreg.losses.terms import objective as as_objective
 from fnreg.output import OutputFolder
+from fnreg.placement import gap
 from fnreg.pytree import tree_leaves, tree_map
 from fnreg.registration import Event, Stage, evaluate, register
 from fnreg.settings import INITS, STARTS, Settings, SettingsError
@@ -101,6 +102,10 @@ class Plan:
 
 
 def _told(path: Path) -> dict[str, Any]:
+    if path.is_dir():  # of slices
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        whole = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
+        return {"path": str(path), "files": len(files), "sha256": whole.hexdigest()}
     data = path.read_bytes()
     return {"path": str(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -115,14 +120,19 @@ def prepare(files: Files, settings: Settings) -> Plan:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    fixed, moving = io.read_image(files.fixed), io.read_image(files.moving)
+    figures, notes = "figures" in settings.saves(), list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", io.GeometryWarning)
+        fixed, moving = io.read_image(files.fixed), io.read_image(files.moving)
+        _fit(files, settings, fixed, moving)
+        masks = [_mask(files.fixed_mask, files.fixed, fixed), _mask(files.moving_mask, files.moving, moving)]
+    notes += [str(warning.message) for warning in caught if warning.category is io.GeometryWarning]
     if fixed.data.dtype != moving.data.dtype:
         fixed, moving = (Image(image.data.to(torch.float64), image.grid) for image in (fixed, moving))
     subjects = [
-        Subject(image.to(device), _mask(mask, path, image, device))
-        for image, path, mask in ((fixed, files.fixed, files.fixed_mask), (moving, files.moving, files.moving_mask))
+        Subject(image.to(device), None if mask is None else mask.to(device))
+        for image, mask in zip((fixed, moving), masks, strict=True)
     ]
-    figures, notes = "figures" in settings.saves(), list[str]()
     if figures and not all(extras.present("plot").values()):
         figures = False
         notes.append('no figures were drawn, matplotlib is not installed: pip install "fnreg[plot]"')
@@ -168,16 +178,34 @@ def _device(settings: Settings) -> torch.device:
     return device
 
 
-def _mask(path: Path | None, of: Path, image: Image, device: torch.device) -> Tensor | None:
+def _fit(files: Files, settings: Settings, fixed: Image, moving: Image) -> None:
+    """ImageReadError where the images cannot be compared, or do not meet at a start by their headers."""
+    for told, a, b in (("axes", fixed.grid.ndim, moving.grid.ndim), ("channels", fixed.channels, moving.channels)):
+        if a != b:
+            raise ImageReadError(
+                f"{files.moving} has {b} {told} but {files.fixed} has {a}: give images that have as many"
+            )
+    apart = gap(fixed.grid, moving.grid)
+    if settings.init == "header" and apart > 0:
+        away = float((fixed.grid.center - moving.grid.center).norm())
+        raise ImageReadError(
+            f"{files.moving} and {files.fixed} do not overlap: their middles are {away:.4g} apart, and a gap of "
+            f"{apart:.4g} at least is between them; give --init center, or moments, or check their headers"
+        )
+
+
+def _mask(path: Path | None, of: Path, image: Image) -> Tensor | None:
     if path is None:
         return None
     mask = io.read_image(path)
     if mask.grid.size != image.grid.size:
         sizes = [" x ".join(map(str, grid.size)) for grid in (mask.grid, image.grid)]
         raise ImageReadError(f"mask {path} has {sizes[0]} pixels but {of} has {sizes[1]}: give a mask of its size")
+    if not mask.grid.same_as(image.grid, 0.1):
+        raise ImageReadError(f"mask {path} lies elsewhere than {of}: {mask.grid} but {image.grid}; resample it")
     if not bool((mask.data > 0).any()):
         raise ImageReadError(f"mask {path} is zero everywhere: pixels above 0 count, and there are none")
-    return (mask.data > 0).to(device)
+    return (mask.data > 0).any(0, keepdim=True)
 
 
 def _begin(settings: Settings, first: Transform, grid: Grid) -> Begin | None:
@@ -257,6 +285,7 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
         inverse=inverse.result,
         objective=repr(last.objective),
         title=title,
+        like=plan.files.fixed,
     )
     record = plan.record() | found
     record |= {"status": "warn" if notes else "ok", "warnings": [*plan.notes, *notes], "seconds": round(seconds, 3)}

@@ -404,8 +404,8 @@ def test_bad_inputs(folder: Path, capsys: pytest.CaptureFixture[str], case: str,
 
 
 def test_unknown_suffix_is_told_what_is_known(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put("scan.nii.gz", b"?")
-    refused(capsys, folder, ["register", "scan.nii.gz", "moving.png", "-o", "out"], 3, "readable are .png, .jpg")
+    put("scan.xyz", b"?")
+    refused(capsys, folder, ["register", "scan.xyz", "moving.png", "-o", "out"], 3, "readable are .png, .jpg")
 
 
 USAGE = {

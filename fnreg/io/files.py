@@ -15,6 +15,10 @@ class ImageReadError(OSError, ValueError):
     """An image file is missing, damaged, or not of a supported kind."""
 
 
+class PointReadError(OSError, ValueError):
+    """A file of points is missing, damaged, or not of a supported kind."""
+
+
 class TransformReadError(OSError, ValueError):
     """A transform file is missing, damaged, or not of a supported kind."""
 
@@ -39,10 +43,11 @@ def read_bytes(path: PathLike, error: Callable[[str], Exception]) -> bytes:
     return data
 
 
-def write_bytes(path: PathLike, data: bytes) -> None:
+def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
     """Write a file so that under its name there is all of it or what was there before, even if the process dies.
 
-    The bytes go to a temporary name in the same folder and to the disk, then take the name.  Raises WriteError.
+    The bytes, one part after the other, go to a temporary name in the same folder and to the disk, then take the name.
+    Raises WriteError.
     """
     place = Path(path)
     if place.is_dir():
@@ -55,7 +60,8 @@ def write_bytes(path: PathLike, data: bytes) -> None:
         try:
             descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
+                for part in parts:
+                    stream.write(part)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(scratch, place)
