@@ -135,7 +135,7 @@ def test_inverse_undoes_the_map_and_is_undone_by_it(transform: Transform, dimens
 
         law(round_trip, items, params, atol=1e-8)
         away = transform.points(params[0], items[0], points_near(items[0])) - points_near(items[0])
-        assert float(away.abs().max()) > 1e-3
+        assert float(away.abs().max()) > 1e-6  # far more than what the law allows
 
     check()
 
