@@ -308,6 +308,14 @@ def fold(size: int, dim: int | None, tensor: Tensor | None, lead: int, *, shared
     return tensor.expand(size, lead, *tensor.shape[2:]).flatten(0, 1)
 
 
+def is_stored(*tensors: Tensor) -> bool:
+    """Whether the tensors have memory of their own."""
+    try:
+        return all(t.data_ptr() or not t.numel() for t in tensors)
+    except RuntimeError:  # no storage: batched by autograd itself, which asks for no vmap rule
+        return False
+
+
 def is_transformed(*trees: Any) -> bool:
     """Whether a leaf is inside a torch.func transform."""
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]

@@ -90,7 +90,7 @@ def test_the_closed_form_is_the_derivative_of_the_equation(shape: tuple[int, ...
 @pytest.mark.parametrize("squared", [True, False])
 def test_every_derivative(squared: bool) -> None:
     given = random(1, 4, 5).requires_grad_(), random(1, 4, 5, seed=1).requires_grad_(), mask(4, 5).requires_grad_()
-    assert gradcheck(lambda a, b, w: lncc(a, b, w, radius=1, squared=squared), given)
+    assert gradcheck(lambda a, b, w: lncc(a, b, w, radius=1, squared=squared), given, check_batched_grad=True)
     assert gradcheck(lambda a: lncc(a, given[1].detach(), radius=1, squared=squared), given[:1])
     assert gradgradcheck(lambda a: lncc(a, given[1].detach(), given[2].detach(), radius=1, squared=squared), given[:1])
     assert gradgradcheck(lambda a, b: lncc(a, b, radius=1, squared=squared), given[:2])

@@ -67,13 +67,23 @@ def test_every_derivative(shape: tuple[int, ...]) -> None:
     data = random(2, *shape).requires_grad_()
     taps = ((1.0, 0.5, 0.2),) * len(shape)
     for function in (lambda x: gaussian(x, 0.8), lambda x: window_sums(x, taps)):
-        assert gradcheck(function, (data,))
+        assert gradcheck(function, (data,), check_batched_grad=True)
         assert gradgradcheck(function, (data,))
     tangent = random(2, *shape, seed=1)
     forward = torch.func.jvp(lambda x: gaussian(x, 0.8), (data.detach(),), (tangent,))[1]
     close(forward, gaussian(tangent, 0.8), atol=1e-13)
     pull = torch.func.vjp(lambda x: gaussian(x, 0.8), data.detach())[1]
     close(torch.func.jvp(lambda c: pull(c)[0], (tangent,), (tangent,))[1], pull(tangent)[0], atol=1e-13)
+
+
+@needs_compiler
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_has_no_memory_takes_the_matrices(normalised: bool, transposed: bool) -> None:
+    """Cotangents that autograd batches by itself; taps may reach beyond the image."""
+    data, taps = random(2, 3, 4, 5, 6), ((1.0, 0.5, 0.2), (1.0, 0.3), (1.0,) * 7)
+    filtered = windows.filtered(data, taps, normalised, transposed)
+    close(windows._multiplied(data, taps, normalised, transposed), filtered, atol=1e-13)
 
 
 @needs_compiler

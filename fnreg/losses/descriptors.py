@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fnreg.filters import along
+from fnreg.filters import window_sums
 from fnreg.grid import Grid
 from fnreg.losses.functional import mean
 from fnreg.pytree import constant
@@ -238,8 +238,7 @@ def _patch_sums(parts: list[Tensor], shape: tuple[int, ...], radius: int, dilati
             ends += [before, shape[-1 - k] + 2 * dilation - before - part.shape[-1 - k]]
         wide.append(pad(part, ends))
     found = torch.stack(wide, 1)  # (C, P, ...)
-    boxes = [_box(n, radius, found.dtype, found.device) for n in found.shape[:1:-1]]
-    sums = along(found.flatten(0, 1), boxes).reshape(found.shape)
+    sums = window_sums(found.flatten(0, 1), ((1.0,) * (radius + 1),) * len(shape)).reshape(found.shape)
     looks: list[Tensor] = []
     for number, pair in enumerate(pairs):
         for start in pair.starts:
@@ -255,10 +254,3 @@ def _counts(shape: tuple[int, ...], radius: int, dilation: int, dtype: torch.dty
     """How many differences each patch has where every voxel is seen, (E, [Z,] Y, X)."""
     seen = torch.ones((1, *shape), dtype=dtype, device=device)
     return _patch_sums(_products(seen, dilation), shape, radius, dilation).squeeze(0)
-
-
-@constant
-def _box(n: int, radius: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix (n, n) of sums over 2 radius + 1 neighbours."""
-    index = torch.arange(n, device=device)
-    return ((index - index[:, None]).abs() <= radius).to(dtype)
