@@ -322,6 +322,14 @@ def is_transformed(*trees: Any) -> bool:
     return any(isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves(trees))
 
 
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether autograd or a transform of torch.func takes derivatives by it, whatever else is around."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while not tensor.requires_grad and functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def is_tracked(*trees: Any) -> bool:
     """Whether a torch.func transform is around this call, or autograd records a leaf: then only torch may compute."""
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
