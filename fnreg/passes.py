@@ -21,7 +21,18 @@ from fnreg.losses.terms import OF_IMAGES, OF_THE_MAP, Objective
 from fnreg.mapped import ByMap, Maps, Squares, pull, serves, squares, warp
 from fnreg.optim import scale
 from fnreg.pair import Pair, in_sight, pair_map, splits
-from fnreg.pytree import Axes, batch_axes, is_tracked, tree_detach, tree_flatten, tree_unflatten, tree_vmap
+from fnreg.pytree import (
+    Axes,
+    batch_axes,
+    is_tracked,
+    over_batch,
+    tree_detach,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+    tree_vmap,
+)
 from fnreg.sampling import Padding
 from fnreg.transforms.base import Domain, Split, Transform, domain_ranks, first_domain
 
@@ -213,6 +224,28 @@ class Passes:
         mask = warp(self._batched(pairs.moving_mask), maps, padding="zeros")[0]
         return warped, mask if rest is None else rest * mask, mask, rest
 
+    @functools.cached_property
+    def _statistics(self) -> tuple[Any, Axes]:
+        """What each term makes of the fixed image and the weights alone, where these do not depend on the map.
+
+        With a batch axis only where something of it has one.  A level of some of the pairs is another one, and makes
+        its own: each time at most half of them is left, so all together cost no more than the first.
+        """
+        terms, fixed, mask = self.images.terms, self.pairs.fixed, self.pairs.fixed_mask
+        if self.padding is None or self.pairs.moving_mask is not None:
+            return ((),) * len(terms), ()
+
+        def of(grid: Grid, fixed: Tensor, weights: Tensor | None = None) -> Any:
+            return tuple(term.statistics(fixed, weights, grid) for term in terms)
+
+        rank = fixed.grid.ndim + 1
+        given = {"grid": (fixed.grid, fixed.grid.ranks()), "fixed": (fixed.data, rank)}
+        given |= {} if mask is None else {"mask": (mask, rank)}
+        found = over_batch(of, **given)
+        shared = all(axis is None for name, (leaf, r) in given.items() for axis in batch_axes(name, leaf, r)[0])
+        found = tree_map(lambda leaf: leaf.contiguous(), found)
+        return found, (None if shared else 0,) * len(tree_leaves(found))
+
     def _of_images(self, warped: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Value (B,) of the terms of the images, and each term's."""
         fixed = self.pairs.fixed
@@ -223,12 +256,16 @@ class Passes:
             given.append(weights[0] if shared else weights)
             axes.append(None if shared else 0)
         of_terms = batch_axes("objective", self.images, self.images.ranks())[0]
+        known, of_known = self._statistics
 
-        def one(images: Objective, grid: Grid, warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Any:
-            value, terms = images.value({"warped": warped, "fixed": fixed, "weights": weights, "grid": grid})
+        def one(
+            images: Objective, grid: Grid, known: Any, warped: Tensor, fixed: Tensor, weights: Tensor | None = None
+        ) -> Any:
+            value, terms = images.value({"warped": warped, "fixed": fixed, "weights": weights, "grid": grid}, known)
             return in_sight(value.to(warped.dtype), weights), terms
 
-        return tree_vmap(one, (of_terms, of_grid, *((axis,) for axis in axes)), self.images, fixed.grid, *given)
+        all_axes = (of_terms, of_grid, of_known, *((axis,) for axis in axes))
+        return tree_vmap(one, all_axes, self.images, fixed.grid, known, *given)
 
     def _by_images(self, maps: Maps) -> tuple[ByMap, Tensor]:
         pairs = self.pairs

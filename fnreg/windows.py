@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fnreg import native
-from fnreg.pytree import constant, fold, forward_asked, is_stored, leading
+from fnreg.pytree import constant, fold, forward_asked, is_differentiated, is_stored, is_transformed, leading
 
 Taps = tuple[tuple[float, ...], ...]  # weights per axis, x first, from the centre outwards
 
@@ -31,6 +31,8 @@ def windowed(data: Tensor, taps: Taps, *, normalised: bool) -> Tensor:
 
     normalised : weights are divided by the sum of those that lie inside
     """
+    if not is_differentiated(data) and not is_transformed(data):  # also what `constant` makes beside any transform
+        return filtered(data, taps, normalised, False)
     return _Windowed.apply(data.unsqueeze(0), taps, normalised, False).squeeze(0)  # type: ignore[no-untyped-call]
 
 

@@ -18,6 +18,7 @@ from torch.func import vmap
 
 from fnreg import native, windows
 from fnreg.filters import along, gaussian, gaussian_matrix, window_sums
+from fnreg.pytree import constant
 from fnreg.windows import gaussian_taps
 
 needs_compiler = pytest.mark.skipif(native.load() is None, reason="the filters are in C")
@@ -100,6 +101,16 @@ def test_neither_batch_nor_threads_change_a_bit(monkeypatch: pytest.MonkeyPatch)
 def test_any_layout_and_nested_batches() -> None:
     data = random(3, 4, 2, 5, 6)
     close(vmap(vmap(lambda x: gaussian(x.mT, 1.0)))(data), vmap(vmap(lambda x: gaussian(x, 1.0).mT))(data), atol=1e-14)
+
+
+@needs_compiler
+def test_a_constant_made_within_a_batch() -> None:
+    @constant
+    def sums(n: int) -> Tensor:
+        return window_sums(torch.ones(1, n), ((1.0, 1.0),))
+
+    found = vmap(lambda x: x + sums(5))(torch.zeros(3, 1, 5))
+    assert found[2].tolist() == [[2.0, 3.0, 3.0, 3.0, 2.0]]
 
 
 @needs_compiler

@@ -49,55 +49,6 @@ def lncc(
     >>> bool(lncc(3 * image + 1, image) < 1e-12)
     True
     """
-    return lncc_from((), warped, fixed, weights, radius=radius, window=window, squared=squared, flat=flat)
-
-
-class Statistics(NamedTuple):
-    """Of fixed images (F, C, *shape) with weights (W, 1, *shape): what a step of the warped one leaves as it is."""
-
-    center: Tensor  # (F, C) float64, their weighted means
-    floor: Tensor  # (F, C) float64, variances below which a window is flat
-    sums: Tensor  # (F, C, 2, *shape), window sums of w a and w a^2 of deviations
-    counts: Tensor | None  # (W, 1, *shape), window sums of w; None without weights
-
-    @staticmethod
-    def of(fixed: Tensor, weights: Tensor | None, taps: Taps, flat: float) -> Statistics:
-        """By the kernels."""
-        passes = _Passes(fixed, weights, taps, flat)
-        center, floor = passes.levels(fixed)
-        count = None if passes.weights is None else filtered(passes.weights, taps, False, False)
-        return Statistics(center, floor, passes.sums(fixed, center), count)
-
-
-def lncc_statistics(
-    fixed: Tensor,
-    weights: Tensor | None = None,
-    *,
-    radius: int = 2,
-    window: Window = "box",
-    squared: bool = True,
-    flat: float = 1e-3,
-) -> tuple[Tensor, ...]:
-    """What `lncc` makes of the fixed image and the weights alone, for `lncc_from`; nothing where there is no kernel."""
-    taps = _taps(radius, window, tuple(fixed.shape[:0:-1]))
-    if not (serves(fixed) and _alike(fixed, weights)):
-        return ()
-    made = _Statistics.apply(fixed.unsqueeze(0), _counted(weights, fixed), taps, flat)  # type: ignore[no-untyped-call]
-    return tuple(part.squeeze(0) for part in made)
-
-
-def lncc_from(
-    statistics: tuple[Tensor, ...],
-    warped: Tensor,
-    fixed: Tensor,
-    weights: Tensor | None = None,
-    *,
-    radius: int = 2,
-    window: Window = "box",
-    squared: bool = True,
-    flat: float = 1e-3,
-) -> Tensor:
-    """`lncc` with what `lncc_statistics` gave for the same fixed image, weights and options, or () for nothing."""
     taps = _taps(radius, window, tuple(fixed.shape[:0:-1]))
     if warped.shape != fixed.shape:
         raise ValueError(f"warped has shape {tuple(warped.shape)} but fixed has {tuple(fixed.shape)}")
@@ -105,22 +56,13 @@ def lncc_from(
         raise ValueError(f"flat is {flat}: expected a share of the standard deviation, at least 0 and below 1")
     if weights is not None and not weights.is_floating_point():
         weights = weights.to(warped.dtype)
-    if not (serves(warped) and _alike(warped, fixed, weights)):
+    alike = all(t.dtype == warped.dtype and t.device == warped.device for t in (fixed, weights) if t is not None)
+    if not (alike and serves(warped)):
         return _composed(warped, fixed, weights, taps, squared, flat)
-    known = [part.unsqueeze(0) for part in statistics]
-    known = [*known, *[None] * (4 - len(known))]
     options = _Options(taps, squared, flat, weights is not None and is_differentiated(weights))
-    images = warped.unsqueeze(0), fixed.unsqueeze(0), _counted(weights, fixed)
-    return _Lncc.apply(*images, *known, options)[0].squeeze(0)  # type: ignore[no-untyped-call]
-
-
-def _alike(image: Tensor, *others: Tensor | None) -> bool:
-    return all(t is None or (t.dtype == image.dtype and t.device == image.device) for t in others)
-
-
-def _counted(weights: Tensor | None, fixed: Tensor) -> Tensor | None:
-    """Weights (1, 1, *shape)."""
-    return None if weights is None else weights.reshape(1, 1, *fixed.shape[1:])
+    counted = None if weights is None else weights.reshape(1, 1, *fixed.shape[1:])
+    found = _Lncc.apply(warped.unsqueeze(0), fixed.unsqueeze(0), counted, options)  # type: ignore[no-untyped-call]
+    return found[0].squeeze(0)
 
 
 def _taps(radius: int, window: Window, size: tuple[int, ...]) -> Taps:
@@ -239,45 +181,12 @@ class _Options(NamedTuple):
     by_weights: bool  # whether the derivative by the weights is asked
 
 
-class _Statistics(torch.autograd.Function):
-    """`Statistics.of`, constant in differentiation."""
-
-    @staticmethod
-    def forward(fixed: Tensor, weights: Tensor | None, taps: Taps, flat: float) -> tuple[Tensor, ...]:
-        return tuple(part for part in Statistics.of(fixed.contiguous(), weights, taps, flat) if part is not None)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def backward(ctx: Any, *by_found: Any) -> tuple[None, ...]:  # type: ignore[override]
-        return (None,) * 4
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        given = list(zip(args[:2], in_dims[:2], strict=True))
-        lead = max(leading(t, dim) for t, dim in given if t is not None)
-        found = _Statistics.apply(*(fold(info.batch_size, dim, t, lead) for t, dim in given), *args[2:])  # type: ignore[no-untyped-call]
-        return tuple(part.unflatten(0, (info.batch_size, lead)) for part in found), (0,) * len(found)
-
-
 class _Lncc(torch.autograd.Function):
-    """(B,) values of images (B, C, *shape); two more outputs are the derivatives by warped and weights, for backward.
-
-    The last but one four inputs are `Statistics`, or None where they are not known yet.
-    """
+    """(B,) values of images (B, C, *shape).  The other outputs are the derivatives by warped and weights, for `backward`."""
 
     @staticmethod
     def forward(
-        warped: Tensor,
-        fixed: Tensor,
-        weights: Tensor | None,
-        low: Tensor | None,
-        floor: Tensor | None,
-        of_fixed: Tensor | None,
-        count: Tensor | None,
-        options: _Options,
+        warped: Tensor, fixed: Tensor, weights: Tensor | None, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor]:
         taps, squared, flat, by_weights = options
         warped, fixed = warped.contiguous(), fixed.contiguous()
@@ -286,19 +195,19 @@ class _Lncc(torch.autograd.Function):
         weights = passes.weights
         if fixed.shape[0] == 1 and passes.weight_items > 1:  # its sums depend on the weights of each pair
             fixed = fixed.expand_as(warped).contiguous()
-        if low is None or floor is None or of_fixed is None:
-            low, floor, of_fixed, count = Statistics.of(fixed, weights, taps, flat)
-        if count is None:
+        if weights is None:
             count = _count(tuple(warped.shape[:1:-1]), taps, warped.dtype)
-        low, floor, of_fixed, count = (part.contiguous() for part in (low, floor, of_fixed, count))
+        else:
+            count = filtered(weights, taps, False, False)
         fixed_items = fixed.shape[0] * channels
-        center, least = passes.levels(warped)
+        (low, floor), (center, least) = passes.levels(fixed), passes.levels(warped)
+        of_fixed = passes.sums(fixed, low)
         of_both = passes.sums(warped, center, fixed, low)
         sums = torch.empty(items, passes.chunks, 2, dtype=torch.float64)
         more = torch.empty_like(of_both) if by_weights else None
         local = torch.empty_like(warped) if by_weights else None
         given = (of_both, of_fixed, count, weights, least, floor, sums, more, local, not squared, n, channels)
-        sizes = (low.numel(), passes.weight_items, count.shape[0], CHUNK, _rounding(warped.dtype))
+        sizes = (fixed_items, passes.weight_items, count.shape[0], CHUNK, _rounding(warped.dtype))
         passes.call("_correlation", (*given, *sizes), items * passes.chunks, CHUNK)
         value, total = sums.sum(1).unbind(1)
         total = torch.where(total > 0, total, 1)
@@ -319,28 +228,28 @@ class _Lncc(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*inputs[:3], *output[1:])
-        ctx.options = inputs[7]
+        ctx.options = inputs[3]
 
     @staticmethod
     def backward(ctx: Any, by_value: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         warped, fixed, weights, by_warped, by_weights = ctx.saved_tensors
         _, of_fixed, of_weights = ctx.needs_input_grad[:3]
         if of_fixed or (of_weights and not ctx.options.by_weights) or forward_asked():
-            return *_pull_back(by_value, warped, fixed, weights, ctx.options), *(None,) * 5
+            return *_pull_back(by_value, warped, fixed, weights, ctx.options), None
         found = _Scaled.apply(by_value, by_warped, by_weights, warped, fixed, weights, ctx.options)  # type: ignore[no-untyped-call]
         more = None
         if of_weights:
             more = found[1] if len(weights) == len(found[1]) else found[1].sum(0, keepdim=True)
-        return found[0], None, more, *(None,) * 5
+        return found[0], None, more, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         lead = max(leading(t, dim) for t, dim in zip(args[:3], in_dims[:3], strict=True) if t is not None)
         folded = [
             fold(info.batch_size, dim, t, lead, shared=number > 0)
-            for number, (t, dim) in enumerate(zip(args[:7], in_dims[:7], strict=True))
+            for number, (t, dim) in enumerate(zip(args[:3], in_dims[:3], strict=True))
         ]
-        found = _Lncc.apply(*folded, args[7])  # type: ignore[no-untyped-call]
+        found = _Lncc.apply(*folded, args[3])  # type: ignore[no-untyped-call]
         return tuple(part.unflatten(0, (info.batch_size, -1)) for part in found), (0, 0, 0)
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,9 +116,21 @@ class Term:
         if self.function is local.lncc:
             local.check_window(size, **{k: v for k, v in self.options if k in ("radius", "window")})
 
-    def value(self, found: Mapping[str, Any]) -> Tensor:
-        """The unweighted value from what was found under the names."""
-        return self.function(**self.arguments(found))
+    def statistics(self, fixed: Tensor, weights: Tensor | None, grid: Any) -> Any:
+        """What its function makes of these alone, whatever is warped; () where it makes nothing of note."""
+        of = _statistics_of(self.function)
+        if of is None:
+            return ()
+        given = self.arguments({"warped": fixed, "fixed": fixed, "weights": weights, "grid": grid})
+        del given["warped"]
+        return of.of_fixed(**given)
+
+    def value(self, found: Mapping[str, Any], statistics: Any = ()) -> Tensor:
+        """The unweighted value from what was found under the names, and what `statistics` gave for them if it did."""
+        of = _statistics_of(self.function)
+        if of is None or (isinstance(statistics, tuple) and not statistics):
+            return self.function(**self.arguments(found))
+        return of.value(statistics, **self.arguments(found))
 
     def ranks(self) -> Term:
         """The rank that each leaf has for one pair."""
@@ -173,12 +185,15 @@ class Objective:
         """All names that its terms ask for."""
         return frozenset(name for term in self.terms for name in term.needs)
 
-    def value(self, found: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and each term's own unweighted value by name."""
+    def value(self, found: Mapping[str, Any], statistics: Sequence[Any] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, and each term's own unweighted value by name.
+
+        statistics : per term what `Term.statistics` gave for the same fixed image and weights; none where not known
+        """
         total: Tensor | None = None
         values: dict[str, Tensor] = {}
-        for term in self.terms:
-            value = term.value(found)
+        for term, known in zip(self.terms, statistics or ((),) * len(self.terms), strict=True):
+            value = term.value(found, known)
             if not isinstance(value, Tensor) or value.ndim != 0:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{term.name} returned {shape}: an objective returns a scalar tensor")
@@ -330,6 +345,30 @@ correlation_ratio = term(information.correlation_ratio)
 charbonnier = term(functional.charbonnier)
 ngf = term(descriptors.ngf)
 mind = term(descriptors.mind)
+
+
+class Statistics(NamedTuple):
+    """How a function of images is computed in two parts, of which the first is the same at every step of a level.
+
+    of_fixed : a tree of tensors from the arguments of the function but `warped`
+    value : the function's value from that and all its arguments
+    """
+
+    of_fixed: Callable[..., Any]
+    value: Callable[..., Tensor]
+
+
+# Where it pays, see docs/design.md.
+STATISTICS: dict[Callable[..., Tensor], Statistics] = {
+    descriptors.ngf: Statistics(descriptors.ngf_statistics, descriptors.ngf_from),
+    descriptors.mind: Statistics(descriptors.mind_statistics, descriptors.mind_from),
+}
+
+
+def _statistics_of(function: Callable[..., Tensor]) -> Statistics | None:
+    """By identity, for not every callable has a hash."""
+    return next((of for known, of in STATISTICS.items() if known is function), None)
+
 
 SIMILARITIES: dict[str, Term] = {
     "mse": mse,
