@@ -61,14 +61,14 @@ class Level:
         fast = None if self._passes is None or is_tracked(params) else self._passes.value(params)
         return self._over(pair_energy, params) if fast is None else fast
 
-    def gradient(self, params: Any) -> tuple[Any, Tensor]:
-        """Gradient by the step, and the value (B,)."""
+    def gradient(self, params: Any) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """Gradient by the step, the value (B,) and each term's."""
         if self._passes is None or is_tracked(params):
             return self._over(pair_gradient, params)
         return self._passes.gradient(params, self.zero_step())
 
-    def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Value (B,), J^T r (B, P) and J^T J (B, P, P)."""
+    def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Value (B,), J^T r (B, P), J^T J (B, P, P) and the value of each term."""
         return self._over(pair_normal_equations, params)
 
     def overlap(self, params: Any) -> Tensor:

@@ -79,6 +79,8 @@ def test_register_leaves_all_it_promises(folder: Path, capsys: pytest.CaptureFix
     assert record["inputs"]["fixed"]["sha256"] == hashlib.sha256((folder / "fixed.png").read_bytes()).hexdigest()
     assert sorted(record["written"]) == sorted([*figures, *files])
     assert len(record["history"]) == 2 and record["history"][0]["level"] == 1
+    for trace in record["history"]:
+        assert list(trace["terms"]) == ["mse"] and trace["terms"]["mse"] == pytest.approx(trace["value"])
     assert record["seconds"] > 0 and record["peak_mb"] > 0 and record["versions"]["torch"]
 
     # What was written is one and the same map, and it makes the picture that lies beside it.

@@ -182,7 +182,7 @@ class _Options(NamedTuple):
 
 
 class _Lncc(torch.autograd.Function):
-    """(B,) values of images (B, C, *shape).  The other outputs are the derivatives by warped and weights, for `backward`."""
+    """(B,) values of images (B, C, *shape).  The rest is the derivatives by warped and weights, for `backward`."""
 
     @staticmethod
     def forward(

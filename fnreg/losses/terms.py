@@ -185,6 +185,18 @@ class Objective:
         """All names that its terms ask for."""
         return frozenset(name for term in self.terms for name in term.needs)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its terms are called, one name each."""
+        found: list[str] = []
+        for term in self.terms:
+            name, number = term.name, 1
+            while name in found:
+                number += 1
+                name = f"{term.name}_{number}"
+            found.append(name)
+        return tuple(found)
+
     def value(self, found: Mapping[str, Any], statistics: Sequence[Any] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and each term's own unweighted value by name.
 
@@ -192,15 +204,12 @@ class Objective:
         """
         total: Tensor | None = None
         values: dict[str, Tensor] = {}
-        for term, known in zip(self.terms, statistics or ((),) * len(self.terms), strict=True):
+        known_of = statistics or ((),) * len(self.terms)
+        for name, term, known in zip(self.names, self.terms, known_of, strict=True):
             value = term.value(found, known)
             if not isinstance(value, Tensor) or value.ndim != 0:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{term.name} returned {shape}: an objective returns a scalar tensor")
-            name, number = term.name, 1
-            while name in values:
-                number += 1
-                name = f"{term.name}_{number}"
             values[name] = value
             weighted = term.weight.to(value.dtype) * value
             total = weighted if total is None else total + weighted
@@ -239,13 +248,19 @@ class Objective:
 
     def residuals(self, found: Mapping[str, Any]) -> Tensor:
         """Residuals (R,) whose squares sum to the weighted sum; see `check_squares`."""
+        return self.squares(found)[0]
+
+    def squares(self, found: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`residuals`, and each term's own unweighted value by name."""
         self.check_squares()
         parts: list[Tensor] = []
-        for term in self.terms:
+        values: dict[str, Tensor] = {}
+        for name, term in zip(self.names, self.terms, strict=True):
             assert term.residuals is not None
-            part = term.residuals(**term.arguments(found))
-            parts.append(part.reshape(-1) * term.weight.to(part.dtype).sqrt())
-        return torch.cat(parts)
+            part = term.residuals(**term.arguments(found)).reshape(-1)
+            values[name] = part.detach() @ part.detach()
+            parts.append(part * term.weight.to(part.dtype).sqrt())
+        return torch.cat(parts), values
 
     def ranks(self) -> Objective:
         """The rank that each leaf has for one pair."""
