@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from scenes import EVERY, EVERY_ID, close, known_pair, moving_scene, random_mapping, random_params, scene, tensor, uniform
+from scenes import (
+    EVERY,
+    EVERY_ID,
+    close,
+    known_pair,
+    moving_scene,
+    random_mapping,
+    random_params,
+    scene,
+    tensor,
+    uniform,
+)
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 from torch.testing import assert_close
