@@ -34,7 +34,7 @@ from fnreg.pytree import (
     tree_vmap,
 )
 from fnreg.sampling import Padding
-from fnreg.transforms.base import Domain, Split, Transform, domain_ranks, first_domain
+from fnreg.transforms.base import Domain, Split, Transform, domain_axes, first_domain
 
 
 def _named(split: Split) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ class Passes:
 
     @functools.cached_property
     def _domain_axes(self) -> Axes:
-        return batch_axes("domain", self.pairs.domain, domain_ranks(self.pairs.domain))[0]
+        return domain_axes(self.pairs.domain)
 
     def _parts(self, params: Any) -> dict[str, Tensor]:
         def parts(params: Any, domain: Domain) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ from fnreg.solvers.descent import Descent
 from fnreg.solvers.gauss_newton import GaussNewton
 from fnreg.starts import Start, begin, expand, initial_ranks, spread
 from fnreg.symmetric import BothWays
-from fnreg.transforms.base import Mapping, Params, Transform, same_place, warp
+from fnreg.transforms.base import Mapping, Params, Transform, domain_axes, same_place, warp
 from fnreg.transforms.linear import Homogeneous
 
 
@@ -434,8 +434,8 @@ class _Stage:
             params = transform.cast(params, whole.fixed[0].data.dtype) if level is None else params
             if not transform.linear:  # parameters are given on the finest level
                 before = whole.domain if level is None else level.pairs.domain
-                axes = batch_axes("domain", before, before.ranks())[0]
-                params = refine(transform, params, tree_take(before, each, axes), work.pairs.domain)
+                before = tree_take(before, each, domain_axes(before))
+                params = refine(transform, params, before, work.pairs.domain)
             if level is None and whole.visible and _looks(self._objective(depth)):
                 apart = (work.overlap(params) <= 0).reshape(self.size, width).all(1)
                 failures = failures.add(apart, Status.NO_OVERLAP)

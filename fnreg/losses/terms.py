@@ -66,12 +66,21 @@ class Term:
         """The names it asks for."""
         return _needs(self.function)
 
+    @property
+    def own_options(self) -> tuple[str, ...]:
+        """The options of its function."""
+        return tuple(name for name in inspect.signature(self.function).parameters if name not in NAMES)
+
+    @property
+    def known_options(self) -> tuple[str, ...]:
+        """The options that it takes."""
+        return (*self.own_options, *(("channel",) if self._has_channel else ()))
+
     def __call__(self, **options: Any) -> Term:
         """The same term with other options."""
-        known = [name for name in inspect.signature(self.function).parameters if name not in NAMES]
         if self._has_channel and "channel" in options:
             _check_channel(self.name, options["channel"])
-        known += ["channel"] if self._has_channel else []
+        known = self.known_options
         for name in options:
             if name not in known:
                 told = ", ".join(known) if known else "none"
@@ -425,4 +434,5 @@ PENALTIES: dict[str, Term] = {
     "total_variation": total_variation,
     "folding": folding,
     "log_jacobian": log_jacobian,
+    "inverse_consistency": inverse_consistency,
 }
