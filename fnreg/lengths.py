@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.native import CHUNK
-from fnreg.pytree import fold, forward_asked, is_tracked, leading
-from fnreg.sampling import is_stored
+from fnreg.pytree import fold, forward_asked, is_stored, is_tracked, leading
 
 
 def longest(vectors: Tensor) -> Tensor:

@@ -316,10 +316,26 @@ def fold(size: int, dim: int | None, tensor: Tensor | None, lead: int, *, shared
     return tensor.expand(size, lead, *tensor.shape[2:]).flatten(0, 1)
 
 
+def is_stored(*tensors: Tensor) -> bool:
+    """Whether the tensors have memory of their own."""
+    try:
+        return all(t.data_ptr() or not t.numel() for t in tensors)
+    except RuntimeError:  # no storage: batched by autograd itself, which asks for no vmap rule
+        return False
+
+
 def is_transformed(*trees: Any) -> bool:
     """Whether a leaf is inside a torch.func transform."""
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     return any(isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves(trees))
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether autograd or a transform of torch.func takes derivatives by it, whatever else is around."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while not tensor.requires_grad and functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def is_tracked(*trees: Any) -> bool:

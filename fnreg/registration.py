@@ -43,7 +43,7 @@ from fnreg.solvers.descent import Descent
 from fnreg.solvers.gauss_newton import GaussNewton
 from fnreg.starts import Start, begin, expand, initial_ranks, spread
 from fnreg.symmetric import BothWays
-from fnreg.transforms.base import Mapping, Params, Transform, same_place, warp
+from fnreg.transforms.base import Mapping, Params, Transform, domain_axes, same_place, warp
 from fnreg.transforms.linear import Homogeneous
 
 
@@ -70,11 +70,13 @@ class Trace:
     """The course of one level.
 
     value : (steps,) or (B, steps), the objective at every step, NaN after the last
+    terms : each term's unweighted value by name, likewise
     stage : from 0
     level : 0 is the finest
     """
 
     value: Tensor
+    terms: dict[str, Tensor]
     stage: int = static()
     level: int = static()
 
@@ -264,7 +266,7 @@ def register(
         terms=shaped(last.terms),
         steps=shaped(torch.stack([n for part in done for n in part.steps], 1)),
         status=shaped(last.status),
-        history=tuple(dataclasses.replace(trace, value=shaped(trace.value)) for part in done for trace in part.traces),
+        history=tuple(shaped(trace) for part in done for trace in part.traces),
     )
 
 
@@ -432,8 +434,8 @@ class _Stage:
             params = transform.cast(params, whole.fixed[0].data.dtype) if level is None else params
             if not transform.linear:  # parameters are given on the finest level
                 before = whole.domain if level is None else level.pairs.domain
-                axes = batch_axes("domain", before, before.ranks())[0]
-                params = refine(transform, params, tree_take(before, each, axes), work.pairs.domain)
+                before = tree_take(before, each, domain_axes(before))
+                params = refine(transform, params, before, work.pairs.domain)
             if level is None and whole.visible and _looks(self._objective(depth)):
                 apart = (work.overlap(params) <= 0).reshape(self.size, width).all(1)
                 failures = failures.add(apart, Status.NO_OVERLAP)
@@ -448,15 +450,16 @@ class _Stage:
                 progress=self._reporter(depth, len(counts)),
             )
             params, status, taken, history = solved.params, solved.status, solved.steps, solved.history
+            terms = solved.terms if count else dict.fromkeys(self._objective(depth).names, history)
             if starts is not None:
                 keep = 1 if depth == 0 else max(1, width // 2**whole.domain.ndim)
                 best, chosen = self._best(work, params, status, width, keep)
-                status, taken, history = status[best], taken[best], history[best]
+                status, taken, history, terms = tree_take((status, taken, history, terms), best)
                 params, width = tree_take(params, chosen), keep
             if whole.visible:
                 failures = failures.add(status == int(Status.DIVERGED), Status.DIVERGED)
             steps.append(taken)
-            traces.append(Trace(history, self.number, depth))
+            traces.append(Trace(history, terms, self.number, depth))
         assert level is not None
         value, terms = level.value(params)
         if whole.visible and _looks(self._objective(0)):

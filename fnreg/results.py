@@ -60,11 +60,16 @@ def outcome(result: Registration, before: float, before_terms: dict[str, Tensor]
         "steps": result.steps.tolist(),
         "translation_of_center": (result.map_points(center[None])[0] - center).tolist(),
         "history": [
-            {"stage": trace.stage, "level": trace.level, "value": [v for v in trace.value.tolist() if math.isfinite(v)]}
+            {"stage": trace.stage, "level": trace.level, "value": _finite(trace.value)}
+            | {"terms": {name: _finite(value) for name, value in trace.terms.items()}}
             for trace in result.history
         ],
     }
     return found | (_linear(result.mapping) if result.mapping.transform.linear else _dense(result))
+
+
+def _finite(values: Tensor) -> list[float]:
+    return [value for value in values.tolist() if math.isfinite(value)]
 
 
 def _linear(mapping: Mapping) -> dict[str, Any]:

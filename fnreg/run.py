@@ -163,7 +163,8 @@ def _try(stage: Stage, fixed: Image) -> None:
     try:
         params = transform.cast(transform.init(grid), fixed.data.dtype)
         for term in stage.objective.terms[1:]:
-            term.value({"field": transform.field(params, grid)})
+            of_map = {"transform": transform, "params": params, "domain": grid}
+            term.value({"field": transform.field(params, grid)} | of_map)
     except (TypeError, ValueError) as problem:
         raise SettingsError(f"{transform}: {problem}") from None
 

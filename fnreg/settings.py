@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from fnreg.losses.terms import Objective, Term
@@ -39,9 +39,10 @@ DENSE = ("ffd", "svffd", "svf", "displacement", "diffeomorphism")
 SYMMETRIC = ("svffd", "svf")  # whose negative parameters are those of the inverse map
 PENALTIES = (
     "bending", "diffusion", "curvature", "elasticity", "divergence", "total_variation", "folding", "log_jacobian",
+    "inverse_consistency",
 )  # fmt: skip
 SIMILARITIES = ("mse", "mae", "huber", "charbonnier", "ncc", "lncc", "mi", "nmi", "cr", "ngf", "mind")
-OPTIMIZERS = ("adam", "sgd", "gauss-newton")
+OPTIMIZERS = ("adam", "sgd", "normalized", "gauss-newton")
 INITS = ("header", "center", "moments", "search")
 PADDINGS = ("none", "zeros", "border", "reflection")
 SAVES = ("params", "xfm", "warped", "figures", "inverse", "displacement", "jacobian")
@@ -67,17 +68,18 @@ def choose(what: str, name: str, choices: Iterable[str]) -> str:
     raise SettingsError(f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}")
 
 
-Option = float | bool | tuple[float, ...]
+Option = float | bool | str | tuple[float, ...]
 
 
 def parse_spec(what: str, text: str) -> tuple[str, dict[str, Option]]:
-    """A name with options: `ffd:stride=4x8` gives ("ffd", {"stride": (4.0, 8.0)}), one number or one per axis."""
+    """A name with options: `ffd:stride=4x8` gives ("ffd", {"stride": (4.0, 8.0)}), one number or one per axis, and of
+    similarities words, `lncc:window=gaussian`."""
     name, colon, rest = text.strip().partition(":")
     options: dict[str, Option] = {}
     for part in rest.split(",") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
         try:
-            options[key] = _option(value)
+            options[key] = _option(value, words=what == "similarity")
         except ValueError:
             equals = ""
         if not (key and equals):
@@ -85,9 +87,11 @@ def parse_spec(what: str, text: str) -> tuple[str, dict[str, Option]]:
     return name.strip(), options
 
 
-def _option(text: str) -> Option:
+def _option(text: str, *, words: bool) -> Option:
     if text in ("true", "false"):
         return text == "true"
+    if words and text.isalpha() and text not in ("inf", "nan"):
+        return text
     numbers = tuple(float(part) for part in text.split("x"))
     return numbers[0] if len(numbers) == 1 else numbers
 
@@ -108,30 +112,50 @@ def parse_penalty(text: str) -> tuple[str, float, dict[str, Option]]:
 
 def _make(what: str, text: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     """factory(**options), with errors that name the setting."""
-    if isinstance(factory, type):
-        kinds = {field.name: str(field.type) for field in dataclasses.fields(factory)}
-        for name in options:
-            if name not in kinds:
-                told = ", ".join(kinds) if kinds else "none"
-                raise SettingsError(f"{what} {text!r} has no option {name!r}: its options are {told}")
-        options = {name: _of_kind(f"{what} {text!r}: {name}", value, kinds[name]) for name, value in options.items()}
+    kinds = _kinds(factory)
+    for name in options:
+        if name not in kinds:
+            told = ", ".join(kinds) if kinds else "none"
+            raise SettingsError(f"{what} {text!r} has no option {name!r}: its options are {told}")
+    options = {name: _of_kind(f"{what} {text!r}: {name}", value, kinds[name]) for name, value in options.items()}
     try:
         return factory(**options)
     except (TypeError, ValueError) as problem:
         raise SettingsError(f"{what} {text!r}: {problem}") from None
 
 
-def _of_kind(told: str, value: Option, kind: str) -> Any:
-    """The value of an option as its field's annotation wants it: numbers come as floats."""
+def _kinds(factory: Any) -> dict[str, str | tuple[str, ...]]:
+    """The options of a dataclass or a term, with what each takes: its annotation, or the words to choose from."""
+    if isinstance(factory, type):
+        return {field.name: str(field.type) for field in dataclasses.fields(factory)}
+    found: dict[str, str | tuple[str, ...]] = {}
+    parameters, hints = inspect.signature(factory.function).parameters, get_type_hints(factory.function)
+    for name in factory.known_options:
+        hint = hints.get(name)
+        if get_origin(hint) is Literal:
+            found[name] = get_args(hint)
+        else:
+            own = name in parameters  # else it is `channel`, one or several
+            found[name] = str(parameters[name].annotation) if own else "Stride"
+    return found
+
+
+def _of_kind(told: str, value: Option, kind: str | tuple[str, ...]) -> Any:
+    """The value of an option as its annotation wants it: numbers come as floats."""
+    if isinstance(kind, tuple):
+        if value not in kind:
+            raise SettingsError(f"{told} is {value}: choose from {', '.join(kind)}")
+        return value
+    kind = kind.removesuffix(" | None")
     several, switch = isinstance(value, tuple), isinstance(value, bool)
-    if switch != (kind == "bool") or (several and kind != "Stride"):
-        expected = {"bool": "true or false", "Stride": "whole numbers"}.get(kind, "a number")
+    if isinstance(value, str) or switch != (kind == "bool") or (several and kind != "Stride"):
+        expected = {"bool": "true or false", "Stride": "whole numbers", "int": "a whole number"}.get(kind, "a number")
         raise SettingsError(f"{told} is {value}: expected {expected}")
     if kind not in ("int", "Stride"):
         return value
     numbers = value if isinstance(value, tuple) else (value,)
     if not all(number.is_integer() for number in map(float, numbers)):
-        raise SettingsError(f"{told} is {value}: expected whole numbers")
+        raise SettingsError(f"{told} is {value}: expected {'whole numbers' if kind == 'Stride' else 'a whole number'}")
     whole = tuple(int(number) for number in numbers)
     return whole if several else whole[0]
 
@@ -206,7 +230,9 @@ class Settings:
             raise SettingsError(f"symmetric goes with {' and '.join(SYMMETRIC)}, and {self.transform!r} has none")
         choose("similarity", parse_spec("similarity", self.similarity)[0], SIMILARITIES)
         if choose("optimizer", parse_spec("optimizer", self.optimizer)[0], OPTIMIZERS) == "gauss-newton" and dense:
-            raise SettingsError(f"gauss-newton goes with few parameters, not with {dense[0]}: choose adam or sgd")
+            raise SettingsError(
+                f"gauss-newton goes with few parameters, not with {dense[0]}: choose adam, sgd or normalized"
+            )
         for name in self.saves():
             choose("save", name, SAVES)
         if self.levels < 1:
@@ -276,15 +302,8 @@ class Settings:
         name, options = parse_spec("similarity", self.similarity)
         term = terms.SIMILARITIES[name]
         if options:
-            kinds = {name: str(p.annotation) for name, p in inspect.signature(term.function).parameters.items()}
-            whole = {k for k, v in options.items() if isinstance(v, float) and v.is_integer() and kinds.get(k) == "int"}
-            options = {k: int(v) if k in whole else v for k, v in options.items()}  # type: ignore[arg-type]
             term = _make("similarity", self.similarity, term, options)
-            if options.get("delta", 1.0) <= 0:  # pyright: ignore[reportOperatorIssue]
-                raise SettingsError(f"similarity {self.similarity!r}: delta must be positive")
-            bins: Any = options.get("bins", 32)
-            if isinstance(bins, tuple) or bins < 4 or bins % 1:
-                raise SettingsError(f"similarity {self.similarity!r}: bins must be a whole number of at least 4")
+            _try(f"similarity {self.similarity!r}", term)
         return term
 
     def penalties(self) -> list[Term]:
@@ -313,8 +332,19 @@ class Settings:
             if self.measure().residuals is None:
                 raise SettingsError(f"gauss-newton minimises squares, {self.similarity} has none: choose mse or ncc")
             return _make("optimizer", self.optimizer, fnreg.GaussNewton, options)
-        factory = {"adam": fnreg.adam, "sgd": fnreg.sgd}[name]
+        factory = {"adam": fnreg.adam, "sgd": fnreg.sgd, "normalized": fnreg.normalized}[name]
         return fnreg.Descent(_make("optimizer", self.optimizer, factory, options))
+
+
+def _try(told: str, term: Term) -> None:
+    """SettingsError for options that a similarity refuses, which it does when it is called."""
+    import torch
+
+    ramp = torch.arange(16.0).reshape(1, 4, 4)
+    try:
+        term.function(ramp, ramp, **{name: value for name, value in term.options if name in term.own_options})
+    except (TypeError, ValueError) as problem:
+        raise SettingsError(f"{told}: {problem}") from None
 
 
 def _steps(text: str) -> list[int]:

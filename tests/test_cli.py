@@ -79,6 +79,8 @@ def test_register_leaves_all_it_promises(folder: Path, capsys: pytest.CaptureFix
     assert record["inputs"]["fixed"]["sha256"] == hashlib.sha256((folder / "fixed.png").read_bytes()).hexdigest()
     assert sorted(record["written"]) == sorted([*figures, *files])
     assert len(record["history"]) == 2 and record["history"][0]["level"] == 1
+    for trace in record["history"]:
+        assert list(trace["terms"]) == ["mse"] and trace["terms"]["mse"] == pytest.approx(trace["value"])
     assert record["seconds"] > 0 and record["peak_mb"] > 0 and record["versions"]["torch"]
 
     # What was written is one and the same map, and it makes the picture that lies beside it.
@@ -108,7 +110,10 @@ def test_the_same_run_gives_the_same_bytes(folder: Path) -> None:
     [
         ["--transform", "translation+rigid+affine", "--similarity", "ncc"],
         ["--similarity", "huber:delta=20", "--optimizer", "adam:lr=0.1,decay=1"],
-        ["--similarity", "nmi:bins=16"],
+        ["--similarity", "nmi:bins=16,samples=500,seed=2"],
+        ["--similarity", "lncc:window=gaussian,radius=3,channel=0"],
+        ["--optimizer", "normalized:lr=0.4,momentum=0.5"],
+        ["--transform", "svffd:stride=8", "--penalty", "bending=1e-2+inverse_consistency=0.1"],
         ["--solver", "gauss-newton", "--padding", "zeros"],
         ["--optimizer", "sgd:lr=1e-3", "--init", "moments", "--padding", "7"],
         ["--transform", "isotropic-scaling", "--seed", "3", "--device", "cpu"],
@@ -419,8 +424,8 @@ USAGE = {
     "stride, long": (["--transform", "ffd:stride=40"], "40"),
     "strides for axes": (["--transform", "ffd:stride=4x4x4"], "FFD(stride=(4, 4, 4))"),
     "steps of a flow": (["--transform", "svffd:steps=-1"], "number of squarings"),
-    "half a step": (["--transform", "svf:steps=2.5"], "expected whole numbers"),
-    "two steps": (["--transform", "svf:steps=2x3"], "expected a number"),
+    "half a step": (["--transform", "svf:steps=2.5"], "expected a whole number"),
+    "two steps": (["--transform", "svf:steps=2x3"], "expected a whole number"),
     "smooth": (["--transform", "diffeomorphism:smooth=-1"], "expected gradient and smooth >= 0"),
     "option of a field": (["--transform", "displacement:stride=4"], "no option 'stride': its options are none"),
     "penalty": (["--transform", "ffd", "--penalty", "bendign=1"], "did you mean bending? choose from bending, diff"),
@@ -433,7 +438,10 @@ USAGE = {
     "second penalty": (["--transform", "ffd", "--penalty", "bending=1", "--penalty", "x=1"], "unknown penalty 'x'"),
     "penalty on nothing": (["--transform", "rigid+affine", "--penalty", "bending=1"], "'rigid+affine' has none"),
     "symmetric": (["--transform", "affine+ffd", "--symmetric"], "symmetric goes with svffd and svf"),
-    "squares of a field": (["--transform", "ffd", "--optimizer", "gauss-newton"], "not with ffd: choose adam or sgd"),
+    "squares of a field": (
+        ["--transform", "ffd", "--optimizer", "gauss-newton"],
+        "not with ffd: choose adam",
+    ),
     "center of a field": (["--transform", "ffd", "--init", "center"], "does not begin with a shift"),
     "search of a field": (["--transform", "svf", "--init", "search"], "does not begin with a rotation"),
     "option of a transform": (["--transform", "rigid:stride=4"], "no option 'stride'"),
@@ -442,10 +450,20 @@ USAGE = {
         "unknown similarity 'mutual': choose from mse, mae, huber, charbonnier, ncc",
     ),
     "option of a similarity": (["--similarity", "huber:gamma=1"], "no option 'gamma': its options are delta"),
-    "value of an option": (["--similarity", "huber:delta=-1"], "delta must be positive"),
-    "bins": (["--similarity", "mi:bins=8.5"], "bins must be a whole number of at least 4"),
-    "too few bins": (["--similarity", "cr:bins=3"], "bins must be a whole number of at least 4"),
-    "optimizer": (["--optimizer", "newton"], "choose from adam, sgd, gauss-newton"),
+    "value of an option": (["--similarity", "huber:delta=-1"], "delta is -1.0: it must be positive"),
+    "bins": (["--similarity", "mi:bins=8.5"], "bins is 8.5: expected a whole number"),
+    "a word for a number": (["--similarity", "lncc:radius=big"], "radius is big: expected a whole number"),
+    "another word": (["--similarity", "lncc:window=round"], "window is round: choose from box, gaussian"),
+    "a number for a word": (["--similarity", "lncc:window=2"], "window is 2.0: choose from box, gaussian"),
+    "no switch": (["--similarity", "lncc:squared=2"], "squared is 2.0: expected true or false"),
+    "samples": (["--similarity", "mi:samples=0"], "samples is 0: expected a whole number of at least 1"),
+    "channel": (["--similarity", "mse:channel=0.5"], "channel is 0.5: expected whole numbers"),
+    "penalty without a cheap inverse": (
+        ["--transform", "ffd", "--penalty", "inverse_consistency=1"],
+        "FFD",
+    ),
+    "too few bins": (["--similarity", "cr:bins=3"], "bins is 3: expected a whole number of at least 4"),
+    "optimizer": (["--optimizer", "newton"], "choose from adam, sgd, normalized, gauss-newton"),
     "option of an optimizer": (["--optimizer", "adam:rate=1"], "no option 'rate': its options are lr"),
     "rate": (["--optimizer", "adam:lr=-1"], "it must be positive"),
     "specification": (["--optimizer", "adam:lr"], "expected NAME or NAME:option=number"),

@@ -117,6 +117,18 @@ def test_losses_of_a_batch_keep_what_has_ended() -> None:
     assert "6 pairs" in drawn(plot.losses(result)).axes[0].get_title()
 
 
+def test_losses_of_several_terms_show_each(pair: Any) -> None:
+    objective = [fnreg.mse, fnreg.mse + 0.5 * fnreg.ncc]
+    result = fnreg.register(*pair[:2], fnreg.Rigid(), objective=objective, levels=2, steps=20)
+    figure = drawn(plot.losses(result))
+    assert [axes.get_ylabel() for axes in figure.axes] == ["objective", "mse", "ncc"]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2, 1]
+    shown, ncc = figure.axes[2].lines[0], result.history[1].terms["ncc"]
+    assert shown.get_ydata().tolist() == pytest.approx(ncc[ncc.isfinite()].tolist())
+    assert shown.get_xdata()[0] == int(result.steps[0])
+    assert len(drawn(plot.losses(pair[2])).axes) == 1
+
+
 def test_losses_without_steps(pair: Any) -> None:
     fixed, moving, _ = pair
     drawn(plot.losses(fnreg.register(fixed, moving, fnreg.Rigid(), levels=1, steps=0)))

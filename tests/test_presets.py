@@ -108,6 +108,22 @@ def test_twice_is_the_same() -> None:
     assert equal_bits(first.mapping.params, second.mapping.params)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lncc:window=gaussian", fnreg.lncc(window="gaussian")),
+        ("mi:samples=5000,seed=7", fnreg.mi(samples=5000, seed=7)),
+        ("mse:channel=2", fnreg.mse(channel=2)),
+        ("ngf:channel=0x2,edge=0.5", fnreg.ngf(channel=(0, 2), edge=0.5)),
+        ("mind:radius=0,dilation=2", fnreg.mind(radius=0, dilation=2)),
+        ("lncc:squared=false", fnreg.lncc(squared=False)),
+    ],
+)
+def test_options_of_a_similarity_on_the_command_line(text: str, expected: fnreg.Term) -> None:
+    made = Settings.gather({"similarity": text}).measure()
+    assert repr(made) == repr(expected) and made.options == expected.options
+
+
 def test_whole_numbers_of_a_similarity_on_the_command_line() -> None:
     made = Settings.gather({"similarity": "lncc:radius=3,flat=0.1,squared=false"}).measure()
     assert repr(made) == "lncc(flat=0.1, radius=3, squared=False)"

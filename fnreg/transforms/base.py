@@ -17,6 +17,8 @@ from torch import Tensor
 from fnreg.grid import Grid, apply_matrix, index_points
 from fnreg.image import Image, Subject
 from fnreg.pytree import (
+    Axes,
+    batch_axes,
     first_pair,
     over_batch,
     pytree_dataclass,
@@ -203,6 +205,11 @@ def first_domain(domain: Domain) -> Grid:
 def domain_ranks(domain: Domain) -> Any:
     """The rank that each leaf of a domain has for one pair."""
     return domain.ranks() if isinstance(domain, Grid) else tuple(domain_ranks(part) for part in domain)
+
+
+def domain_axes(domain: Domain) -> Axes:
+    """Per leaf of a domain, 0 where it has a batch axis and None where it is shared."""
+    return batch_axes("domain", domain, domain_ranks(domain))[0]
 
 
 def single(domain: Domain) -> Domain:
