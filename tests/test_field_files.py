@@ -221,11 +221,13 @@ def test_damaged_transforms_of_itk_are_refused(tmp_path: Path, name: str) -> Non
 
 def test_other_transforms_of_itk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sitk: Any = pytest.importorskip("SimpleITK")
-    spline = sitk.BSplineTransformInitializer(sitk.Image(16, 16, sitk.sitkFloat32), (4, 4))
+    spline = sitk.BSplineTransformInitializer(sitk.Image(16, 16, sitk.sitkFloat32), (4, 4), 2)
     sitk.WriteTransform(spline, str(tmp_path / "b.tfm"))
-    refused(read_itk, tmp_path / "b.tfm", "BSplineTransform: readable are linear transforms and displacement fields")
-    with pytest.raises(TransformReadError, match=r"ends in \.h5, \.tfm, \.txt"):
-        read_itk(tmp_path / "b.mat")
+    refused(read_itk, tmp_path / "b.tfm", "BSplineTransform of order 2: readable are cubic ones")
+    sitk.WriteTransform(spline, str(tmp_path / "b.h5"))
+    refused(read_itk, tmp_path / "b.h5", "BSplineTransform: readable are linear transforms, cubic B-splines and")
+    with pytest.raises(TransformReadError, match=r"ends in \.h5, \.tfm, \.txt, \.mat"):
+        read_itk(tmp_path / "b.xfm")
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     with pytest.raises(MissingExtraError, match="itk"):
-        read_itk(tmp_path / "b.tfm")
+        read_itk(tmp_path / "b.h5")
