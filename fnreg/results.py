@@ -158,7 +158,7 @@ def write(
     warped = result.warp(moving.to(result.value.device)).to("cpu")
     if "warped" in saves:
         io.write_image(folder / "warped.tif", warped)
-        io.write_image(folder / "warped.png", warped, window=_window(moving))
+        io.write_image(folder / "warped.png", warped, window=window_of(moving))
     if "params" in saves:
         io.write_transform(folder / "transform.safetensors", result.mapping)
     for_itk = "xfm" in saves and _write_for_itk(folder / "transform", result.mapping)
@@ -206,7 +206,7 @@ def _draw(
         figure.savefig(folder / f"{name}.png")
 
 
-def _window(moving: Image) -> tuple[float, float]:
+def window_of(moving: Image) -> tuple[float, float]:
     """The window of the moving image, so that the warped picture looks like it: bytes stay bytes."""
     low, high = float(moving.data.min()), float(moving.data.max())
     if low >= 0 and 1 < high <= 255:
