@@ -200,8 +200,7 @@ def info(
     Parameters
     ----------
     file
-        Image (PNG, JPEG, TIFF), transform (.safetensors; ITK's .tfm, .txt, .h5, .mat; elastix' .txt) or displacement
-        (.nii, .nii.gz).
+        Image (PNG, JPEG, TIFF), transform (.safetensors; ITK's .tfm, .txt, .h5) or displacement (.nii, .nii.gz).
     """
     from fnreg.info import describe
 

@@ -9,7 +9,7 @@ from typing import Any
 from fnreg import fields, io
 from fnreg.chains import DISPLACEMENTS, grid_of, product, read_chain, told, write_chain
 from fnreg.image import Image
-from fnreg.io.field import ITK_SUFFIXES
+from fnreg.io.itk import ITK_SUFFIXES
 from fnreg.io.itk_parts import parts
 from fnreg.output import check_file
 from fnreg.results import residual

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from fnreg import fields, io
-from fnreg.io.field import ITK_SUFFIXES
 from fnreg.io.image import suffix
-from fnreg.io.itk import parts
+from fnreg.io.itk import ITK_SUFFIXES, parts
 from fnreg.io.nifti import SUFFIXES
 from fnreg.pytree import batch_axes, tree_leaves
 from fnreg.transforms.base import Mapping, first_domain
@@ -26,7 +25,7 @@ def describe(file: Path) -> dict[str, Any]:
         return told | _mapping(io.read_transform(file))
     if kind in SUFFIXES:
         return told | _regularity(io.read_displacement(file))
-    if file.suffix.lower() in ITK_SUFFIXES:
+    if kind in ITK_SUFFIXES:
         mapping = io.read_transform(file)
         return told | (_linear(mapping) if mapping.transform.linear else _regularity(mapping))
     image = io.read_image(file)

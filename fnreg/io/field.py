@@ -16,12 +16,12 @@ import numpy as np
 
 from fnreg.extras import require
 from fnreg.io.files import PathLike, TransformReadError, read_bytes
+from fnreg.io.itk import ITK_SUFFIXES
 from fnreg.io.itk_parts import Part, field_mapping, joined, known, mapping_of
 from fnreg.io.itk_text import parse_mat, parse_text
 from fnreg.io.nifti import SUFFIXES, VECTOR
 from fnreg.transforms.base import Mapping
 
-ITK_SUFFIXES = (".h5", ".tfm", ".txt", ".mat")
 VECTOR_SUFFIXES = (".mha", ".nrrd")  # of vector images that SimpleITK reads and writes
 
 

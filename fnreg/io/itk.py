@@ -18,7 +18,7 @@ from fnreg.io.itk_parts import parts as parts
 from fnreg.io.itk_text import mat_of, text_of
 from fnreg.transforms.base import Mapping, first_domain
 
-DENSE_SUFFIXES = (".h5", ".tfm", ".txt")
+ITK_SUFFIXES = (".h5", ".tfm", ".txt", ".mat")
 
 
 def write_itk(path: PathLike, mapping: Mapping) -> None:
@@ -40,7 +40,7 @@ def write_itk(path: PathLike, mapping: Mapping) -> None:
     kind = Path(path).suffix.lower()
     if kind == ".mat" and not mapping.transform.linear:
         raise WriteError(f"{path}: .mat holds linear transforms, not {mapping.transform}: name it .tfm or .h5")
-    if kind not in (*DENSE_SUFFIXES, ".mat"):
+    if kind not in ITK_SUFFIXES:
         raise WriteError(f"{path}: expected a name that ends in .h5 or .tfm, or .mat for linear transforms")
     made = stored(mapping)[::-1]  # ITK's last acts first
     if kind == ".h5":

@@ -8,10 +8,10 @@ import torch
 
 from fnreg.grid import Grid
 from fnreg.io.elastix import is_elastix, read_elastix
-from fnreg.io.field import ITK_SUFFIXES, VECTOR_SUFFIXES, read_displacement, read_itk
+from fnreg.io.field import VECTOR_SUFFIXES, read_displacement, read_itk
 from fnreg.io.files import PathLike, TransformReadError, WriteError, read_bytes
 from fnreg.io.image import suffix
-from fnreg.io.itk import write_itk
+from fnreg.io.itk import ITK_SUFFIXES, write_itk
 from fnreg.io.itk_text import TITLE
 from fnreg.io.lossless import read_lossless, write_lossless
 from fnreg.io.nifti import SUFFIXES, write_displacement
@@ -43,8 +43,6 @@ def read_transform(path: PathLike) -> Mapping:
     [1.0, 1.0, 1.0]
     """
     kind = suffix(path)
-    if kind not in TRANSFORM_SUFFIXES:
-        kind = f".{kind.rpartition('.')[2]}"  # a name may have more dots, as TransformParameters.0.txt
     if kind not in TRANSFORM_SUFFIXES:
         raise TransformReadError(f"{path}: expected a name that ends in {', '.join(TRANSFORM_SUFFIXES)}")
     held = _held(path)
@@ -98,7 +96,6 @@ def write_transform(
     Rigid()
     """
     kind = suffix(path)
-    kind = kind if kind in TRANSFORM_SUFFIXES else f".{kind.rpartition('.')[2]}"
     if kind in SUFFIXES:
         write_displacement(path, mapping, grid=grid, dtype=dtype)
         return
