@@ -35,8 +35,10 @@ def write_vectors(
     try:
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder) / f"field{Path(path).suffix.lower()}"
-            sitk.WriteImage(image, str(scratch))
+            sitk.WriteImage(image, str(scratch), useCompression=False)
             stored = scratch.read_bytes()
+        if not stored.endswith(values.tobytes()):  # ITK may return as if all were well where the disk is full
+            raise WriteError(f"{path} cannot be written: what was written does not read back")
     except (OSError, RuntimeError) as problem:
         raise WriteError(f"{path} cannot be written: {' '.join(str(problem).split())}") from problem
     write_bytes(path, stored)
