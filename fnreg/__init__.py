@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fnreg import data as data
     from fnreg import fields as fields
     from fnreg import io as io
+    from fnreg import metrics as metrics
     from fnreg import optim as optim
     from fnreg import plot as plot
     from fnreg import presets as presets
@@ -165,6 +166,7 @@ _MODULES = {
     "functional": "fnreg.losses.functional",
     "information": "fnreg.losses.information",
     "io": "fnreg.io",
+    "metrics": "fnreg.metrics",
     "optim": "fnreg.optim",
     "overlap": "fnreg.losses.overlap",
     "penalties": "fnreg.losses.penalties",

@@ -11,9 +11,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
-from cyclopts import Parameter
 
-from fnreg import __version__
+from fnreg.commands import quality as quality
+from fnreg.commands import transforms as transforms
+from fnreg.commands.base import (
+    ENVIRONMENT,
+    FAILED,
+    INTERRUPTED,
+    OK,
+    REFUSED,
+    USAGE,
+    app,
+    print_table,
+)
+from fnreg.commands.base import Verbose as _Verbose
+from fnreg.commands.base import option as _option
 from fnreg.settings import (
     OPTIMIZERS,
     PADDINGS,
@@ -31,31 +43,9 @@ from fnreg.settings import (
 # Large tensors on huge pages: a step on a 3-D image takes a fifth less time.  Torch reads it when it loads.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-OK, FAILED, USAGE, REFUSED, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 4, 130
-
 DEMOS = ("story", "circle-to-c")
 
-app = cyclopts.App(
-    name="fnreg",
-    help="Image registration as pure functions on PyTorch.",
-    help_epilogue=(
-        "A transform maps fixed points to moving points: that resamples the moving image onto the fixed grid.\n\n"
-        "Exit codes: 0 all ok; 1 finished but the pair failed; 2 usage; 3 input or output refused; 4 environment; "
-        "130 interrupted."
-    ),
-    version=__version__,
-    suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(negative="", show_default=False),
-)
-
-
-def _option(text: str, *names: str) -> Any:
-    return Parameter(help=text, name=names or None)
-
-
 _Output = Annotated[Path, _option("Folder for the results; it must not hold anything yet.", "--output", "-o")]
-_Verbose = Annotated[bool, _option("Say more, and show where an error came from.", "--verbose", "-v")]
-_Json = Annotated[bool, _option("Print the record as JSON instead of text.")]
 
 
 @app.command
@@ -215,7 +205,7 @@ def info(
     """
     from fnreg.info import describe
 
-    _print_table(describe(file), as_json)
+    print_table(describe(file), as_json)
     return OK
 
 
@@ -224,7 +214,7 @@ def doctor(*, as_json: Annotated[bool, _option("Print JSON.", "--json")] = False
     """Tell versions, devices, whether the compiled kernels are in use, and which extras are present."""
     from fnreg.doctor import report
 
-    _print_table(report(), as_json)
+    print_table(report(), as_json)
     return OK
 
 
@@ -250,15 +240,6 @@ def demo(
 
     {"story": run_demo, "circle-to-c": run_circle_to_c}[name](output)
     return OK
-
-
-def _print_table(found: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    width = max(map(len, found))
-    for name, value in found.items():
-        print(f"{name:<{width}}  {value}")
 
 
 # -- errors -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from fnreg import fields, io
 from fnreg.image import Image
 from fnreg.io.image import NIFTI, PICTURES, suffix
-from fnreg.io.itk import DENSE_SUFFIXES, parts
+from fnreg.io.itk import ITK_SUFFIXES, parts
 from fnreg.io.volume import VECTOR, read_nifti
 from fnreg.pytree import batch_axes, tree_leaves
 from fnreg.transforms.base import Mapping, first_domain
@@ -29,8 +29,8 @@ def describe(file: Path) -> dict[str, Any]:
         return told | _mapping(io.read_transform(file))
     if kind in NIFTI:
         return told | _nifti(file)
-    if kind in DENSE_SUFFIXES:
-        mapping = io.read_itk(file)
+    if kind in ITK_SUFFIXES:
+        mapping = io.read_transform(file)
         return told | (_linear(mapping) if mapping.transform.linear else _regularity(mapping))
     return told | _image(io.read_image(file) if kind in PICTURES else io.read_series(file))
 

@@ -194,7 +194,7 @@ def _write_warped(folder: Path, warped: Image, moving: Image, like: Path) -> Non
     kind = suffix(like) if like.is_file() else ""
     if kind in PICTURES:
         io.write_image(folder / "warped.tif", warped)
-        io.write_image(folder / "warped.png", warped, window=_window(moving))
+        io.write_image(folder / "warped.png", warped, window=window_of(moving))
         return
     near = {".mhd": ".mha", ".mha": ".mha", ".nhdr": ".nrrd", ".nrrd": ".nrrd", ".nii": ".nii"}.get(kind, ".nii.gz")
     kept = like if kind in (".nii", ".nii.gz") else None
@@ -237,7 +237,7 @@ def _draw(
         figure.savefig(folder / f"{name}.png")
 
 
-def _window(moving: Image) -> tuple[float, float]:
+def window_of(moving: Image) -> tuple[float, float]:
     """The window of the moving image, so that the warped picture looks like it: bytes stay bytes."""
     low, high = float(moving.data.min()), float(moving.data.max())
     if low >= 0 and 1 < high <= 255:

@@ -440,7 +440,7 @@ def tampered(mapping: fnreg.Mapping, **changes: Any) -> bytes:
 
     import safetensors.torch
 
-    from fnreg.io import transform as module
+    from fnreg.io import lossless as module
 
     header = {"version": 1, "transform": mapping.transform.to_dict(), "domain": mapping.domain.to_dict()} | changes
     tensors = dict(mapping.params)

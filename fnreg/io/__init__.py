@@ -1,5 +1,6 @@
 """Images, points and transforms to and from files.  Every write is atomic; no file can run code."""
 
+from fnreg.io.elastix import read_elastix as read_elastix
 from fnreg.io.field import read_displacement as read_displacement
 from fnreg.io.field import read_itk as read_itk
 from fnreg.io.files import ImageReadError as ImageReadError
@@ -43,6 +44,7 @@ __all__ = [
     "from_sitk",
     "from_torchio",
     "read_displacement",
+    "read_elastix",
     "read_image",
     "read_itk",
     "read_labels",

@@ -31,6 +31,12 @@ def write_displacement(
     and greedy a warp; they know no displacement outside of the grid.  Raises ValueError for a batch and for values
     that are not finite, WriteError where the file cannot be written.
     """
+    where, field = first_domain(mapping.domain) if grid is None else grid, finite_displacement(mapping, grid)
+    _write(path, field if dtype is None else field.to(dtype), where, VECTOR)
+
+
+def finite_displacement(mapping: Mapping, grid: Grid | None) -> Tensor:
+    """T(p) - p at the voxels of a grid, (D, [Z,] Y, X); ValueError for a batch and for what is not finite."""
     where = first_domain(mapping.domain) if grid is None else grid
     field = mapping.displacement(grid)
     if field.ndim != where.ndim + 1:
@@ -39,7 +45,7 @@ def write_displacement(
         )
     if not bool(torch.isfinite(field).all()):
         raise ValueError("the displacement is not finite: other programs could not use it")
-    _write(path, field if dtype is None else field.to(dtype), where, VECTOR)
+    return field
 
 
 def write_map(path: PathLike, image: Image) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,13 +64,13 @@ def as_image(stored: Stored, path: PathLike, *, channels: bool, volume: int | No
         raise ImageReadError(
             f"{path} has {count} volume{'s' * (count > 1)}: volume is {volume}, expected 0 to {count - 1}"
         )
-    _tell(stored, path)
+    tell(stored.notes, path)
     return Image(_floats(stored._replace(values=stored.values[chosen]), path, channels), stored.grid)
 
 
 def as_series(stored: Stored, path: PathLike, *, channels: bool) -> Image:
     """All volumes as a batch (T, C, [Z,] Y, X) on one grid."""
-    _tell(stored, path)
+    tell(stored.notes, path)
     each = [_floats(stored._replace(values=values), path, channels) for values in stored.values]
     kind = max((one.dtype for one in each), key=lambda dtype: dtype.itemsize)
     return Image(torch.stack([one.to(kind) for one in each]), stored.grid)
@@ -95,12 +96,13 @@ def as_labels(stored: Stored, path: PathLike, *, volume: int | None) -> Labels:
     if values.dtype == np.uint64 and int(values.max()) >= 2**63:
         raise ImageReadError(f"{path} holds the label {int(values.max())}: expected labels below 2^63")
     kind = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64, "bool": np.uint8}.get(values.dtype.name)
-    _tell(stored, path)
+    tell(stored.notes, path)
     return Labels(_tensor(values if kind is None else values.astype(kind)), stored.grid)
 
 
-def _tell(stored: Stored, path: PathLike) -> None:
-    for note in stored.notes:
+def tell(notes: Sequence[str], path: PathLike) -> None:
+    """Warn of what a header left open."""
+    for note in notes:
         warnings.warn(f"{path} {note}", GeometryWarning, stacklevel=5)
 
 
