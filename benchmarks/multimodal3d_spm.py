@@ -153,9 +153,7 @@ def run(options: Options) -> list[Table]:
     for kind, count in counts.items():
         for name in MODALITIES[: 1 if options.quick else 2]:
             for method, find in methods(kind).items():
-                table.rows.append(
-                    (kind, f"T1 <- {name}", method, *_errors(kind, count, find, fixed, images[name], head))
-                )
+                table.rows.append((kind, f"T1 <- {name}", method, *_errors(kind, count, find, fixed, images[name])))
     table.notes = (f"means over {counts} motions; one run, {torch.get_num_threads()} threads, 2 mm",)
     return [planes, table]
 

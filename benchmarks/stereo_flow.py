@@ -1,4 +1,4 @@
-"""A stereo pair with disparities of 7 to 60 pixels: end-point error of a displacement, beside scikit-image's optical flow.
+"""A stereo pair with disparities of 7 to 60 pixels: error of a displacement, beside scikit-image's optical flow.
 
 Middlebury 2014, motorcycle, left (fixed) and right, in grey.  Errors are over the pixels whose disparity is known,
 those that the other image does not show included.  No method is told that the motion is horizontal.
