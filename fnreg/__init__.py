@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from fnreg.registration import Stage as Stage
     from fnreg.registration import evaluate as evaluate
     from fnreg.registration import register as register
+    from fnreg.search import Choice as Choice
     from fnreg.solvers.base import Status as Status
     from fnreg.solvers.base import Stop as Stop
     from fnreg.solvers.descent import Descent as Descent
@@ -136,6 +137,7 @@ _HOME = {
     ),
     "fnreg.optim": ("adam", "chain", "clip", "normalized", "sgd"),
     "fnreg.pytree": ("stack",),
+    "fnreg.search": ("Choice",),
     "fnreg.registration": ("Event", "Registration", "RegistrationError", "Stage", "evaluate", "register"),
     "fnreg.solvers.base": ("Status", "Stop"),
     "fnreg.solvers.descent": ("Descent",),

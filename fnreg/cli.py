@@ -89,7 +89,8 @@ def register(
     fixed_mask: Annotated[Path | None, _option("Image; voxels of the fixed image count where it is above 0.")] = None,
     moving_mask: Annotated[Path | None, _option("The same for the moving image.")] = None,
     init: Annotated[
-        str | None, _option("Start: header, center, moments, search (36 angles) or a transform file. [default: header]")
+        str | None,
+        _option("Start: auto, header, center, moments, search (36 angles) or a transform file. [default: auto]"),
     ] = None,
     padding: Annotated[
         str | None,
@@ -161,6 +162,8 @@ def _summary(record: dict[str, Any], verbose: bool) -> str:
         before = record["terms_before"].get(name)
         told = "" if before is None else f"{before:.6g} before, "
         lines.append(f"  {name:<12} {told}{'not finite' if value is None else f'{value:.6g} after'}")
+    if "start" in record:
+        lines.append(f"  {'start':<12} {record['start']}, chosen by trying; --init header takes the images as they lie")
     if "rotation_degrees" in record:
         lines.append(f"  {'rotation':<12} {record['rotation_degrees']:.3f} degrees")
     told = ", ".join(f"{value:.3f}" for value in record["translation_of_center"])

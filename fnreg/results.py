@@ -65,6 +65,8 @@ def outcome(result: Registration, before: float, before_terms: dict[str, Tensor]
             for trace in result.history
         ],
     }
+    if result.choice is not None:
+        found["start"] = result.choice.name()
     return found | (_linear(result.mapping) if result.mapping.transform.linear else _dense(result))
 
 

@@ -32,6 +32,7 @@ from fnreg.placement import gap
 from fnreg.pytree import tree_leaves, tree_map
 from fnreg.registration import Event, Stage, evaluate, register
 from fnreg.settings import INITS, STARTS, Settings, SettingsError
+from fnreg.starts import STARTS as STARTED
 from fnreg.transforms.base import Mapping, Transform, first_domain
 
 
@@ -259,7 +260,7 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
             then=begin.then,
             initial=begin.initial,
             starts=_starts(first, grid) if settings.init == "search" else None,
-            start=settings.init if settings.init in ("center", "moments") else "header",
+            start=settings.init if settings.init in STARTED else "header",  # type: ignore[arg-type]
             progress=progress,
             **plan.options,
         )

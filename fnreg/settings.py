@@ -43,7 +43,7 @@ PENALTIES = (
 )  # fmt: skip
 SIMILARITIES = ("mse", "mae", "huber", "charbonnier", "ncc", "lncc", "mi", "nmi", "cr", "ngf", "mind")
 OPTIMIZERS = ("adam", "sgd", "normalized", "gauss-newton")
-INITS = ("header", "center", "moments", "search")
+INITS = ("auto", "header", "center", "moments", "search")
 PADDINGS = ("none", "zeros", "border", "reflection")
 SAVES = ("params", "xfm", "warped", "figures", "inverse", "displacement", "jacobian")
 PRESETS = {
@@ -173,7 +173,8 @@ class Settings:
     optimizer : with options, such as "adam:lr=0.3" or "gauss-newton"; see `OPTIMIZERS`
     levels : images of the pyramid
     steps : per level, from coarse to fine, joined by x, such as "100x50x10"; one number serves all levels
-    init : "header", "center", "moments", "search" over angles, or a transform file
+    init : "auto" chooses among headers, centres, moments and rotations by trying, for a linear first stage; "header",
+        "center", "moments", "search" over angles, or a transform file
     padding : what moving is outside of its image: "none" counts nothing there, or a name of `PADDINGS`, or a number
     save : what is written, joined by +; see `SAVES`
     seed : of torch's random numbers; threads : of torch, 0 leaves them; device : of torch
@@ -187,7 +188,7 @@ class Settings:
     optimizer: str = "adam:lr=0.3"
     levels: int = 3
     steps: str = "100"
-    init: str = "header"
+    init: str = "auto"
     padding: str = "none"
     save: str = "params+xfm+warped+figures"
     seed: int = 0

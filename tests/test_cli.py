@@ -773,3 +773,24 @@ def test_help_and_import_are_quick() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage: fnreg COMMAND" in done.stdout and fnreg.__version__ in done.stdout
+
+
+def test_the_start_is_chosen_and_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default a picture upside down is turned; the headers alone do not find it."""
+    points = fnreg.Grid((40, 32)).points()
+    spots = ((12.0, 10.0, 3.0), (26.0, 20.0, 5.0), (28.0, 8.0, 2.0))
+    data = sum(torch.exp(-((points[:, 0] - x) ** 2 + (points[:, 1] - y) ** 2) / (2 * s * s)) for x, y, s in spots)
+    picture = 200 * torch.as_tensor(data).reshape(1, 32, 40).float()
+    io.write_image("up.png", fnreg.Image(picture))
+    io.write_image("down.png", fnreg.Image(picture.flip(-1, -2)))
+    base = ["register", "up.png", "down.png", "-n", "40", "--save", "params", "-o"]
+    assert cli.main([*base, "auto"]) == 0
+    assert ", chosen by trying; --init header takes" in capsys.readouterr().out
+    found = json.loads((folder / "auto" / "run.json").read_text())
+    assert found["settings"]["init"] == "auto"
+    assert found["start"] != "header"
+    assert abs(abs(found["rotation_degrees"]) - 180) < 1
+    assert cli.main([*base, "plain", "--init", "header"]) == 0
+    plain = json.loads((folder / "plain" / "run.json").read_text())
+    assert "start" not in plain
+    assert plain["value_after"] > 10 * found["value_after"]
