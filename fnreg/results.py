@@ -55,7 +55,8 @@ def outcome(result: Registration, before: float, before_terms: dict[str, Tensor]
         "ended": Status(int(result.status)).name.lower(),
         "value_before": _number(before),
         "value_after": _number(float(result.value)),
-        "terms_before": {name: _number(float(value)) for name, value in before_terms.items()},
+        # where the images do not overlap no voxel was looked at
+        "terms_before": {n: _number(float(v)) if math.isfinite(before) else None for n, v in before_terms.items()},
         "terms_after": {name: _number(float(value)) for name, value in result.terms.items()},
         "steps": result.steps.tolist(),
         "translation_of_center": (result.map_points(center[None])[0] - center).tolist(),

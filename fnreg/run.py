@@ -31,6 +31,7 @@ from fnreg.output import OutputFolder
 from fnreg.placement import gap
 from fnreg.pytree import tree_leaves, tree_map
 from fnreg.registration import Event, Stage, evaluate, register
+from fnreg.search import searched
 from fnreg.settings import INITS, STARTS, Settings, SettingsError
 from fnreg.starts import STARTS as STARTED
 from fnreg.transforms.base import Mapping, Transform, first_domain
@@ -125,7 +126,7 @@ def prepare(files: Files, settings: Settings) -> Plan:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", io.GeometryWarning)
         fixed, moving = io.read_image(files.fixed), io.read_image(files.moving)
-        _fit(files, settings, fixed, moving)
+        notes += _fit(files, settings, stages[0].transform, fixed, moving)
         masks = [_mask(files.fixed_mask, files.fixed, fixed), _mask(files.moving_mask, files.moving, moving)]
     notes += [str(warning.message) for warning in caught if warning.category is io.GeometryWarning]
     if fixed.data.dtype != moving.data.dtype:
@@ -180,20 +181,25 @@ def _device(settings: Settings) -> torch.device:
     return device
 
 
-def _fit(files: Files, settings: Settings, fixed: Image, moving: Image) -> None:
-    """ImageReadError where the images cannot be compared, or do not meet at a start by their headers."""
+def _fit(files: Files, settings: Settings, first: Transform, fixed: Image, moving: Image) -> list[str]:
+    """What is to be told of where the images lie; ImageReadError where they cannot be compared, or do not meet and the
+    start is that of their headers."""
     for told, a, b in (("axes", fixed.grid.ndim, moving.grid.ndim), ("channels", fixed.channels, moving.channels)):
         if a != b:
             raise ImageReadError(
                 f"{files.moving} has {b} {told} but {files.fixed} has {a}: give images that have as many"
             )
     apart = gap(fixed.grid, moving.grid)
-    if settings.init == "header" and apart > 0:
-        away = float((fixed.grid.center - moving.grid.center).norm())
-        raise ImageReadError(
-            f"{files.moving} and {files.fixed} do not overlap: their middles are {away:.4g} apart, and a gap of "
-            f"{apart:.4g} at least is between them; give --init center, or moments, or check their headers"
-        )
+    if apart == 0 or settings.init not in ("header", "auto"):
+        return []
+    away = float((fixed.grid.center - moving.grid.center).norm())
+    told = (
+        f"{files.moving} and {files.fixed} do not overlap: their middles are {away:.4g} apart, and a gap of "
+        f"{apart:.4g} at least is between them"
+    )
+    if settings.init == "auto" and searched(first, fixed.grid.ndim) is not None:
+        return [f"{told}; so the start is not that of their headers: check these"]
+    raise ImageReadError(f"{told}; give --init center, or moments, or check their headers")
 
 
 def _mask(path: Path | None, of: Path, image: Image) -> Tensor | None:
