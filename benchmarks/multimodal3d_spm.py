@@ -46,7 +46,7 @@ def average(name: str) -> Image:
 
 
 def motion(kind: str, image: Image, seed: int) -> Mapping:
-    """A known map: rigid up to 15 degrees and 15 mm; affine, with a tenth of stretch; smooth, some 2.6 mm in the mean."""
+    """A known map: rigid up to 15 degrees and 15 mm; affine, with a tenth of stretch; smooth, about 2.6 mm."""
     generator, grid = np.random.default_rng(seed), image.grid
     if kind == "none":
         return linear_mapping(torch.eye(4, dtype=torch.float64), grid)
