@@ -30,7 +30,6 @@ from fnreg import (
     linear_mapping,
     mi,
     ncc,
-    nmi,
     register,
     warp,
 )
@@ -47,7 +46,7 @@ def average(name: str) -> Image:
 
 
 def motion(kind: str, image: Image, seed: int) -> Mapping:
-    """A known map: rigid up to 15 degrees and 15 mm; affine, the same with a tenth of stretch; smooth, about 5 mm."""
+    """A known map: rigid up to 15 degrees and 15 mm; affine, with a tenth of stretch; smooth, about 2.6 mm."""
     generator, grid = np.random.default_rng(seed), image.grid
     if kind == "none":
         return linear_mapping(torch.eye(4, dtype=torch.float64), grid)
@@ -130,7 +129,7 @@ def methods(kind: str) -> dict[str, Find]:
         }
         return made | _peers("SimpleITK B-spline, 6 x 7 x 6 cells, Mattes MI", "bspline")
     family = {"rigid": Rigid(), "affine": Affine()}[kind]
-    made = {f"fnreg {family}, {term}": ours(family, term, steps=(60, 40, 10)) for term in (mi, nmi)}
+    made = {f"fnreg {family}, {term}": ours(family, term, steps=(60, 40, 10)) for term in (mi,)}
     return made | _peers(f"SimpleITK {kind}, Mattes MI", kind)
 
 
@@ -149,7 +148,7 @@ def run(options: Options) -> list[Table]:
     fixed = images["T1"]
     columns = ("motion", "onto", "method", "before mm", "after mm", "without motion mm", "of the motion mm", "seconds")
     table = Table("Mean error over the head", columns)
-    counts = {"rigid": 1, "affine": 1, "smooth": 1} if options.quick else {"rigid": 3, "affine": 3, "smooth": 1}
+    counts = {"rigid": 1, "affine": 1, "smooth": 1} if options.quick else {"rigid": 2, "affine": 2, "smooth": 1}
     for kind, count in counts.items():
         for name in MODALITIES[: 1 if options.quick else 2]:
             for method, find in methods(kind).items():
