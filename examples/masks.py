@@ -23,7 +23,7 @@ def main() -> None:
     hole = fnreg.data.circle(fixed.grid, radius=28.0, center=(75.0, 80.0)).data
     clip = fnreg.data.circle(moving.grid, radius=22.0, center=(150.0, 190.0)).data
     operated = fnreg.Image(fixed.data * (1 - hole), fixed.grid)
-    clipped = fnreg.Image(moving.data * (1 - clip) + 2 * clip, moving.grid)
+    clipped = fnreg.Image(moving.data * (1 - clip) + 4 * clip, moving.grid)
 
     # A mask is a weight per voxel: here nothing within a few millimetres of what is only in one image counts.
     def without(image: fnreg.Image, patch: torch.Tensor) -> fnreg.Subject:
