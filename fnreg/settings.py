@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,11 +171,20 @@ class Settings:
     device: str = "cpu"
 
     @staticmethod
-    def gather(given: Mapping[str, Any], file: Path | None = None) -> Settings:
+    def gather(given: Mapping[str, Any], file: Path | None = None, assigned: Sequence[str] = ()) -> Settings:
         """Settings from what was given on the command line (None: not given), a TOML file, and the defaults, in this
-        order of precedence.  Raises SettingsError, with the known names, for an unknown one."""
+        order of precedence.
+
+        assigned : also of the command line, as NAME=VALUE
+        Raises SettingsError, with the known names, for an unknown one, and for one that is given twice."""
         found = {} if file is None else _read(file)
-        found |= {key: value for key, value in given.items() if value is not None}
+        named = {key: value for key, value in given.items() if value is not None}
+        for text in assigned:
+            key, value = _assigned(text)
+            if key in named:
+                raise SettingsError(f"--set {text} gives {key} a second time: give it once")
+            named[key] = value
+        found |= named
         if found.get("preset"):
             name = choose("preset", str(found["preset"]), PRESETS)
             for key in OF_PRESETS:
@@ -325,6 +334,22 @@ def _steps(text: str) -> list[int]:
     if min(counts) < 0:
         raise SettingsError(f"steps {text!r}: expected numbers joined by x, from coarse to fine, such as 100x50x10")
     return counts
+
+
+def _assigned(text: str) -> tuple[str, Any]:
+    """A setting and its value of NAME=VALUE."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not (key and equals):
+        raise SettingsError(f"--set {text}: expected NAME=VALUE, such as levels=2")
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
+    choose("setting in --set:", key, kinds)
+    kind = kinds[key]
+    if kind is bool:
+        return key, choose(f"value in --set {key}:", value, ("true", "false")) == "true"
+    try:
+        return key, kind(value)
+    except ValueError:
+        raise SettingsError(f"--set {text}: expected a whole number for {key}") from None
 
 
 def _read(file: Path) -> dict[str, Any]:
