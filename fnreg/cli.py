@@ -26,6 +26,7 @@ from fnreg.settings import (
     Settings,
     SettingsError,
     choose,
+    pointing,
 )
 
 # Large tensors on huge pages: a step on a 3-D image takes a fifth less time.  Torch reads it when it loads.
@@ -150,7 +151,9 @@ def register(
         "symmetric": symmetric, "optimizer": optimizer, "levels": levels, "steps": steps, "init": init,
         "padding": padding, "save": save, "seed": seed, "threads": threads, "device": device,
     }  # fmt: skip
-    chosen = Settings.gather(given, settings, assign or ())
+    here = {name for name, value in given.items() if value is not None} | {a.partition("=")[0] for a in assign or ()}
+    with pointing(settings, here):
+        chosen = Settings.gather(given, settings, assign or ())
     if space is not None:
         choose("space", space, SPACES)
     from fnreg import results, run
@@ -162,7 +165,8 @@ def register(
     files = run.Files(fixed, moving, output, fixed_mask, moving_mask, known)
     folder = OutputFolder(output, overwrite=overwrite, known=results.KNOWN)
     folder.check()
-    plan = run.prepare(files, chosen)
+    with pointing(settings, here):
+        plan = run.prepare(files, chosen)
     if dry_run:
         _print_plan(plan.record(), as_json)
         return OK

@@ -12,7 +12,8 @@ import inspect
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,15 +216,17 @@ class Settings:
             raise SettingsError(f"symmetric goes with {' and '.join(SYMMETRIC)}, and {self.transform!r} has none")
         choose("similarity", parse_spec("similarity", self.similarity)[0], SIMILARITIES)
         if choose("optimizer", parse_spec("optimizer", self.optimizer)[0], OPTIMIZERS) == "gauss-newton" and dense:
-            raise SettingsError(f"gauss-newton goes with few parameters, not with {dense[0]}: choose adam or sgd")
+            told = f"optimizer gauss-newton goes with few parameters, not with {dense[0]}: choose adam or sgd"
+            raise SettingsError(told)
         for name in self.saves():
             choose("save", name, SAVES)
         if self.levels < 1:
             raise SettingsError(f"levels is {self.levels}: expected at least 1")
         if len(self.counts()) not in (1, self.levels):
             raise SettingsError(f"steps {self.steps!r} has {len(self.counts())} numbers for {self.levels} levels")
-        if self.threads < 0 or self.seed < 0:
-            raise SettingsError(f"threads is {self.threads} and seed {self.seed}: expected 0 or more")
+        for name in ("threads", "seed"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}: expected 0 or more")
         self.outside()
         if self.init not in INITS and "." not in self.init and "/" not in self.init:
             choose("init", self.init, (*INITS, "or a file"))
@@ -320,7 +323,8 @@ class Settings:
         name, options = parse_spec("optimizer", self.optimizer)
         if name == "gauss-newton":
             if self.measure().residuals is None:
-                raise SettingsError(f"gauss-newton minimises squares, {self.similarity} has none: choose mse or ncc")
+                told = f"optimizer gauss-newton minimises squares, {self.similarity} has none: choose mse or ncc"
+                raise SettingsError(told)
             return _make("optimizer", self.optimizer, fnreg.GaussNewton, options)
         factory = {"adam": fnreg.adam, "sgd": fnreg.sgd}[name]
         return fnreg.Descent(_make("optimizer", self.optimizer, factory, options))
@@ -360,16 +364,52 @@ def _read(file: Path) -> dict[str, Any]:
         raise SettingsError(f"settings file {file} cannot be read: {problem.strerror or problem}") from problem
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise SettingsError(f"settings file {file} is not valid TOML: {problem}") from problem
+    lines = lines_of(file)
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
     made: dict[str, Any] = {}
     for key, value in found.items():
-        choose(f"setting in {file}:", key, kinds)
+        place = f"{file}, line {lines[key]}" if key in lines else str(file)
+        choose(f"setting in {place}:", key, kinds)
         if key in ("steps", "penalty") and isinstance(value, list):
             value = {"steps": "x", "penalty": "+"}[key].join(str(part) for part in value)
         if kinds[key] is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         if type(value) is not kinds[key]:
             expected = "text" if kinds[key] is str else "true or false" if kinds[key] is bool else "a number"
-            raise SettingsError(f"{key} in {file} is {value!r}: expected {expected}")
+            raise SettingsError(f"{place}: {key} is {value!r}, expected {expected}")
         made[key] = value
     return made
+
+
+def lines_of(file: Path) -> dict[str, int]:
+    """The line of every key in a TOML file of settings, counted from 1: its parser does not tell.
+
+    Lines within texts and lists of several lines may look like keys: the first line of a name counts.
+    """
+    found: dict[str, int] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if match := re.match(r"""\s*\[?\s*(["']?)([A-Za-z0-9_-]+)\1\s*[]=.]""", line):
+            found.setdefault(match[2], number)
+    return found
+
+
+@contextmanager
+def pointing(file: Path | None, given: Iterable[str]) -> Generator[None]:
+    """Errors of settings within are told with the line of the file that they are about, where it is known.
+
+    given : settings that did not come from the file.  Errors begin with the name of their setting, or with "unknown"
+    and this name; what begins otherwise is a transform, which names itself
+    """
+    try:
+        yield
+    except SettingsError as problem:
+        told = str(problem)
+        found = re.match(r"(?:unknown )?([a-z_]+)\b", told)
+        name = found[1] if found else "transform"
+        known = {field.name for field in dataclasses.fields(Settings)} - set(given)
+        if file is None or told.startswith(str(file)) or name not in known:
+            raise
+        line = lines_of(file).get(name)
+        if line is None:
+            raise
+        raise SettingsError(f"{file}, line {line}: {told}") from None
