@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import time
 import warnings
@@ -253,6 +254,8 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
         if first.linear and not last.transform.linear:
             start = start @ Mapping(last.transform.init(grid), grid, last.transform)
         before, before_terms = evaluate(plan.fixed, plan.moving, start, objective=last.objective, padding=padding)
+        if not _meet(start, grid, plan.moving.image.grid):  # no voxel counts: a value of them would mislead
+            before, before_terms = tree_map(lambda value: value * torch.nan, (before, before_terms))
         result = register(
             plan.fixed,
             plan.moving,
@@ -307,6 +310,14 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
     return record
 
 
+def _meet(start: Mapping, fixed: Grid, moving: Grid) -> bool:
+    """Whether a map takes any of some 30 points along each fixed axis into the moving image."""
+    points = fixed.resize([min(n, 32) for n in fixed.size]).points()
+    index = moving.world_to_index(start.map_points(points))
+    last = torch.tensor(moving.size, device=index.device) - 1
+    return bool(((index >= 0) & (index <= last)).all(-1).any())
+
+
 def _starts(first: Any, grid: Grid) -> Any:
     return first.spread(grid, STARTS)
 
@@ -318,4 +329,5 @@ def _of_folds(share: float, before: float, settings: Settings) -> str:
     if settings.penalty:
         return f"{told}a larger weight than {settings.penalty}, or use svffd"
     # Bending is below 1 for smooth maps: so it weighs less than what there is to gain, whatever the intensities.
-    return f"{told}a penalty, such as --penalty bending={abs(before) or 1:.0e}, or use svffd"
+    gain = abs(before) if before and math.isfinite(before) else 1
+    return f"{told}a penalty, such as --penalty bending={gain:.0e}, or use svffd"

@@ -207,6 +207,8 @@ def test_no_overlap_says_how_far_and_what_helps(folder: Path, capfd: pytest.Capt
     assert cli.main([*base, "--init", "center", "--save", "warped", "--transform", "translation"]) == 0
     record = json.loads(Path("out/run.json").read_text())
     assert record["translation_of_center"] == pytest.approx([1.5, 300.0, 0.0], abs=0.2)
+    # Where no voxel meets another there is no value, and nothing has risen from it.
+    assert record["value_before"] is None and record["terms_before"] == {"mse": None} and not record["warnings"]
 
 
 @hypothesis.given(
