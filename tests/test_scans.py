@@ -18,7 +18,7 @@ sitk = pytest.importorskip("SimpleITK")
 
 Storage = tuple[tuple[int, ...], tuple[int, ...]]  # order of the axes, and their signs
 STORAGES: list[Storage] = [(order, signs) for order in permutations(range(3)) for signs in product((1, -1), repeat=3)]
-RIGID = ["--transform", "rigid", "--similarity", "ncc", "--optimizer", "gauss-newton", "--init", "center"]
+RIGID = ["--transform", "rigid", "--similarity", "ncc", "--optimizer", "gauss-newton", "-n", "12", "--init", "center"]
 FIELD = ["--transform", "affine+svffd:stride=8", "--similarity", "ncc", "--penalty", "bending=0.01", "-n", "6"]
 
 

@@ -171,8 +171,8 @@ def write_nifti(
         write_bytes(path, block, voxels)
         return
     stream = io.BytesIO()
-    # No time and no name, so that the same image gives the same bytes.  Level 6 would take two to four times as long for
-    # files that are 3 % smaller of whole numbers, 15 % of floats; nibabel takes 1 as well.
+    # No time and no name, so that the same image gives the same bytes.  Level 6 would take two to four times as long
+    # for files that are 3 % smaller of whole numbers and 15 % of floats; nibabel takes 1 as well.
     with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=stream, mtime=0) as zipped:
         zipped.write(block)
         zipped.write(voxels)
