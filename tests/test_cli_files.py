@@ -233,15 +233,27 @@ PLACES: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: text("solid.mha", b"ElementSpacing", b" = 0 1 1"),
         "expected positive numbers",
     ),
-    "meta, spacing NaN": ("bad.mha", lambda: text("solid.mha", b"ElementSpacing", b" = nan 1 1"), "bad.mha"),
-    "meta, singular": ("bad.mha", lambda: text("solid.mha", b"TransformMatrix", b" = 1 0 0 1 0 0 0 0 1"), "bad.mha"),
-    "meta, fewer voxels": ("bad.mha", lambda: text("solid.mha", b"DimSize", b" = 14 13 9"), "bad.mha"),
+    "meta, spacing NaN": (
+        "bad.mha",
+        lambda: text("solid.mha", b"ElementSpacing", b" = nan 1 1"),
+        "expected 3 finite numbers",
+    ),
+    "meta, singular": (
+        "bad.mha",
+        lambda: text("solid.mha", b"TransformMatrix", b" = 1 0 0 1 0 0 0 0 1"),
+        "determinant is 0",
+    ),
+    "meta, fewer voxels": (
+        "bad.mha",
+        lambda: text("solid.mha", b"DimSize", b" = 14 13 9"),
+        "claims 6552 bytes of voxels",
+    ),
     "nrrd, singular": (
         "bad.nrrd",
         lambda: text("solid.nrrd", b"space directions", b": (1,0,0) (1,0,0) (0,0,1)"),
-        "bad.nrrd",
+        "determinant is 0",
     ),
-    "nrrd, NaN": ("bad.nrrd", lambda: text("solid.nrrd", b"space origin", b": (nan,0,0)"), "bad.nrrd"),
+    "nrrd, NaN": ("bad.nrrd", lambda: text("solid.nrrd", b"space origin", b": (nan,0,0)"), "expected finite numbers"),
 }
 
 
