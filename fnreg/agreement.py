@@ -159,12 +159,17 @@ def agreement(
 def _overlaps(ours: Tensor, warped: Tensor) -> dict[str, float | None]:
     """Dice of every class of the fixed labels, and the mean over these."""
     ours, warped = (values.reshape(-1).to(torch.int64) for values in (ours, warped))
-    numbers, at = torch.unique(torch.cat([ours, warped]), return_inverse=True)
-    here, there = at[: len(ours)], at[len(ours) :]
+    low, high = min(int(ours.min()), int(warped.min())), max(int(ours.max()), int(warped.max()))
+    if high - low < 2**20:  # counting needs no sorting then
+        numbers, here, there = torch.arange(low, high + 1), ours - low, warped - low
+    else:
+        numbers, at = torch.unique(torch.cat([ours, warped]), return_inverse=True)
+        here, there = at[: len(ours)], at[len(ours) :]
     count = len(numbers)
     both = torch.bincount(here[here == there], minlength=count)
-    sizes = torch.bincount(here, minlength=count) + torch.bincount(there, minlength=count)
-    classes = [k for k in torch.unique(here).tolist() if int(numbers[k]) != 0]
+    in_ours = torch.bincount(here, minlength=count)
+    sizes = in_ours + torch.bincount(there, minlength=count)
+    classes = [k for k in in_ours.nonzero().flatten().tolist() if int(numbers[k]) != 0]
     each = {f"dice_{int(numbers[k])}": 2 * int(both[k]) / int(sizes[k]) for k in classes}
     return {"dice_mean": sum(each.values()) / len(each), **each}
 
