@@ -30,6 +30,7 @@ NAMES = (
     "capture",
     "affine_gauss_newton",
     "itk_slices",
+    "files",
     "growth",
     "brain_affine",
     "brain_deformable",

@@ -38,12 +38,14 @@ from fnreg.settings import (
     Settings,
     SettingsError,
     choose,
+    pointing,
 )
 
 # Large tensors on huge pages: a step on a 3-D image takes a fifth less time.  Torch reads it when it loads.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 DEMOS = ("story", "circle-to-c")
+SPACES = ("LPS", "RAS", "voxel")
 
 _Output = Annotated[Path, _option("Folder for the results; it must not hold anything yet.", "--output", "-o")]
 
@@ -88,6 +90,18 @@ def register(
     ] = None,
     fixed_mask: Annotated[Path | None, _option("Image; voxels of the fixed image count where it is above 0.")] = None,
     moving_mask: Annotated[Path | None, _option("The same for the moving image.")] = None,
+    fixed_labels: Annotated[
+        Path | None,
+        _option("Image of whole numbers; the overlap before and after is told, --moving-labels are warped."),
+    ] = None,
+    moving_labels: Annotated[Path | None, _option("The same for the moving image.")] = None,
+    fixed_points: Annotated[
+        Path | None, _option("Landmarks, .csv, .fcsv or .mrk.json; their distance before and after is told.")
+    ] = None,
+    moving_points: Annotated[Path | None, _option("The same for the moving image, by name or row.")] = None,
+    space: Annotated[
+        str | None, _option(f"Where points that do not say it are: {', '.join(SPACES)}, indices of their image.")
+    ] = None,
     init: Annotated[
         str | None,
         _option("Start: auto, header, center, moments, search (36 angles) or a transform file. [default: auto]"),
@@ -105,6 +119,9 @@ def register(
     threads: Annotated[int | None, _option("Of torch. [default: as torch chooses]")] = None,
     device: Annotated[str | None, _option("Of torch, as cuda:0. [default: cpu]")] = None,
     settings: Annotated[Path | None, _option("TOML file with these options by name; options given here win.")] = None,
+    assign: Annotated[
+        list[str] | None, _option("A setting by its name in such a file, as levels=2; may be given again.", "--set")
+    ] = None,
     overwrite: Annotated[bool, _option("Replace results in a folder that holds some.")] = False,
     dry_run: Annotated[bool, _option("Check everything, say what would be done, write nothing.")] = False,
     as_json: Annotated[bool, _option("Print the record as JSON instead of text.", "--json")] = False,
@@ -125,15 +142,22 @@ def register(
         "symmetric": symmetric, "optimizer": optimizer, "levels": levels, "steps": steps, "init": init,
         "padding": padding, "save": save, "seed": seed, "threads": threads, "device": device,
     }  # fmt: skip
-    chosen = Settings.gather(given, settings)
+    here = {name for name, value in given.items() if value is not None} | {a.partition("=")[0] for a in assign or ()}
+    with pointing(settings, here):
+        chosen = Settings.gather(given, settings, assign or ())
+    if space is not None:
+        choose("space", space, SPACES)
     from fnreg import results, run
+    from fnreg.agreement import Paths
     from fnreg.output import OutputFolder
     from fnreg.progress import Bars
 
-    files = run.Files(fixed, moving, output, fixed_mask, moving_mask)
+    known = Paths((fixed_labels, moving_labels), (fixed_points, moving_points), space)
+    files = run.Files(fixed, moving, output, fixed_mask, moving_mask, known)
     folder = OutputFolder(output, overwrite=overwrite, known=results.KNOWN)
     folder.check()
-    plan = run.prepare(files, chosen)
+    with pointing(settings, here):
+        plan = run.prepare(files, chosen)
     if dry_run:
         _print_plan(plan.record(), as_json)
         return OK
@@ -168,6 +192,7 @@ def _summary(record: dict[str, Any], verbose: bool) -> str:
         lines.append(f"  {'rotation':<12} {record['rotation_degrees']:.3f} degrees")
     told = ", ".join(f"{value:.3f}" for value in record["translation_of_center"])
     lines.append(f"  {'shift':<12} ({told}) at the middle of the fixed image")
+    lines += _agreement(record)
     if "folds" in record:
         lines += _regularity(record)
     lines.append(f"  {'written':<12} {record['output']}: {', '.join(record['written'])}")
@@ -177,6 +202,21 @@ def _summary(record: dict[str, Any], verbose: bool) -> str:
             f"  {'matrix' if not row else '':<12} {values}" for row, values in enumerate(record.get("matrix", ()))
         ]
     return "\n".join(lines)
+
+
+def _agreement(record: dict[str, Any]) -> list[str]:
+    """Overlap of labels and distance of landmarks, a line of each where they are known."""
+    stages = record.get("metrics", {})
+    lines: list[str] = []
+    for key, name in (("dice_mean", "Dice"), ("tre_mean", "landmarks")):
+        if key in stages.get("after", {}):
+            before, after = (_rounded(stages[stage][key]) for stage in ("before", "after"))
+            lines.append(f"  {name:<12} {before} before, {after} after, on average")
+    return lines
+
+
+def _rounded(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
 
 
 def _regularity(record: dict[str, Any]) -> list[str]:

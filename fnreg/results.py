@@ -30,6 +30,10 @@ KNOWN = (
     "warped.nii.gz",
     "warped.mha",
     "warped.nrrd",
+    "warped_labels.nii",
+    "warped_labels.nii.gz",
+    "warped_labels.mha",
+    "warped_labels.nrrd",
     "transform.safetensors",
     "transform.tfm",
     "transform.h5",
@@ -41,6 +45,7 @@ KNOWN = (
     "inverse_displacement.nii.gz",
     "figures/overview.png",
     "figures/checkerboard.png",
+    "figures/labels.png",
     "figures/losses.png",
     "figures/warped_grid.png",
     "figures/flow.png",
@@ -151,6 +156,14 @@ def peak_megabytes(device: torch.device) -> float:
     return round(size / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
+class LabelSides(NamedTuple):
+    """Labels on the fixed grid: the fixed ones, and the moving ones before and after, of the sides that have some."""
+
+    fixed: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
+
+
 def write(
     folder: Path,
     result: Registration,
@@ -162,17 +175,22 @@ def write(
     objective: str,
     title: str,
     like: Path,
+    labels: LabelSides = LabelSides(),
 ) -> None:
     """Write into a folder what `saves` names; see `fnreg.settings.SAVES`.
 
     inverse : what "inverse" writes, where there is one
     objective : what the course of it is labelled with; title : of the overview
     like : the file of the fixed image: the warped one is written in its format, NIfTI with its header
+    labels : where moving ones are known, "warped" writes them too, and where both are "figures" shows their borders
     """
     fixed, moving = fixed.to("cpu"), moving.to("cpu")
     warped = result.warp(moving.to(result.value.device)).to("cpu")
     if "warped" in saves:
         _write_warped(folder, warped, moving, like)
+        if labels.after is not None:
+            kept, kind = _format(like)
+            io.write_labels(folder / f"warped_labels{kind}", io.Labels(labels.after, warped.grid), like=kept)
     if "params" in saves:
         io.write_transform(folder / "transform.safetensors", result.mapping)
     for_itk = "xfm" in saves and _write_for_itk(folder / "transform", result.mapping)
@@ -189,19 +207,24 @@ def write(
             io.write_displacement(name, inverse.mapping, grid=inverse.fixed_grid, dtype=fixed.data.dtype)
     if "figures" in saves:
         unit = "pixels" if suffix(like) in PICTURES else "mm"
-        _draw(folder / "figures", result, fixed, moving, warped, objective, title, unit)
+        _draw(folder / "figures", result, fixed, moving, warped, objective, title, unit, labels)
 
 
 def _write_warped(folder: Path, warped: Image, moving: Image, like: Path) -> None:
     """In the format of the fixed image, or in the one nearest to it that can be written."""
-    kind = suffix(like) if like.is_file() else ""
-    if kind in PICTURES:
+    if suffix(like) in PICTURES and like.is_file():
         io.write_image(folder / "warped.tif", warped)
         io.write_image(folder / "warped.png", warped, window=window_of(moving))
         return
+    kept, kind = _format(like)
+    io.write_image(folder / f"warped{kind}", warped, like=kept)
+
+
+def _format(like: Path) -> tuple[Path | None, str]:
+    """The file whose header is kept, and the suffix of what is written beside it."""
+    kind = suffix(like) if like.is_file() else ""
     near = {".mhd": ".mha", ".mha": ".mha", ".nhdr": ".nrrd", ".nrrd": ".nrrd", ".nii": ".nii"}.get(kind, ".nii.gz")
-    kept = like if kind in (".nii", ".nii.gz") else None
-    io.write_image(folder / f"warped{near}", warped, like=kept)
+    return like if kind in (".nii", ".nii.gz") else None, near
 
 
 def _write_for_itk(path: Path, mapping: Mapping) -> bool:
@@ -221,6 +244,7 @@ def _draw(
     objective: str,
     title: str,
     unit: str,
+    labels: LabelSides,
 ) -> None:
     from fnreg import plot
 
@@ -230,6 +254,9 @@ def _draw(
         "checkerboard": plot.checkerboard(fixed, warped, unit=unit),
         "losses": plot.losses(result, objective=objective),
     }
+    if labels.fixed is not None and labels.before is not None and labels.after is not None:
+        sides = (labels.fixed, labels.before, labels.after)
+        figures["labels"] = plot.labels(fixed, *sides, unit=unit, title=title)
     if not result.mapping.transform.linear:
         field = result.mapping.displacement(result.fixed_grid)
         figures["jacobian"] = plot.jacobian(result.jacobian().to("cpu"), unit=unit)

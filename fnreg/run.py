@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import time
 import warnings
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 import fnreg
-from fnreg import extras, io, presets, results
+from fnreg import agreement, extras, io, presets, results
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.io.files import ImageReadError, TransformReadError, write_bytes
@@ -50,6 +51,7 @@ class Files:
     output: Path
     fixed_mask: Path | None = None
     moving_mask: Path | None = None
+    known: agreement.Paths = agreement.Paths()
 
 
 class Begin(NamedTuple):
@@ -74,6 +76,7 @@ class Plan:
     settings: Settings
     fixed: Subject
     moving: Subject
+    known: agreement.Known
     stages: list[Stage]
     options: dict[str, Any]  # of `register`
     begin: Begin | None
@@ -87,6 +90,7 @@ class Plan:
         for name in ("fixed", "moving", "fixed_mask", "moving_mask"):
             if (path := getattr(self.files, name)) is not None:
                 inputs[name] = _told(path)
+        inputs |= {name: _told(path) for name, path in self.files.known.named().items()}
         if init is not None:
             inputs["init"] = _told(init)
         versions = {name: metadata.version(name) for name in ("torch", "torchopt", "numpy", "safetensors")}
@@ -115,7 +119,7 @@ def _told(path: Path) -> dict[str, Any]:
 def prepare(files: Files, settings: Settings) -> Plan:
     """Read and check everything; nothing is written.
 
-    Raises SettingsError, ImageReadError, TransformReadError, DeviceError or MissingExtraError.
+    Raises SettingsError, ImageReadError, PointReadError, TransformReadError, DeviceError or MissingExtraError.
     """
     stages, options = _stages(settings)
     device = _device(settings)
@@ -128,20 +132,19 @@ def prepare(files: Files, settings: Settings) -> Plan:
         fixed, moving = io.read_image(files.fixed), io.read_image(files.moving)
         notes += _fit(files, settings, stages[0].transform, fixed, moving)
         masks = [_mask(files.fixed_mask, files.fixed, fixed), _mask(files.moving_mask, files.moving, moving)]
+        known = agreement.read(files.known, (files.fixed, files.moving), (fixed, moving))
     notes += [str(warning.message) for warning in caught if warning.category is io.GeometryWarning]
     if fixed.data.dtype != moving.data.dtype:
         fixed, moving = (Image(image.data.to(torch.float64), image.grid) for image in (fixed, moving))
-    subjects = [
-        Subject(image.to(device), None if mask is None else mask.to(device))
-        for image, mask in zip((fixed, moving), masks, strict=True)
-    ]
+    notes += known.notes
+    subjects = [known.of(side, image.to(device), masks[side]) for side, image in enumerate((fixed, moving))]
     if figures and not all(extras.present("plot").values()):
         figures = False
         notes.append('no figures were drawn, matplotlib is not installed: pip install "fnreg[plot]"')
     for stage in stages:
         _try(stage, subjects[0].image)
     begin = _begin(settings, stages[0].transform, subjects[0].image.grid)
-    return Plan(files, settings, subjects[0], subjects[1], stages, options, begin, figures, notes)
+    return Plan(files, settings, subjects[0], subjects[1], known, stages, options, begin, figures, notes)
 
 
 def _stages(settings: Settings) -> tuple[list[Stage], dict[str, Any]]:
@@ -259,6 +262,8 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
         if first.linear and not last.transform.linear:
             start = start @ Mapping(last.transform.init(grid), grid, last.transform)
         before, before_terms = evaluate(plan.fixed, plan.moving, start, objective=last.objective, padding=padding)
+        if not _meet(start, grid, plan.moving.image.grid):  # no voxel counts: a value of them would mislead
+            before, before_terms = tree_map(lambda value: value * torch.nan, (before, before_terms))
         result = register(
             plan.fixed,
             plan.moving,
@@ -277,6 +282,11 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
     found = results.outcome(result, float(before), before_terms)
     if found.get("folds"):
         notes.append(_of_folds(found["folds"], float(before), settings))
+    (metrics_before, unmoved), (metrics, labels) = (
+        agreement.agreement(plan.known, mapping, grid, plan.moving.image) for mapping in (start, result.mapping)
+    )
+    if metrics:
+        found["metrics"] = {"before": metrics_before, "after": metrics}
     saves = [name for name in settings.saves() if name != "figures" or plan.figures]
     inverse = results.invert(result) if "inverse" in saves else results.Inverse(None, None)
     if inverse.residual is not None:
@@ -294,6 +304,7 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
         objective=repr(last.objective),
         title=title,
         like=plan.files.fixed,
+        labels=results.LabelSides(plan.known.labels[0], unmoved, labels),
     )
     record = plan.record() | found
     record |= {"status": "warn" if notes else "ok", "warnings": [*plan.notes, *notes], "seconds": round(seconds, 3)}
@@ -307,6 +318,14 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
     return record
 
 
+def _meet(start: Mapping, fixed: Grid, moving: Grid) -> bool:
+    """Whether a map takes any of some 30 points along each fixed axis into the moving image."""
+    points = fixed.resize([min(n, 32) for n in fixed.size]).points()
+    index = moving.world_to_index(start.map_points(points))
+    last = torch.tensor(moving.size, device=index.device) - 1
+    return bool(((index >= 0) & (index <= last)).all(-1).any())
+
+
 def _starts(first: Any, grid: Grid) -> Any:
     return first.spread(grid, STARTS)
 
@@ -318,4 +337,5 @@ def _of_folds(share: float, before: float, settings: Settings) -> str:
     if settings.penalty:
         return f"{told}a larger weight than {settings.penalty}, or use svffd"
     # Bending is below 1 for smooth maps: so it weighs less than what there is to gain, whatever the intensities.
-    return f"{told}a penalty, such as --penalty bending={abs(before) or 1:.0e}, or use svffd"
+    gain = abs(before) if before and math.isfinite(before) else 1
+    return f"{told}a penalty, such as --penalty bending={gain:.0e}, or use svffd"

@@ -12,7 +12,8 @@ import inspect
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -196,11 +197,20 @@ class Settings:
     device: str = "cpu"
 
     @staticmethod
-    def gather(given: Mapping[str, Any], file: Path | None = None) -> Settings:
+    def gather(given: Mapping[str, Any], file: Path | None = None, assigned: Sequence[str] = ()) -> Settings:
         """Settings from what was given on the command line (None: not given), a TOML file, and the defaults, in this
-        order of precedence.  Raises SettingsError, with the known names, for an unknown one."""
+        order of precedence.
+
+        assigned : also of the command line, as NAME=VALUE
+        Raises SettingsError, with the known names, for an unknown one, and for one that is given twice."""
         found = {} if file is None else _read(file)
-        found |= {key: value for key, value in given.items() if value is not None}
+        named = {key: value for key, value in given.items() if value is not None}
+        for text in assigned:
+            key, value = _assigned(text)
+            if key in named:
+                raise SettingsError(f"--set {text} gives {key} a second time: give it once")
+            named[key] = value
+        found |= named
         if found.get("preset"):
             name = choose("preset", str(found["preset"]), PRESETS)
             for key in OF_PRESETS:
@@ -232,7 +242,7 @@ class Settings:
         choose("similarity", parse_spec("similarity", self.similarity)[0], SIMILARITIES)
         if choose("optimizer", parse_spec("optimizer", self.optimizer)[0], OPTIMIZERS) == "gauss-newton" and dense:
             raise SettingsError(
-                f"gauss-newton goes with few parameters, not with {dense[0]}: choose adam, sgd or normalized"
+                f"optimizer gauss-newton goes with few parameters, not with {dense[0]}: choose adam, sgd or normalized"
             )
         for name in self.saves():
             choose("save", name, SAVES)
@@ -240,8 +250,9 @@ class Settings:
             raise SettingsError(f"levels is {self.levels}: expected at least 1")
         if len(self.counts()) not in (1, self.levels):
             raise SettingsError(f"steps {self.steps!r} has {len(self.counts())} numbers for {self.levels} levels")
-        if self.threads < 0 or self.seed < 0:
-            raise SettingsError(f"threads is {self.threads} and seed {self.seed}: expected 0 or more")
+        for name in ("threads", "seed"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}: expected 0 or more")
         self.outside()
         if self.init not in INITS and "." not in self.init and "/" not in self.init:
             choose("init", self.init, (*INITS, "or a file"))
@@ -331,7 +342,8 @@ class Settings:
         name, options = parse_spec("optimizer", self.optimizer)
         if name == "gauss-newton":
             if self.measure().residuals is None:
-                raise SettingsError(f"gauss-newton minimises squares, {self.similarity} has none: choose mse or ncc")
+                told = f"optimizer gauss-newton minimises squares, {self.similarity} has none: choose mse or ncc"
+                raise SettingsError(told)
             return _make("optimizer", self.optimizer, fnreg.GaussNewton, options)
         factory = {"adam": fnreg.adam, "sgd": fnreg.sgd, "normalized": fnreg.normalized}[name]
         return fnreg.Descent(_make("optimizer", self.optimizer, factory, options))
@@ -358,6 +370,22 @@ def _steps(text: str) -> list[int]:
     return counts
 
 
+def _assigned(text: str) -> tuple[str, Any]:
+    """A setting and its value of NAME=VALUE."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not (key and equals):
+        raise SettingsError(f"--set {text}: expected NAME=VALUE, such as levels=2")
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
+    choose("setting in --set:", key, kinds)
+    kind = kinds[key]
+    if kind is bool:
+        return key, choose(f"value in --set {key}:", value, ("true", "false")) == "true"
+    try:
+        return key, kind(value)
+    except ValueError:
+        raise SettingsError(f"--set {text}: expected a whole number for {key}") from None
+
+
 def _read(file: Path) -> dict[str, Any]:
     """The settings in a TOML file, of the right types."""
     try:
@@ -366,16 +394,52 @@ def _read(file: Path) -> dict[str, Any]:
         raise SettingsError(f"settings file {file} cannot be read: {problem.strerror or problem}") from problem
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise SettingsError(f"settings file {file} is not valid TOML: {problem}") from problem
+    lines = lines_of(file)
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
     made: dict[str, Any] = {}
     for key, value in found.items():
-        choose(f"setting in {file}:", key, kinds)
+        place = f"{file}, line {lines[key]}" if key in lines else str(file)
+        choose(f"setting in {place}:", key, kinds)
         if key in ("steps", "penalty") and isinstance(value, list):
             value = {"steps": "x", "penalty": "+"}[key].join(str(part) for part in value)
         if kinds[key] is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         if type(value) is not kinds[key]:
             expected = "text" if kinds[key] is str else "true or false" if kinds[key] is bool else "a number"
-            raise SettingsError(f"{key} in {file} is {value!r}: expected {expected}")
+            raise SettingsError(f"{place}: {key} is {value!r}, expected {expected}")
         made[key] = value
     return made
+
+
+def lines_of(file: Path) -> dict[str, int]:
+    """The line of every key in a TOML file of settings, counted from 1: its parser does not tell.
+
+    Lines within texts and lists of several lines may look like keys: the first line of a name counts.
+    """
+    found: dict[str, int] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if match := re.match(r"""\s*\[?\s*(["']?)([A-Za-z0-9_-]+)\1\s*[]=.]""", line):
+            found.setdefault(match[2], number)
+    return found
+
+
+@contextmanager
+def pointing(file: Path | None, given: Iterable[str]) -> Generator[None]:
+    """Errors of settings within are told with the line of the file that they are about, where it is known.
+
+    given : settings that did not come from the file.  Errors begin with the name of their setting, or with "unknown"
+    and this name; what begins otherwise is a transform, which names itself
+    """
+    try:
+        yield
+    except SettingsError as problem:
+        told = str(problem)
+        found = re.match(r"(?:unknown )?([a-z_]+)\b", told)
+        name = found[1] if found else "transform"
+        known = {field.name for field in dataclasses.fields(Settings)} - set(given)
+        if file is None or told.startswith(str(file)) or name not in known:
+            raise
+        line = lines_of(file).get(name)
+        if line is None:
+            raise
+        raise SettingsError(f"{file}, line {line}: {told}") from None

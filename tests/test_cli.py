@@ -499,11 +499,20 @@ def test_incomplete(folder: Path, capsys: pytest.CaptureFixture[str], arguments:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("transfrom = 'rigid'", "did you mean transform?"),
-        ("levels = 'three'", "levels in s.toml is 'three': expected a number"),
-        ("levels = ", "is not valid TOML"),
-        ("symmetric = 1", "symmetric in s.toml is 1: expected true or false"),
-        ("transform = 'ffd'\npenalty = ['bending']", "expected NAME=WEIGHT"),
+        ("transfrom = 'rigid'", "unknown setting in s.toml, line 1: 'transfrom': did you mean transform?"),
+        ("levels = 'three'", "s.toml, line 1: levels is 'three', expected a number"),
+        ("seed = 1\nlevels = ", "is not valid TOML: Invalid value (at end of document"),
+        ("seed = 1\nlevels = 2\nlevels = 3", "is not valid TOML: Cannot overwrite a value (at end of document"),
+        ("# note\n\nsymmetric = 1", "s.toml, line 3: symmetric is 1, expected true or false"),
+        ("transform = 'ffd'\npenalty = ['bending']", "s.toml, line 2: penalty 'bending': expected NAME=WEIGHT"),
+        ("seed = 1\n\n[register]\nlevels = 2", "unknown setting in s.toml, line 3: 'register'"),
+        ("seed = 1\ntransform.stride = 2", "s.toml, line 2: transform is {'stride': 2}, expected text"),
+        ("save = 'params'\ntransform = 'rigit'", "s.toml, line 2: unknown transform 'rigit': did you mean rigid?"),
+        ("similarity = 'huber:gamma=1'", "s.toml, line 1: similarity 'huber:gamma=1'"),
+        ("seed = 3\n'transform' = 'ffd:stride=40'", "s.toml, line 2: FFD(stride=40):"),
+        ("transform = 'ffd'\noptimizer = 'gauss-newton'", "s.toml, line 2: optimizer gauss-newton goes with few"),
+        ("levels = 2\nsteps = [3, 2, 1]", "s.toml, line 2: steps '3x2x1' has 3 numbers for 2 levels"),
+        ("threads = 1\nseed = -1", "s.toml, line 2: seed is -1: expected 0 or more"),
         (None, "cannot be read"),
     ],
 )
@@ -512,6 +521,31 @@ def test_bad_settings_file(folder: Path, capsys: pytest.CaptureFixture[str], tex
         Path("s.toml").write_text(text)
     arguments = ["register", "fixed.png", "moving.png", "-o", "out", "--settings", "s.toml"]
     refused(capsys, folder, arguments, 2, told)
+
+
+def test_errors_point_at_the_file_only_where_it_is_to_blame(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("s.toml").write_text("transform = 'rigid'\nlevels = 2\n")
+    base = ["register", "fixed.png", "moving.png", "-o", "out", "--settings", "s.toml"]
+    refused(capsys, folder, [*base, "--transform", "rigit"], 2, "error: unknown transform 'rigit'")
+    refused(capsys, folder, [*base, "--set", "transform=rigit"], 2, "error: unknown transform 'rigit'")
+    refused(capsys, folder, [*base, "--padding", "black"], 2, "error: unknown padding 'black'")
+
+
+def test_settings_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("s.toml").write_text("transform = 'affine'\nlevels = 1\nsave = 'params'\n")
+    more = ["--set", "levels=2", "--set", "steps = 6x3", "--set", "transform=svffd:stride=4", "--set", "symmetric=true"]
+    arguments = ["register", "fixed.png", "moving.png", "-o", "out", "--settings", "s.toml", *more]
+    assert cli.main([*arguments, "--dry-run", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)["settings"]
+    assert (record["levels"], record["steps"], record["symmetric"]) == (2, "6x3", True)
+    assert (record["transform"], record["save"]) == ("svffd:stride=4", "params")
+    base = ["register", "fixed.png", "moving.png", "-o", "out", "--set"]
+    refused(capsys, folder, [*base, "levles=2"], 2, "unknown setting in --set: 'levles': did you mean levels?")
+    refused(capsys, folder, [*base, "levels"], 2, "--set levels: expected NAME=VALUE, such as levels=2")
+    refused(capsys, folder, [*base, "levels=two"], 2, "--set levels=two: expected a whole number for levels")
+    refused(capsys, folder, [*base, "symmetric=1"], 2, "unknown value in --set symmetric: '1': choose from true, false")
+    refused(capsys, folder, [*base, "seed=1", "--seed", "2"], 2, "--set seed=1 gives seed a second time")
+    refused(capsys, folder, [*base, "seed=1", "--set", "seed=2"], 2, "--set seed=2 gives seed a second time")
 
 
 def test_output_in_the_way(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

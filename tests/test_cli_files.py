@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,152 @@ def test_pairs_that_do_not_go_together(folder: Path, capfd: pytest.CaptureFixtur
     refused(capfd, folder, [*base, "slices", "-o", "out"], 3, "slices is a folder without DICOM files")
 
 
+def header(**fields: Any) -> bytes:
+    """The solid as plain NIfTI whose header has these values in place of its own."""
+    data = bytearray(Path("solid.nii").read_bytes())
+    known = nibabel.Nifti1Header(bytes(data[:348]))
+    for name, value in fields.items():
+        known[name] = value
+    data[:348] = known.binaryblock
+    return bytes(data)
+
+
+def text(name: str, key: bytes, value: bytes) -> bytes:
+    """The solid in a format with a header of lines, one of them with another value."""
+    lines = Path(name).read_bytes().split(b"\n")
+    at = next(number for number, line in enumerate(lines) if line.startswith(key))
+    lines[at] = key + value
+    return b"\n".join(lines)
+
+
+STEPS = [1.0, 1.0, 1.1, 1.2, 1, 1, 1, 1]
+PLACES: dict[str, tuple[str, Callable[[], bytes], str]] = {
+    "spacing 0": ("bad.nii", lambda: header(pixdim=[1, 0, *STEPS[2:]]), "expected positive numbers, the spacing"),
+    "spacing NaN": ("bad.nii", lambda: header(pixdim=[1, np.nan, *STEPS[2:]]), "expected positive numbers"),
+    "spacing below 0": ("bad.nii", lambda: header(pixdim=[1, 1, -1.1, *STEPS[3:]]), "expected positive numbers"),
+    "sform 0": (
+        "bad.nii",
+        lambda: header(srow_x=0, srow_y=0, srow_z=0),
+        "expected positive numbers, correct its header",
+    ),
+    "sform NaN": ("bad.nii", lambda: header(srow_x=[np.nan, 0, 0, 0]), "not finite"),
+    "sform singular": ("bad.nii", lambda: header(srow_x=[1, 1, 0, 0], srow_y=[1, 1, 0, 0]), "from right angles"),
+    "sform sheared": ("bad.nii", lambda: header(srow_x=[1, 0.1, 0, 0], srow_y=[0, 1, 0, 0]), "from right angles"),
+    "quaternion": ("bad.nii", lambda: header(sform_code=0, quatern_b=2.0), "is longer than 1"),
+    "voxels behind the end": ("bad.nii", lambda: header(vox_offset=1e6), "behind its end"),
+    "voxels at half a byte": ("bad.nii", lambda: header(vox_offset=352.5), "its voxels would begin at byte 352.5"),
+    "meta, spacing 0": (
+        "bad.mha",
+        lambda: text("solid.mha", b"ElementSpacing", b" = 0 1 1"),
+        "expected positive numbers",
+    ),
+    "meta, spacing NaN": (
+        "bad.mha",
+        lambda: text("solid.mha", b"ElementSpacing", b" = nan 1 1"),
+        "expected 3 finite numbers",
+    ),
+    "meta, singular": (
+        "bad.mha",
+        lambda: text("solid.mha", b"TransformMatrix", b" = 1 0 0 1 0 0 0 0 1"),
+        "determinant is 0",
+    ),
+    "meta, fewer voxels": (
+        "bad.mha",
+        lambda: text("solid.mha", b"DimSize", b" = 14 13 9"),
+        "claims 6552 bytes of voxels",
+    ),
+    "nrrd, singular": (
+        "bad.nrrd",
+        lambda: text("solid.nrrd", b"space directions", b": (1,0,0) (1,0,0) (0,0,1)"),
+        "determinant is 0",
+    ),
+    "nrrd, NaN": ("bad.nrrd", lambda: text("solid.nrrd", b"space origin", b": (nan,0,0)"), "expected finite numbers"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+@pytest.mark.parametrize("place", ["fixed", "moving", "mask", "labels"])
+def test_places_that_cannot_be(folder: Path, capfd: pytest.CaptureFixture[str], case: str, place: str) -> None:
+    name, make, told = PLACES[case]
+    Path(name).write_bytes(make())
+    fixed, moving = (name if place == side else "solid.nii.gz" for side in ("fixed", "moving"))
+    more = {"mask": ["--moving-mask", name], "labels": ["--moving-labels", name]}.get(place, [])
+    refused(capfd, folder, ["register", fixed, moving, "-o", "a/out", *more], 3, told)
+
+
+def test_voxels_that_begin_at_any_byte(folder: Path) -> None:
+    data = header(vox_offset=357)
+    Path("odd.nii").write_bytes(data[:352] + b"12345" + data[352:])
+    odd, plain = io.read_image("odd.nii"), io.read_image("solid.nii")
+    assert torch.equal(odd.data, plain.data) and odd.data.data_ptr() % 4 == 0
+
+
+def test_a_damaged_slice(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("ct").mkdir()
+    for k in range(4):
+        one = sitk.GetImageFromArray(np.full((1, 9, 8), k, np.int16))
+        for tag, value in {"0008|0060": "CT", "0020|000e": "1.2.3", "0020|0013": str(k), "0020|0032": f"0\\0\\{k}",
+                           "0020|0037": "1\\0\\0\\0\\1\\0"}.items():  # fmt: skip
+            one.SetMetaData(tag, value)
+        sitk.WriteImage(one, f"ct/{k}.dcm")
+    whole = Path("ct/2.dcm").read_bytes()
+    base = ["register", "solid.nii.gz", "ct", "-o", "out"]
+    for data in (whole[:-20], b"", whole[:100], b"text"):
+        Path("ct/2.dcm").write_bytes(data)
+        refused(capfd, folder, base, 3, "ct/2.dcm is damaged")
+
+
+def test_an_option_that_is_nearly_one(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = ["register", "solid.nii.gz", "solid.nii.gz", "-o", "out"]
+    refused(capfd, folder, [*base, "--fixed-lables", "x.nii"], 2, "--fixed-labels")
+    refused(capfd, folder, [*base, "--moving-point", "x.csv"], 2, "--moving-points")
+    refused(capfd, folder, ["regster", "solid.nii.gz", "solid.nii.gz", "-o", "out"], 2, "register")
+
+
+def test_outputs_that_cannot_be_written(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = ["register", "solid.nii.gz", "solid.nii.gz", *QUICK, "-o"]
+    refused(capfd, folder, [*base, "/proc/fnreg"], 3, "/proc/fnreg cannot be")
+    refused(capfd, folder, [*base, "solid.nii.gz/out"], 3, "solid.nii.gz is not a folder")
+    Path("kept").mkdir()
+    Path("kept/run.json").write_text("{}")
+    refused(capfd, folder, [*base, "kept"], 3, "kept is not empty: give another folder, or --overwrite")
+    assert Path("kept/run.json").read_text() == "{}"
+
+
+def test_a_full_disk_leaves_what_was_there(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system call fails, at each of the files in turn, as it does on a disk that is full."""
+    base = ["register", "solid.nii.gz", "solid-moving.nii.gz", "-o", "out", "-n", "1", "--levels", "1"]
+    base += ["--save", "params+xfm+warped", "--overwrite", "--moving-labels", "labels.nii.gz"]
+    data = io.read_image("solid-moving.nii.gz")
+    io.write_labels("labels.nii.gz", io.Labels((data.data > 20).long(), data.grid))
+    assert cli.main(base) == 0
+    capfd.readouterr()
+    kept = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    calls, fsync = 0, os.fsync
+    for number in range(20):
+        calls = 0
+
+        def full(descriptor: int, last: int = number) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > last:
+                raise OSError(28, "No space left on device")
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", full)
+        code = cli.main(base)
+        monkeypatch.setattr(os, "fsync", fsync)
+        out, err = capfd.readouterr()
+        if code == 0:
+            break
+        assert code == 3 and out == "" and "No space left on device" in err and err.count("\n") == 1
+        assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == kept
+        assert not [name for name in listing(folder) if "partial" in name or "tmp" in name]
+    assert number >= 4  # every file that is written came to be the one that failed
+
+
 def test_no_overlap_says_how_far_and_what_helps(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     image = io.read_image("solid-moving.nii.gz")
     grid = image.grid
@@ -213,6 +360,8 @@ def test_no_overlap_says_how_far_and_what_helps(folder: Path, capfd: pytest.Capt
     assert cli.main([*base, "--init", "center", "--save", "warped", "--transform", "translation"]) == 0
     record = json.loads(Path("out/run.json").read_text())
     assert record["translation_of_center"] == pytest.approx([1.5, 300.0, 0.0], abs=0.2)
+    # Where no voxel meets another there is no value, and nothing has risen from it.
+    assert record["value_before"] is None and record["terms_before"] == {"mse": None} and not record["warnings"]
 
 
 @hypothesis.given(

@@ -7,8 +7,12 @@ import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
 
 PathLike = str | os.PathLike[str]
+_Bytes = TypeVar("_Bytes", bytes, np.ndarray)
 
 
 class ImageReadError(OSError, ValueError):
@@ -29,16 +33,25 @@ class WriteError(OSError):
 
 def read_bytes(path: PathLike, error: Callable[[str], Exception]) -> bytes:
     """All bytes of a file; `error` of one clear line where it is missing, a folder, unreadable or empty."""
+    return _read(path, error, Path.read_bytes)
+
+
+def read_array(path: PathLike, error: Callable[[str], Exception]) -> np.ndarray:
+    """As `read_bytes`, (N,) uint8: memory that may be written to, so that a tensor needs no copy of it."""
+    return _read(path, error, lambda place: np.fromfile(place, np.uint8))
+
+
+def _read(path: PathLike, error: Callable[[str], Exception], how: Callable[[Path], _Bytes]) -> _Bytes:
     place = Path(path)
     if not place.exists():
         raise error(f"{place} does not exist: check the path")
     if place.is_dir():
         raise error(f"{place} is a folder: expected a file")
     try:
-        data = place.read_bytes()
+        data = how(place)
     except OSError as problem:
         raise error(f"{place} cannot be read: {problem.strerror or problem}") from problem
-    if not data:
+    if not len(data):
         raise error(f"{place} is empty: it holds no bytes")
     return data
 

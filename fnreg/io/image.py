@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fnreg.grid import Grid
 from fnreg.image import Image
@@ -21,6 +20,7 @@ from fnreg.io.volume import stored_nifti, write_nifti
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
+_BLOCK = 2**20  # values that are converted at a time
 WRITABLE = (".png", ".tif", ".tiff", ".nii", ".nii.gz", ".mha", ".nrrd")
 
 
@@ -191,9 +191,11 @@ def _cast(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
         raise ValueError(f"dtype is {dtype}: expected integers, torch.float32 or torch.float64")
     if kind.kind == "f":
         return values.astype(kind)
-    exact: Tensor = torch.from_numpy(values)
-    span = np.iinfo(kind)
-    whole = bool((exact == exact.round()).all()) and bool(torch.isfinite(exact).all())
-    if not whole or float(values.min()) < span.min or float(values.max()) > span.max:
-        raise ValueError(f"dtype is {dtype}, but the values are not whole or do not fit: round them first")
-    return values.astype(kind)
+    flat, made = np.ascontiguousarray(values).reshape(-1), np.empty(values.size, kind)
+    with np.errstate(invalid="ignore"):  # what does not fit becomes another number, and is seen
+        for start in range(0, flat.size, _BLOCK):
+            part = slice(start, start + _BLOCK)
+            made[part] = flat[part]
+            if not np.array_equal(made[part], flat[part]):
+                raise ValueError(f"dtype is {dtype}, but the values are not whole or do not fit: round them first")
+    return made.reshape(values.shape)

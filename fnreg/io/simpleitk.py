@@ -30,6 +30,10 @@ def stored_itk(path: PathLike) -> Stored:
         with quiet(sitk):
             image = sitk.ReadImage(str(path))
     except RuntimeError as problem:
+        if "Bad direction" in str(problem):
+            raise ImageReadError(
+                f"{path} has a direction matrix whose determinant is 0, two of its axes are one: correct its header"
+            ) from problem
         told = " ".join(str(problem).split())[-300:]
         raise ImageReadError(f"{path} is damaged or of an unsupported kind: {told}") from problem
     return stored_sitk(sitk, path, image)

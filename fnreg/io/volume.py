@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fnreg.grid import Grid
-from fnreg.io.files import ImageReadError, PathLike, WriteError, read_bytes, write_bytes
+from fnreg.io.files import ImageReadError, PathLike, WriteError, read_array, write_bytes
 from fnreg.io.header import RAS, TYPES, Form, Header, header_size, parse
 from fnreg.io.stored import Stored
 
@@ -81,10 +81,10 @@ class _Bytes:
     """A file's bytes one after the other, decompressed where they are compressed."""
 
     def __init__(self, path: Path) -> None:
-        self.path, data = path, read_bytes(path, ImageReadError)
-        self.zipped = data[:2] == b"\x1f\x8b"
-        self.limit = len(data) * (_DEFLATE if self.zipped else 1)
-        self.stream: Any = gzip.GzipFile(fileobj=io.BytesIO(data)) if self.zipped else io.BytesIO(data)
+        self.path, self.data = path, read_array(path, ImageReadError)
+        self.zipped = self.data[:2].tobytes() == b"\x1f\x8b"
+        self.limit = len(self.data) * (_DEFLATE if self.zipped else 1)
+        self.stream: Any = gzip.GzipFile(fileobj=io.BytesIO(self.data.data)) if self.zipped else _Plain(self.data)
         self.begin = b""
 
     def peek(self) -> bytes:
@@ -108,20 +108,37 @@ class _Bytes:
         told = f"its header claims {header.length} bytes of voxels, {' x '.join(map(str, header.shape[::-1]))}"
         if header.length > self.limit:
             raise ImageReadError(f"{self.path} is damaged or incomplete: {told}, more than the file can hold")
-        buffer = np.empty(header.length, np.uint8)  # pages that are not written to take no memory
-        view, filled = buffer.data, 0
-        while filled < len(view):
-            got = self.stream.readinto(view[filled : filled + _CHUNK])
-            if not got:
-                raise ImageReadError(f"{self.path} is damaged or incomplete: {told}, but it ends after {filled}")
-            filled += got
+        buffer = self._inflated(header.length) if self.zipped else self.stream.view(header.length)
+        if len(buffer) < header.length:
+            raise ImageReadError(f"{self.path} is damaged or incomplete: {told}, but it ends after {len(buffer)}")
         if more := len(self.stream.read(_CHUNK)):  # also reads the check sum, where the voxels were the last bytes
             raise ImageReadError(f"{self.path} is damaged: {told}, but at least {more} bytes more follow")
-        self.stream.close()
-        values = buffer.view(header.dtype)
+        values = np.require(buffer.view(header.dtype), requirements="A")  # voxels may begin at any byte
         if not header.dtype.isnative:
             values = values.byteswap(inplace=True).view(header.dtype.newbyteorder("="))
         return values.reshape(header.shape)
+
+    def _inflated(self, length: int) -> np.ndarray:
+        buffer = np.empty(length, np.uint8)  # pages that are not written to take no memory
+        view, filled = buffer.data, 0
+        while filled < length and (got := self.stream.readinto(view[filled : filled + _CHUNK])):
+            filled += got
+        return buffer[:filled]
+
+
+class _Plain:
+    """Bytes that are read as a stream is, without a copy of the voxels."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.data, self.at = data, 0
+
+    def view(self, count: int) -> np.ndarray:
+        found = self.data[self.at : self.at + count]
+        self.at += len(found)
+        return found
+
+    def read(self, count: int | None = None) -> bytes:
+        return self.view(len(self.data) if count is None else count).tobytes()
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
@@ -154,8 +171,9 @@ def write_nifti(
         write_bytes(path, block, voxels)
         return
     stream = io.BytesIO()
-    # No time and no name, so that the same image gives the same bytes.
-    with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=stream, mtime=0) as zipped:
+    # No time and no name, so that the same image gives the same bytes.  Level 6 would take two to four times as long
+    # for files that are 3 % smaller of whole numbers and 15 % of floats; nibabel takes 1 as well.
+    with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=stream, mtime=0) as zipped:
         zipped.write(block)
         zipped.write(voxels)
     write_bytes(path, stream.getbuffer())
