@@ -144,7 +144,7 @@ def register(
     }  # fmt: skip
     here = {name for name, value in given.items() if value is not None} | {a.partition("=")[0] for a in assign or ()}
     with pointing(settings, here):
-        chosen = Settings.gather(given, settings, assign or ())
+        chosen = Settings.gather(given, settings, assigned=assign or ())
     if space is not None:
         choose("space", space, SPACES)
     from fnreg import results, run
