@@ -1,4 +1,4 @@
-"""Two labelled brains: overlap, smoothness and time of `presets.brain` and of greedy, in one run on the same threads.
+"""Two labelled brains: overlap, smoothness and time of `presets.brain`, greedy and ANTs in one run on the same threads.
 
 NIREP h01 with h02 and h03, both ways, 128 x 150 x 128 voxels of 2 mm; labels are warped by nearest neighbour.  Seconds
 are of one process that reads the images, registers and writes the warped image and the displacement, with kernels that
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks import ants
 from benchmarks.brain_affine import THREADS, dice, overlap
 from benchmarks.images import brain, brain_path, volume
 from benchmarks.measure import Absent, Options, Table, apart, peak, peer
@@ -82,12 +83,23 @@ def greedy(fixed: str, moving: str) -> Outcome:
     return judged(seconds, displacement, overlap(found, target), target)
 
 
+def syn(fixed: str, moving: str) -> Outcome:
+    """ANTs' SyN with its defaults, judged as the others are."""
+    found = ants.register(brain_path(fixed), brain_path(moving), brain_path(f"{moving}_seg"), THREADS, **ants.SYN)
+    target = brain(f"{fixed}_seg")
+    score = overlap(Image(found.labels[None], target.grid), target)
+    return Outcome(found.seconds, score, *regularity(found.determinant, target))
+
+
 def judged(seconds: float, displacement: torch.Tensor, score: float, labels: Image) -> Outcome:
     """How regular a displacement is within the labels; a linear map after it changes neither number."""
-    inside = labels.data.flatten() > 0
-    found = determinant(displacement.to(torch.float32), labels.grid).flatten()[inside]
-    folds, rough = (found <= 0).double().mean(), found.clamp(min=1e-6).log().std()
-    return Outcome(seconds, score, float(100 * folds), float(rough))
+    return Outcome(seconds, score, *regularity(determinant(displacement.to(torch.float32), labels.grid), labels))
+
+
+def regularity(determinants: torch.Tensor, labels: Image) -> tuple[float, float]:
+    """Folds in percent and the standard deviation of log det J, within the labels."""
+    found = determinants.flatten()[labels.data.flatten() > 0]
+    return float(100 * (found <= 0).double().mean()), float(found.clamp(min=1e-6).log().std())
 
 
 COMMAND = """
@@ -131,10 +143,11 @@ def run(options: Options) -> list[Table]:
             score = dice(labels, target, result.mapping)
             found = judged(seconds, result.mapping.displacement(target.grid), score, target)
             table.rows.append((told, f"presets.{name}", *found))
-        try:
-            table.rows.append((told, "greedy", *greedy(fixed, moving)))
-        except Absent as missing:
-            table.notes = (*table.notes, str(missing))
+        for name, method in {"greedy": greedy, "ANTs SyN, its defaults": syn}.items():
+            try:
+                table.rows.append((told, name, *method(fixed, moving)))
+            except Absent as missing:
+                table.notes = (*table.notes, f"without {name}: {missing}")
     used = apart(memory)
     table.notes = (
         *table.notes,
