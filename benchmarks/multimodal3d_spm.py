@@ -129,7 +129,7 @@ def methods(kind: str) -> dict[str, Find]:
         }
         return made | _peers("SimpleITK B-spline, 6 x 7 x 6 cells, Mattes MI", "bspline")
     family = {"rigid": Rigid(), "affine": Affine()}[kind]
-    made = {f"fnreg {family}, {term}": ours(family, term, steps=(60, 40, 10)) for term in (mi,)}
+    made = {f"fnreg {family}, {term}": ours(family, term, steps=(60, 40, 20)) for term in (mi,)}
     return made | _peers(f"SimpleITK {kind}, Mattes MI", kind)
 
 
