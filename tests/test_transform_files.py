@@ -649,3 +649,62 @@ def test_chains_of_elastix_that_do_not_end(tmp_path: Path) -> None:
     refused(b, "has no GridOrigin")
     (tmp_path / "c.txt").write_bytes(b'(Transform "EulerTransform")\n\xff\xfe\n')
     refused(tmp_path / "c.txt", "is not text")
+
+
+# -- in memory -----------------------------------------------------------------------------------------------------
+
+
+@every_dimension
+@pytest.mark.parametrize("number", range(3))
+def test_in_memory_as_in_files(dimension: int, number: int) -> None:
+    grid = grids(dimension)[number]
+    points = inner_points(grid)
+    for mapping in (*(bent(transform, grid) for transform in (Affine(), FFD(4), Displacement())), *composites(grid)):
+        theirs = io.to_sitk_transform(mapping)
+        assert isinstance(theirs, sitk.Transform)
+        expected = mapping.map_points(points)
+        assert voxels(grid, expected - points) > 0.1
+        assert voxels(grid, mapped(theirs, points) - expected) < 1e-9
+        again = io.from_sitk_transform(theirs)
+        assert voxels(grid, again.map_points(points) - expected) < 1e-9
+        assert len(parts(again)) == len(parts(mapping)) or mapping.transform.linear
+    # nothing is shared
+    field = bent(Displacement(), grid)
+    theirs = io.to_sitk_transform(field)
+    before = mapped(theirs, points)
+    field.params["displacement"].zero_()
+    assert torch.equal(mapped(theirs, points), before)
+
+
+@pytest.mark.parametrize("name", their_linear())
+def test_their_linear_maps_in_memory(name: str) -> None:
+    theirs = their_linear()[name]
+    points = 20 * uniform(10, theirs.GetDimension(), seed=1)
+    found = io.from_sitk_transform(theirs)
+    assert found.transform.linear
+    assert_close(found.map_points(points), mapped(theirs, points), atol=1e-9, rtol=0)
+
+
+def test_their_compositions_in_memory() -> None:
+    spline, image = their_spline(3, (3, 4, 2))
+    nested = sitk.CompositeTransform([sitk.Euler3DTransform(CENTER, 0.01, 0.02, 0), sitk.CompositeTransform([spline])])
+    points = inner_points(image.grid, margin=3.0)
+    found = io.from_sitk_transform(nested)
+    assert_close(found.map_points(points), mapped(nested, points), atol=1e-9, rtol=0)
+
+
+def test_in_memory_bad_input() -> None:
+    grid = base_grid(2)
+    with pytest.raises(TypeError, match="expected a transform of SimpleITK, got str: for files read_transform"):
+        io.from_sitk_transform("t.tfm")
+    with pytest.raises(TransformReadError, match="composition without parts"):
+        io.from_sitk_transform(sitk.CompositeTransform(2))
+    with pytest.raises(TransformReadError, match="the transform holds a BSplineTransform: readable are linear"):
+        io.from_sitk_transform(sitk.BSplineTransform(2, 2))
+    broken = sitk.TranslationTransform(2, (float("nan"), 0.0))
+    with pytest.raises(TransformReadError, match="the transform does not hold finite numbers"):
+        io.from_sitk_transform(broken)
+    with pytest.raises(ValueError, match="not finite"):
+        io.to_sitk_transform(Mapping({"displacement": torch.full((2, *grid.shape), torch.nan)}, grid, Displacement()))
+    with pytest.raises(ValueError, match=r"has shape \(3, 2, .*one map of 2 or 3 axes"):
+        io.to_sitk_transform(Mapping({"displacement": torch.zeros(3, 2, *grid.shape)}, grid, Displacement()))

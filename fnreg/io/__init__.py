@@ -1,6 +1,7 @@
 """Images, points and transforms to and from files.  Every write is atomic; no file can run code."""
 
 from fnreg.io.elastix import read_elastix as read_elastix
+from fnreg.io.field import from_sitk_transform as from_sitk_transform
 from fnreg.io.field import read_displacement as read_displacement
 from fnreg.io.field import read_itk as read_itk
 from fnreg.io.files import ImageReadError as ImageReadError
@@ -18,6 +19,7 @@ from fnreg.io.interchange import from_torchio as from_torchio
 from fnreg.io.interchange import to_monai as to_monai
 from fnreg.io.interchange import to_nibabel as to_nibabel
 from fnreg.io.interchange import to_torchio as to_torchio
+from fnreg.io.itk import to_sitk_transform as to_sitk_transform
 from fnreg.io.itk import write_itk as write_itk
 from fnreg.io.nifti import write_displacement as write_displacement
 from fnreg.io.nifti import write_map as write_map
@@ -42,6 +44,7 @@ __all__ = [
     "from_monai",
     "from_nibabel",
     "from_sitk",
+    "from_sitk_transform",
     "from_torchio",
     "read_displacement",
     "read_elastix",
@@ -54,6 +57,7 @@ __all__ = [
     "to_monai",
     "to_nibabel",
     "to_sitk",
+    "to_sitk_transform",
     "to_torchio",
     "write_displacement",
     "write_image",
