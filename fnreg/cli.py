@@ -243,8 +243,8 @@ def info(
     Parameters
     ----------
     file
-        Image (NIfTI, MetaImage, NRRD, a folder of DICOM, PNG, JPEG, TIFF), transform (.safetensors; ITK's .tfm, .txt,
-        .h5) or displacement (.nii, .nii.gz).
+        Image (NIfTI, MetaImage, NRRD, a folder of DICOM, PNG, JPEG, TIFF), transform (.safetensors; ITK's and ANTs'
+        .tfm, .txt, .h5, .mat; elastix' TransformParameters.0.txt) or displacement (.nii, .nii.gz).
     """
     from fnreg.info import describe
 

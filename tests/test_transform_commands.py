@@ -315,6 +315,45 @@ def test_convert_for_ants(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     )
 
 
+def test_convert_for_elastix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points, grid = inner_points(), volume_grid()
+    affine, free = io.read_transform("affine.mat"), smooth_mapping(fnreg.FFD(4), grid, 2, 1.0, 2.0)
+    io.write_transform("both.safetensors", affine @ free)
+    record = run(capsys, "convert", "both.safetensors", "--to", "elastix", "-o", "e")
+    last = "e/TransformParameters.1.txt"
+    assert record["output"] == f"e/TransformParameters.0.txt, {last}"
+    assert record["for elastix"].startswith("transformix -tp TransformParameters.1.txt ")
+    assert_close(
+        io.read_transform(last).map_points(points), affine.map_points(free.map_points(points)), atol=1e-9, rtol=0
+    )
+    convert = ["convert", "both.safetensors", "--to", "elastix", "-o"]
+    refused(capsys, folder, [*convert, "e"], 3, "TransformParameters.0.txt exists: give another name")
+    refused(capsys, folder, [*convert, "fixed.mha"], 3, "fixed.mha is a file: for elastix give a folder")
+    refused(capsys, folder, [*convert, "no/where"], 3, "no does not exist")
+    run(capsys, *convert, "e", "--overwrite")
+    bad = ["convert", "bent.safetensors", "--to", "elastix", "-o", "f"]
+    refused(capsys, folder, bad, 3, "fnreg convert --to displacement")
+    assert not Path("f").exists()
+    refused(capsys, folder, ["convert", "affine.mat", "--to", "elastix", "-o", "f"], 3, "give an image with --like")
+    run(capsys, "convert", "affine.mat", "--to", "elastix", "-o", "f", "--like", "fixed.mha")
+    assert io.read_transform("f/TransformParameters.0.txt").domain.same_as(grid)
+    told = [run(capsys, "info", name)["matrix"] for name in ("affine.mat", "f/TransformParameters.0.txt")]
+    np.testing.assert_allclose(told[0], told[1], atol=1e-9)
+
+
+def test_convert_for_learn2reg(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "convert", "affine.mat", "--to", "l2r", "-o", "d.nii.gz", "--like", "fixed.mha")
+    image, grid = sitk.ReadImage("d.nii.gz"), io.read_image(Path("fixed.mha")).grid
+    found = torch.from_numpy(sitk.GetArrayFromImage(image)).to(torch.float64)  # (3, Z, Y, X)
+    index = grid.world_to_index(grid.points())
+    expected = grid.world_to_index(io.read_transform("affine.mat").map_points(grid.points())) - index
+    assert_close(found.reshape(3, -1).mT, expected, atol=1e-4, rtol=0)
+    assert float(expected.abs().max()) > 0.5
+    convert = ["convert", "bent.safetensors", "--to", "l2r", "-o"]
+    refused(capsys, folder, [*convert, "d.nii.gz"], 3, "d.nii.gz exists")
+    refused(capsys, folder, [*convert, "d.mha"], 2, "no name for --to l2r: it ends in .nii, .nii.gz")
+
+
 def test_jacobian(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mapping = io.read_transform("bent.safetensors")
     expected = fields.determinant(mapping.displacement(), mapping.domain)
