@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch loads, as the command line of fnreg does
-
 import torch
 
 import fnreg

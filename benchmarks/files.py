@@ -43,7 +43,7 @@ def starts(repeats: int) -> Table:
 
     runners = {
         "python -c pass": process("-c", "pass"),
-        "fnreg --help": process("-m", "fnreg.cli", "--help"),
+        "fnreg --help": process("-m", "fnreg", "--help"),
         "import fnreg": process("-c", "import fnreg"),
         "import torch": process("-c", "import torch"),
         "import fnreg; fnreg.register": process("-c", "import fnreg; fnreg.register"),
@@ -122,7 +122,7 @@ def applying_memory(path: str, folder: str) -> float | None:
     matrix = torch.eye(4, dtype=torch.float64)
     matrix[0, 1], matrix[:3, 3] = 0.02, 3.0
     io.write_transform(f"{folder}/t.safetensors", linear_mapping(matrix, image.grid))
-    command = [sys.executable, "-m", "fnreg.cli", "apply"]
+    command = [sys.executable, "-m", "fnreg", "apply"]
     if subprocess.run([*command, "--help"], capture_output=True, check=False).returncode:
         return None
     out = [path, f"{folder}/t.safetensors", "--like", path, "-o", f"{folder}/applied.nii"]

@@ -156,6 +156,19 @@ def agreement(
     return told, warped
 
 
+def worse(before: dict[str, float | None], after: dict[str, float | None]) -> list[str]:
+    """What a user should know: where a registration took both sides further apart, beyond what nearest voxels do."""
+    notes: list[str] = []
+    for name, sign, what in (
+        ("dice_mean", -1, "the mean overlap of labels fell"),
+        ("tre_mean", 1, "the mean distance of landmarks rose"),
+    ):
+        was, is_now = before.get(name), after.get(name)
+        if was is not None and is_now is not None and sign * (is_now - was) > 0.02 * was:
+            notes.append(f"{what} from {was:.3g} to {is_now:.3g}: look at the figures")
+    return notes
+
+
 def _overlaps(ours: Tensor, warped: Tensor) -> dict[str, float | None]:
     """Dice of every class of the fixed labels, and the mean over these."""
     ours, warped = (values.reshape(-1).to(torch.int64) for values in (ours, warped))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from fnreg.commands.base import (
 )
 from fnreg.commands.base import Verbose as _Verbose
 from fnreg.commands.base import option as _option
+from fnreg.process import prepare
 from fnreg.settings import (
     OPTIMIZERS,
     PADDINGS,
@@ -40,9 +40,6 @@ from fnreg.settings import (
     choose,
     pointing,
 )
-
-# Large tensors on huge pages: a step on a 3-D image takes a fifth less time.  Torch reads it when it loads.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 DEMOS = ("story", "circle-to-c")
 SPACES = ("LPS", "RAS", "voxel")
@@ -144,7 +141,7 @@ def register(
     }  # fmt: skip
     here = {name for name, value in given.items() if value is not None} | {a.partition("=")[0] for a in assign or ()}
     with pointing(settings, here):
-        chosen = Settings.gather(given, settings, assign or ())
+        chosen = Settings.gather(given, settings, assigned=assign or ())
     if space is not None:
         choose("space", space, SPACES)
     from fnreg import results, run
@@ -309,6 +306,7 @@ def _code(error: BaseException) -> int | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.  Errors are one line on standard error, unless -v is given."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
+    prepare()
     try:
         done = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         return done if isinstance(done, int) else OK
@@ -324,7 +322,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told = f"internal error, {type(error).__name__}: {told}; run it again with -v and report this"
         print(f"fnreg: error: {told}", file=sys.stderr)
         return FAILED if code is None else code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

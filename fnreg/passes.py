@@ -156,10 +156,11 @@ class Passes:
 
     def _in_order(self, of_images: dict[str, Tensor], of_map: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms' values by the names that they have in the whole objective."""
-        each, other = iter(of_images.values()), iter(of_map.values())
-        whole = self.pairs.objective
-        sees = [any(term is one for one in self.images.terms) for term in whole.terms]
-        return {name: next(each if yes else other) for name, yes in zip(whole.names, sees, strict=True)}
+        whole, found = self.pairs.objective, dict[str, Tensor]()
+        for part, values in ((self.images, of_images), (self.penalties, of_map)):
+            theirs = [n for n, term in zip(whole.names, whole.terms, strict=True) if any(term is t for t in part.terms)]
+            found |= {name: values[own] for name, own in zip(theirs, part.names, strict=True)}
+        return {name: found[name] for name in whole.names}
 
     def overlap(self, params: Any) -> Tensor:
         """Share of the fixed voxels that count (B,)."""
@@ -197,10 +198,10 @@ class Passes:
 
     # -- mean squares ------------------------------------------------------------------------------------------
 
-    def _squares(self, maps: Maps, *, by_matrix: bool = False) -> Squares:
+    def _squares(self, maps: Maps, *, by_shift: bool = False, by_matrix: bool = False) -> Squares:
         pairs = self.pairs
         moving, fixed, mask = (self._batched(t) for t in (pairs.moving.data, pairs.fixed.data, pairs.fixed_mask))
-        return squares(moving, fixed, mask, maps, padding=self.padding, by_matrix=by_matrix)
+        return squares(moving, fixed, mask, maps, padding=self.padding, by_shift=by_shift, by_matrix=by_matrix)
 
     def _mean(self, found: Squares) -> tuple[Tensor, Tensor]:
         """What makes the weighted mean of the sums, and that mean (B,)."""
@@ -218,7 +219,7 @@ class Passes:
         """Derivatives of the value by the map, the value (B,) and each term's, of the terms of the images."""
         if self.squared is None:
             return self._by_images(maps, by_matrix)
-        found = self._squares(maps, by_matrix=by_matrix)
+        found = self._squares(maps, by_shift=True, by_matrix=by_matrix)
         factor, value = self._mean(found)
         matrix, shift = found.by_map
         if shift is not None:
@@ -258,9 +259,10 @@ class Passes:
         given = {"grid": (fixed.grid, fixed.grid.ranks()), "fixed": (fixed.data, rank)}
         given |= {} if mask is None else {"mask": (mask, rank)}
         found = over_batch(of, **given)
-        shared = all(axis is None for name, (leaf, r) in given.items() for axis in batch_axes(name, leaf, r)[0])
-        found = tree_map(lambda leaf: leaf.contiguous(), found)
-        return found, (None if shared else 0,) * len(tree_leaves(found))
+        if all(axis is None for name, (leaf, r) in given.items() for axis in batch_axes(name, leaf, r)[0]):
+            return found, (None,) * len(tree_leaves(found))
+        axes = tuple(0 if leaf.stride(0) else None for leaf in tree_leaves(found))  # what is alike for all is one
+        return tree_map(lambda leaf: leaf.contiguous() if leaf.stride(0) else leaf[0].contiguous(), found), axes
 
     def _of_images(self, warped: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Value (B,) of the terms of the images, and each term's."""

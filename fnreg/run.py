@@ -287,6 +287,7 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
     )
     if metrics:
         found["metrics"] = {"before": metrics_before, "after": metrics}
+        notes += agreement.worse(metrics_before, metrics)
     saves = [name for name in settings.saves() if name != "figures" or plan.figures]
     inverse = results.invert(result) if "inverse" in saves else results.Inverse(None, None)
     if inverse.residual is not None:

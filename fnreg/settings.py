@@ -197,7 +197,7 @@ class Settings:
     device: str = "cpu"
 
     @staticmethod
-    def gather(given: Mapping[str, Any], file: Path | None = None, assigned: Sequence[str] = ()) -> Settings:
+    def gather(given: Mapping[str, Any], file: Path | None = None, *, assigned: Sequence[str] = ()) -> Settings:
         """Settings from what was given on the command line (None: not given), a TOML file, and the defaults, in this
         order of precedence.
 

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from fnreg import native
-from fnreg.pytree import constant, fold, forward_asked, is_differentiated, is_stored, is_transformed, leading
+from fnreg.pytree import (
+    beside_transforms,
+    constant,
+    fold,
+    forward_asked,
+    is_differentiated,
+    is_stored,
+    is_transformed,
+    leading,
+)
 
 Taps = tuple[tuple[float, ...], ...]  # weights per axis, x first, from the centre outwards
 
@@ -32,7 +41,8 @@ def windowed(data: Tensor, taps: Taps, *, normalised: bool) -> Tensor:
     normalised : weights are divided by the sum of those that lie inside
     """
     if not is_differentiated(data) and not is_transformed(data):  # also what `constant` makes beside any transform
-        return filtered(data, taps, normalised, False)
+        with beside_transforms():
+            return filtered(data, taps, normalised, False)
     return _Windowed.apply(data.unsqueeze(0), taps, normalised, False).squeeze(0)  # type: ignore[no-untyped-call]
 
 

@@ -91,6 +91,23 @@ def test_a_run_tells_overlap_and_error_before_and_after(folder: Path, capsys: py
             assert record["metrics"][stage][f"dice_{label}"] == pytest.approx(measure.GetDiceCoefficient(label))
 
 
+def test_a_registration_that_takes_labels_and_landmarks_apart_is_a_warning(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The image says -5 mm, labels and landmarks 2: they are what is judged by."""
+    io.write_image("moving.nii.gz", fnreg.Image(100 * lump(-5.0), GRID))
+    assert cli.main([*BASE, *LABELS, *POINTS, "--save", "params"]) == 0
+    err = capsys.readouterr().err
+    assert (
+        "the mean overlap of labels fell from 0.353" in err and "the mean distance of landmarks rose from 2 to 7" in err
+    )
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["status"] == "warn" and len(record["warnings"]) == 2
+    same = {"dice_mean": 0.5, "tre_mean": 2.0}
+    assert not agreement.worse(same, same) and not agreement.worse(same, {"dice_mean": 0.6, "tre_mean": 1.0})
+    assert not agreement.worse({}, {}) and not agreement.worse(same, {"dice_mean": 0.5, "tre_mean": None})
+
+
 def test_labels_of_one_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = [*BASE, "-n", "2", "--save", "warped+figures", "--json", "--overwrite"]
     assert cli.main([*base, *LABELS[2:]]) == 0

@@ -158,6 +158,8 @@ def test_a_derivative_that_is_not_asked_for_is_left_out(bent: bool) -> None:
     maps = Maps(torch.eye(3)[None, :2] * 1.01, torch.rand(2, 2, 9, 8) if bent else None, (8, 9))
     without, whole = (squares(moving, fixed, None, maps, by_matrix=asked) for asked in (False, True))
     assert without.by_map.matrix is None and whole.by_map.matrix is not None
+    assert squares(moving, fixed, None, maps, by_shift=False).by_map.shift is None
+    assert equal_bits(squares(moving, fixed, None, maps, by_shift=False)[:2], whole[:2])
     assert equal_bits(
         (without.value, without.weight, without.by_map.shift), (whole.value, whole.weight, whole.by_map.shift)
     )

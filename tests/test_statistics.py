@@ -106,6 +106,26 @@ def test_a_shared_fixed_image_has_shared_statistics() -> None:
 
 
 @needs_compiler
+def test_what_is_alike_for_all_pairs_is_kept_once() -> None:
+    """Self-similarity does not ask for grids, and without masks all fixed images are seen everywhere."""
+    moved = stack([Grid((14, 12), origin=(k, 0.0)) for k in range(COUNT)])
+    moving = Image(torch.stack([image(10 + k).data for k in range(COUNT)]), moved)
+    for fixed, batched in ((Image(image(0).data, moved), [False, False]), (moving, [True, False])):
+        whole = prepare(fixed, moving, None, levels=1, min_size=4)
+        passes = whole.level(0, Diffeomorphism(), objective(fnreg.mind), COUNT, "border")._passes
+        assert passes is not None
+        found, axes = passes._statistics
+        assert [axis == 0 for axis in axes] == batched
+        assert [len(leaf) == COUNT for leaf in found[0]] == batched
+        value, terms_of = passes._of_images(moving.data, None)
+        alone = [
+            fnreg.mind.function(a, b) for a, b in zip(moving.data, fixed.data.expand(COUNT, -1, -1, -1), strict=True)
+        ]
+        close(value, torch.stack(alone), atol=1e-12)
+        assert list(terms_of) == ["mind"]
+
+
+@needs_compiler
 @pytest.mark.parametrize("term", [fnreg.ngf, fnreg.mind], ids=repr)
 def test_pairs_that_end_early_leave_the_others_theirs(term: Any) -> None:
     """Compaction takes pairs out of a batch; each ends where it would have ended alone."""

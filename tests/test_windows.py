@@ -14,7 +14,7 @@ from scenes import close, equal_bits, few, without_kernels
 from scipy import ndimage
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import vmap
+from torch.func import grad, vmap
 
 from fnreg import native, windows
 from fnreg.filters import along, gaussian, gaussian_matrix, window_sums
@@ -111,6 +111,20 @@ def test_a_constant_made_within_a_batch() -> None:
 
     found = vmap(lambda x: x + sums(5))(torch.zeros(3, 1, 5))
     assert found[2].tolist() == [[2.0, 3.0, 3.0, 3.0, 2.0]]
+
+
+@pytest.mark.parametrize("smooth", [lambda x: gaussian(x, 1.0), lambda x: window_sums(x, ((1.0, 0.5), (1.0, 0.5)))])
+def test_a_plain_image_beside_what_is_differentiated(smooth: Any) -> None:
+    """It takes no part in the transform, though what is made of it there may have no memory."""
+    image, at = random(1, 9, 8), torch.tensor([2.0, 3.0], dtype=torch.float64)
+    total = smooth(image).sum()
+
+    def cube(s: Tensor) -> Tensor:
+        return (s**3 * smooth(image)).sum()
+
+    close(grad(cube)(at[0]), 12 * total, atol=1e-9)
+    close(vmap(grad(cube))(at), 3 * at**2 * total, atol=1e-9)
+    close(grad(grad(cube))(at[1]), 18 * total, atol=1e-9)
 
 
 @needs_compiler

@@ -32,6 +32,7 @@ from fnreg.histogram import LEAST, joint_histogram
 from fnreg.native import REALS
 from fnreg.pytree import constant
 
+MOST = 4096  # bins: a histogram has their square, for each channel and pair
 VARIANCE = 1e-9  # in bins; less is rounding
 
 
@@ -140,8 +141,11 @@ def _or_one(counts: Tensor) -> Tensor:
 
 def _joint(warped: Tensor, fixed: Tensor, weights: Tensor | None, bins: int, samples: int | None, seed: int) -> Tensor:
     """The checked images' histogram (C, bins, bins)."""
-    if isinstance(bins, bool) or not isinstance(bins, (int, float)) or not (bins >= LEAST and bins % 1 == 0):
-        raise ValueError(f"bins is {bins}: expected a whole number of at least {LEAST}, for a window covers {LEAST}")
+    if isinstance(bins, bool) or not isinstance(bins, (int, float)) or not (LEAST <= bins <= MOST and bins % 1 == 0):
+        raise ValueError(
+            f"bins is {bins}: expected a whole number of at least {LEAST}, for a window covers {LEAST}, "
+            f"and at most {MOST}"
+        )
     if warped.shape != fixed.shape or warped.ndim < 2 or not warped.numel():
         raise ValueError(
             f"warped has shape {tuple(warped.shape)} and fixed {tuple(fixed.shape)}: "
@@ -155,9 +159,9 @@ def _joint(warped: Tensor, fixed: Tensor, weights: Tensor | None, bins: int, sam
             f"expected {(1, *fixed.shape[1:])}, one weight for each voxel"
         )
     for name, value, least in (("samples", samples, 1), ("seed", seed, 0)):
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        whole = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
         if not (whole or (name == "samples" and value is None)):
-            raise ValueError(f"{name} is {value!r}: expected a whole number of at least {least}")
+            raise ValueError(f"{name} is {value!r}: expected a whole number of at least {least}, and below 2^63")
     kind = warped.dtype if warped.dtype in REALS else torch.float32  # half precision has no room for a histogram
     share = None if weights is None else weights.reshape(1, -1)
     images = warped.flatten(1), fixed.flatten(1)
@@ -176,7 +180,8 @@ def drawn(count: int, samples: int, seed: int, device: torch.device) -> Tensor:
 
     By a generator of its own on the CPU, so that no other random number changes and every device draws the same.
     """
-    bounds = torch.arange(samples + 1) * count // samples
-    share = torch.rand(samples, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    bounds = torch.arange(samples + 1, device="cpu") * count // samples
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    share = torch.rand(samples, dtype=torch.float64, device="cpu", generator=generator)
     width = bounds.diff()
     return (bounds[:-1] + (share * width).long().clamp(max=width - 1)).unsqueeze(0).to(device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fnreg import lengths
-from fnreg.pytree import same_structure, tree_leaves, tree_map, tree_take, tree_where
+from fnreg.pytree import same_structure, tree_choose, tree_leaves, tree_map, tree_take
 
 _NOT_FINITE = "{} holds NaN or infinity: exclude these voxels by a mask, Subject(image, mask=isfinite)"
 _CONSTANT = "{} is constant where it counts: there is nothing to align; check the file, channel and mask"
@@ -202,7 +202,7 @@ def run(
         for leaf in tree_leaves(taken.params):
             finite = finite & lengths.is_finite(leaf)
         lost, going = now.running & ~finite, now.running & finite
-        after = tree_where(going, taken.params, tree_where(lost, now.previous, now.params))
+        after = tree_choose(going, taken.params, tree_choose(lost, now.previous, now.params))
         row = torch.where(going, taken.value, torch.nan)
         rows.append(_row(total, index, row))
         for name, value in taken.terms.items():
@@ -271,7 +271,7 @@ class _Marks(NamedTuple):
         """With the best values and parameters after a look at `taken`, of the pairs in `going`."""
         value = taken.value.detach().to(self.best.dtype)
         lower = going & (value < self.best)
-        params = tree_where(lower, taken.at, self.best_params)
+        params = tree_choose(lower, taken.at, self.best_params)
         return self._replace(best=torch.where(lower, value, self.best), best_params=params)
 
     def update(self, taken: Taken, after: Any, going: Tensor, stop: Stop, scales: bool) -> tuple[_Marks, Any, Tensor]:
@@ -287,7 +287,7 @@ class _Marks(NamedTuple):
         short = length < stop.shortest if scales else stuck
         done = going & ((stuck & short) | (taken.moved <= stop.step) | taken.settled)
         if scales:
-            after = tree_where(going & stuck, best_params, after)
+            after = tree_choose(going & stuck, best_params, after)
         return _Marks(best, best_params, mark, torch.where(stuck, 0, stall), length), after, done
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fnreg.pytree import tree_flatten, tree_unflatten, tree_where
+from fnreg.pytree import tree_choose, tree_flatten, tree_unflatten
 from fnreg.solvers.base import Taken, largest
 
 
@@ -61,9 +61,9 @@ class GaussNewton:
         better = (value <= carry.value) & torch.isfinite(flat).all(-1)
         damping = torch.where(better, carry.damping / self.factor, carry.damping * self.factor).clamp(1e-12, 1e12)
         fresh = _Carry(damping, value, slope, normal, terms)
-        kept = tree_where(better, fresh, carry._replace(damping=damping))
+        kept = tree_choose(better, fresh, carry._replace(damping=damping))
         moved = torch.where(better, largest(step), torch.inf)
-        found = tree_where(better, trial, params)
+        found = tree_choose(better, trial, params)
         return Taken(found, kept, kept.value, found, moved, damping >= 1e8, kept.terms)
 
 

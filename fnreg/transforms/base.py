@@ -101,7 +101,11 @@ class Transform:
 
     def split_after(self, params: Params, step: Step, domain: Domain) -> Split:
         """`split` after `perturb`, the shift in voxels: a step is often cheaper to add there than to the parameters."""
-        return self.split(self.perturb(params, step, domain), domain)
+        found = self.split(self.perturb(params, step, domain), domain)
+        if found.shift is None or found.frame is None:
+            return found
+        flat = found.frame.to(found.shift.dtype) @ found.shift.flatten(1)
+        return Split(flat.reshape(found.shift.shape), found.matrix)
 
     def step_of_shift(self, by_shift: Tensor) -> Step | None:
         """The gradient by the step from that by the shift in voxels, where a step adds to this as it is."""
