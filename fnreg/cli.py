@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import cyclopts
 
+from fnreg.commands import figures as figures
 from fnreg.commands import quality as quality
 from fnreg.commands import transforms as transforms
 from fnreg.commands.base import (
