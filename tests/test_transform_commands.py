@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import fnreg
 from fnreg import SVFFD, Affine, Displacement, Grid, Image, Mapping, Rigid, cli, fields, io, metrics
 from fnreg.apply import warp_labels
+from fnreg.transforms.linear import linear_mapping
 
 pytest.importorskip("PIL")
 sitk: Any = pytest.importorskip("SimpleITK")
@@ -417,6 +418,51 @@ def test_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "jac_min" not in run(capsys, "evaluate", "affine.mat", *sides)["after"]
 
 
+def test_evaluate_surfaces_and_the_way_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed, moving = volume_grid(), io.read_image(Path("moving.mha")).grid
+    bent = io.read_transform("bent.safetensors")
+    io.write_transform("back.safetensors", bent.inverse())
+    sides = ["--fixed-labels", "fixed_labels.mha", "--moving-labels", "moving_labels.mha", "--surfaces"]
+    found = run(capsys, "evaluate", "bent.safetensors", *sides, "--inverse", "back.safetensors")
+    identity = linear_mapping(torch.eye(4, dtype=torch.float64), fixed)
+    for name, mapping in (("before", identity), ("after", bent)):
+        each = metrics.surface_distances(regions(fixed), load_nearest(moving, fixed, mapping), fixed, numbers=(3, 300))
+        told = found[name]
+        for value, word in zip(each, ("mean", "p95", "max"), strict=True):
+            assert [told[f"surface_{word}_3"], told[f"surface_{word}_300"]] == pytest.approx(value.tolist())
+        assert told["surface_mean"] == pytest.approx(float(each.mean.mean()))
+        assert told["surface_p95"] == pytest.approx(float(each.p95.mean()))
+        assert told["surface_max"] == pytest.approx(float(each.hausdorff.max())) and told["surface_max"] > 0
+    assert found["after"]["surface_mean"] != found["before"]["surface_mean"]
+    assert 0 < found["after"]["inverse_mean"] <= found["after"]["inverse_max"] < 0.1
+    assert "inverse_mean" not in found["before"]
+    wrong = run(capsys, "evaluate", "bent.safetensors", "--inverse", "bent.safetensors")["after"]
+    assert wrong["inverse_mean"] > 5 * found["after"]["inverse_mean"]
+    assert "surface_mean" not in run(capsys, "evaluate", "bent.safetensors", *sides[:-1])["after"]
+
+
+def test_the_way_back_of_known_maps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = volume_grid()
+    run(capsys, "invert", "affine.mat", "-o", "back.mat")
+    told = ["evaluate", "affine.mat", "--like", "fixed.mha", "--inverse"]
+    exact = run(capsys, *told, "back.mat")["after"]
+    assert exact["inverse_max"] < 1e-9
+    # a shift: S(T(p)) - p is what S misses, wherever T ends
+    shift = torch.eye(4, dtype=torch.float64)
+    shift[:3, 3] = tensor([3.0, 0.0, -4.0])
+    io.write_transform("shift.tfm", linear_mapping(shift, grid))
+    io.write_transform("none.tfm", linear_mapping(torch.eye(4, dtype=torch.float64), grid))
+    told = ["evaluate", "shift.tfm", "--like", "fixed.mha", "--inverse"]
+    assert run(capsys, *told, "none.tfm")["after"] == pytest.approx({"inverse_mean": 5.0, "inverse_max": 5.0})
+    # a field counts where it is known
+    constant = Mapping({"displacement": -shift[:3, 3].reshape(3, 1, 1, 1).expand(3, *grid.shape)}, grid, Displacement())
+    io.write_transform("field.safetensors", constant)
+    assert run(capsys, *told, "field.safetensors")["after"]["inverse_max"] < 1e-9
+    away = Mapping(constant.params, volume_grid(center=(500.0, 0.0, 0.0)), Displacement())
+    io.write_transform("away.safetensors", away)
+    assert run(capsys, *told, "away.safetensors")["after"] == {"inverse_mean": None, "inverse_max": None}
+
+
 def load_nearest(moving: Grid, fixed: Grid, mapping: Mapping) -> Tensor:
     """The moving labels by rounding voxel indices, halves up."""
     index = (moving.world_to_index(mapping.map_points(fixed.points())) + 0.5).floor().long()
@@ -471,6 +517,13 @@ REFUSED = {
     "no grid of a field": (["convert", "affine.mat", "--to", "displacement", "-o", "u.nii"], 3, "with --like"),
     "jacobian as picture": (["jacobian", "bent.nii.gz", "-o", "j.png"], 3, "ends in .nii or .nii.gz"),
     "nothing to evaluate": (["evaluate"], 2, "nothing to evaluate"),
+    "surfaces of nothing": (["evaluate", "affine.mat", "--surfaces"], 2, "give --fixed-labels and --moving-labels"),
+    "the way back alone": (
+        ["evaluate", "--inverse", "affine.mat", "--fixed-labels", "l.mha", "--moving-labels", "l.mha"], 2,
+        "is the way back of a transform",
+    ),
+    "axes of the way back": (["evaluate", "bent.nii.gz", "--inverse", "flat.tfm"], 3, "has 3 axes but the transform"),
+    "the way back of no grid": (["evaluate", "affine.mat", "--inverse", "affine.mat"], 3, "give an image with --like"),
     "one side": (["evaluate", "--fixed-points", "p.csv"], 2, "give --fixed-points and --moving-points"),
     "labels of other axes": (
         ["evaluate", "affine.mat", "--fixed-labels", "flat.png", "--moving-labels", "flat.png"], 3,
