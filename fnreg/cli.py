@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import cyclopts
 
+from fnreg.commands import figures as figures
 from fnreg.commands import quality as quality
 from fnreg.commands import transforms as transforms
 from fnreg.commands.base import (
@@ -240,8 +241,8 @@ def info(
     Parameters
     ----------
     file
-        Image (NIfTI, MetaImage, NRRD, a folder of DICOM, PNG, JPEG, TIFF), transform (.safetensors; ITK's .tfm, .txt,
-        .h5) or displacement (.nii, .nii.gz).
+        Image (NIfTI, MetaImage, NRRD, a folder of DICOM, PNG, JPEG, TIFF), transform (.safetensors; ITK's and ANTs'
+        .tfm, .txt, .h5, .mat; elastix' TransformParameters.0.txt) or displacement (.nii, .nii.gz).
     """
     from fnreg.info import describe
 

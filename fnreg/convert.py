@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fnreg import fields, io
 from fnreg.chains import DISPLACEMENTS, grid_of, product, read_chain, told, write_chain
 from fnreg.image import Image
+from fnreg.io.elastix_files import names
 from fnreg.io.itk import ITK_SUFFIXES
 from fnreg.io.itk_parts import parts
-from fnreg.output import check_file
+from fnreg.io.nifti import SUFFIXES
+from fnreg.output import OutputError, check_file
 from fnreg.results import residual
 from fnreg.settings import SettingsError
 from fnreg.transforms.base import Mapping
 
-ENDINGS = {"itk": ITK_SUFFIXES, "fnreg": (".safetensors",), "displacement": DISPLACEMENTS}
+ENDINGS = {"itk": ITK_SUFFIXES, "fnreg": (".safetensors",), "displacement": DISPLACEMENTS, "l2r": SUFFIXES}
 LEAST = 1e-6  # determinant, in logarithms
 
 
@@ -44,16 +47,22 @@ def convert(
 ) -> dict[str, Any]:
     """Write a transform in another form.
 
-    to : "itk", "fnreg" or "displacement", whose names end in one of `ENDINGS`; "ants" writes `OUTPUT0GenericAffine.mat`
-        and `OUTPUT1Warp.nii.gz`, those of them that are needed
-    like : image on whose grid a displacement is written; default the grid of the transform
+    to : "itk", "fnreg", "displacement" or "l2r", whose names end in one of `ENDINGS`; "ants" writes
+        `OUTPUT0GenericAffine.mat` and `OUTPUT1Warp.nii.gz`, those of them that are needed; "elastix" writes
+        `TransformParameters.N.txt` into the folder OUTPUT, see `fnreg.io.write_elastix`
+    like : image on whose grid a displacement is written, for elastix the fixed image; default the grid of the transform
 
     Raises SettingsError for a name that does not go with `to`, OutputError where a file is in the way.
     """
-    if to != "ants" and not str(output).lower().endswith(ENDINGS[to]):
+    if to in ENDINGS and not str(output).lower().endswith(ENDINGS[to]):
         raise SettingsError(f"{output} is no name for --to {to}: it ends in {', '.join(ENDINGS[to])}")
     mapping = read_chain([transform])
     record = {"transform": str(transform), "map": told(mapping)}
+    if to == "elastix":
+        return record | _elastix(mapping, output, like=like, overwrite=overwrite)
+    if to == "l2r":
+        io.write_learn2reg(output, mapping, grid=grid_of(mapping, like))
+        return record | {"output": str(output)}
     if to != "ants":
         write_chain(output, mapping, like=like)
         return record | {"output": str(output)}
@@ -78,6 +87,29 @@ def _ants(mapping: Mapping, output: Path, *, like: Path | None, overwrite: bool)
     if linear is not None:
         io.write_itk(affine, linear)
     return [str(file) for file in files]
+
+
+def _elastix(mapping: Mapping, output: Path, *, like: Path | None, overwrite: bool) -> dict[str, Any]:
+    """Write the chain into a folder, which is made where it is missing."""
+    grid = grid_of(mapping, like)
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file: for elastix give a folder, or another name")
+    missing = not output.exists()
+    if missing:
+        check_file(output)
+        output.mkdir()
+    else:
+        for file in names(output, len(parts(mapping))):
+            check_file(file, overwrite=overwrite)
+    try:
+        files = io.write_elastix(output, mapping, grid=grid)
+    except BaseException:
+        if missing:
+            with suppress(OSError):  # it is not empty where some of the files were written
+                output.rmdir()
+        raise
+    told = f"transformix -tp {files[-1].name} -in MOVING -out FOLDER, started in {output}"
+    return {"output": ", ".join(map(str, files)), "for elastix": told}
 
 
 def jacobian(

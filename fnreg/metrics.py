@@ -1,4 +1,4 @@
-"""How good a registration is by what it did not see: overlap of labels, and distance of landmarks.
+"""How good a registration is by what it did not see: overlap and surfaces of labels, and distance of landmarks.
 
 How regular its map is, folds and the spread of the Jacobian's determinant, tells `fnreg.fields.statistics`.
 """
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fnreg.pytree import is_concrete
+from fnreg.surfaces import SurfaceDistances as SurfaceDistances
+from fnreg.surfaces import surface_distances as surface_distances
 from fnreg.transforms.base import Mapping
 
 

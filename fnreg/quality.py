@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from fnreg.chains import grid_of, read_chain
 from fnreg.grid import Grid
 from fnreg.io.points import Space
 from fnreg.settings import SettingsError
-from fnreg.transforms.base import Mapping
+from fnreg.transforms.base import Mapping, first_domain
 from fnreg.transforms.linear import linear_mapping
 
 
@@ -30,12 +29,19 @@ def judge(
     like: Path | None = None,
     space: Space | None = None,
     interp: Interp = "nearest",
+    surfaces: bool = False,
+    inverse: Path | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """What is known before and after, by the names of columns: {"before": {...}, "after": {...}}.
 
     dice_LABEL, dice_mean, jaccard_mean : overlap of the classes of the fixed labels with the moving ones on their grid
     tre_mean, tre_p95, tre_max : distance of landmarks, world units
+    surface_mean_LABEL, surface_p95_LABEL, surface_max_LABEL : with `surfaces`, distances of the surfaces of a class,
+        world units, see `fnreg.metrics.surface_distances`; surface_mean, surface_p95 the means over classes,
+        surface_max the largest; a class that the warped labels do not have leaves them unknown
     jac_min, jac_max, folds, sdlogj : of maps that are not linear; folds is a share of voxels
+    inverse_mean, inverse_max : with `inverse`, the file of a map S, |S(T(p)) - p| over the voxels p of the grid for
+        which T(p) lies between voxels of the domain of S, or over all where S is linear, world units
 
     Without transforms there is only "before"; None stands for what is no finite number.  Raises SettingsError where
     there is nothing to judge by, ValueError where sides do not fit.
@@ -48,6 +54,10 @@ def judge(
             raise SettingsError(f"{name} are given of one image: give --fixed-{name} and --moving-{name}")
     if not transforms and fixed_labels is None and fixed_points is None:
         raise SettingsError("there is nothing to evaluate: give labels or points of both images, or a transform")
+    if surfaces and fixed_labels is None:
+        raise SettingsError("--surfaces are those of labels: give --fixed-labels and --moving-labels")
+    if inverse is not None and not transforms:
+        raise SettingsError(f"--inverse {inverse} is the way back of a transform: give that as well")
     mapping = read_chain(transforms) if transforms else None
     stages: dict[str, Mapping | None] = {"before": None} | ({"after": mapping} if transforms else {})
     found: dict[str, dict[str, float | None]] = {name: {} for name in stages}
@@ -66,6 +76,8 @@ def judge(
             through = linear_mapping(torch.eye(grid.ndim + 1, dtype=torch.float64), grid) if stage is None else stage
             warped = warp_labels(other[0], other[1], through, grid, interp=interp)
             found[name] |= _overlaps(labels[0], warped, numbers)
+            if surfaces:
+                found[name] |= _surfaces(labels[0], warped, grid, numbers)
     if fixed_points is not None and moving_points is not None:
         here, there = (_points(path, space) for path in (fixed_points, moving_points))
         _same_axes(mapping, here.shape[-1], str(fixed_points))
@@ -76,8 +88,10 @@ def judge(
                 "tre_p95": _number(torch.quantile(distance, 0.95)),
                 "tre_max": _number(distance.max()),
             }
-    if mapping is not None and not mapping.transform.linear:
-        where = grid if grid is not None and like is None else grid_of(mapping, like)
+    if mapping is None or (mapping.transform.linear and inverse is None):
+        return found
+    where = grid if grid is not None and like is None else grid_of(mapping, like)
+    if not mapping.transform.linear:
         told = fields.statistics(mapping.displacement(where), where)
         found["after"] |= {
             "jac_min": _number(told.min_determinant),
@@ -85,6 +99,10 @@ def judge(
             "folds": _number(told.folds),
             "sdlogj": _number(told.sd_log_determinant),
         }
+    if inverse is not None:
+        back = read_chain([inverse])
+        _same_axes(back, where.ndim, "the grid")
+        found["after"] |= _there_and_back(mapping, back, where)
     return found
 
 
@@ -95,6 +113,30 @@ def _overlaps(fixed: Tensor, warped: Tensor, numbers: tuple[int, ...]) -> dict[s
     return found | {"dice_mean": _number(each.mean()), "jaccard_mean": _number(mean)}
 
 
+def _surfaces(fixed: Tensor, warped: Tensor, grid: Grid, numbers: tuple[int, ...]) -> dict[str, float | None]:
+    each = metrics.surface_distances(fixed, warped, grid, numbers=numbers)
+    found: dict[str, float | None] = {}
+    for name, values in (("mean", each.mean), ("p95", each.p95), ("max", each.hausdorff)):
+        found |= {f"surface_{name}_{n}": _number(value) for n, value in zip(numbers, values, strict=True)}
+        found[f"surface_{name}"] = _number(values.amax() if name == "max" else values.mean())
+    return found
+
+
+def _there_and_back(mapping: Mapping, back: Mapping, grid: Grid) -> dict[str, float | None]:
+    """|S(T(p)) - p| where S knows T(p); None where that is nowhere."""
+    points = grid.points()
+    there = points + mapping.displacement(grid).to(points).flatten(1).mT
+    if not back.transform.linear:
+        domain = first_domain(back.domain)
+        index = domain.world_to_index(there)
+        known = ((index >= -1e-6) & (index <= torch.tensor(domain.size) - 1 + 1e-6)).all(-1) | index.isnan().any(-1)
+        points, there = points[known], there[known]
+    if not len(points):
+        return {"inverse_mean": None, "inverse_max": None}
+    away = (back.map_points(there) - points).norm(dim=-1)
+    return {"inverse_mean": _number(away.mean()), "inverse_max": _number(away.max())}
+
+
 def _points(path: Path, space: Space | None) -> Tensor:
     return io.read_points(path, space=space).points
 
@@ -102,11 +144,8 @@ def _points(path: Path, space: Space | None) -> Tensor:
 def _same_axes(mapping: Mapping | None, axes: int, name: str) -> None:
     if mapping is None:
         return
-    domain: Any = mapping.domain
-    while isinstance(domain, tuple):
-        domain = domain[0]
-    if domain.ndim != axes:
-        raise ValueError(f"{name} has {axes} axes but the transform has {domain.ndim}")
+    if (ndim := first_domain(mapping.domain).ndim) != axes:
+        raise ValueError(f"{name} has {axes} axes but the transform has {ndim}")
 
 
 def _number(value: Tensor) -> float | None:

@@ -223,6 +223,12 @@ def test_slices_are_layers_of_voxels() -> None:
     assert not shown(plot.slices(image, cross=False))[0].lines
 
 
+def test_a_flat_image_is_its_own_slice() -> None:
+    image = Image(torch.rand(1, 6, 8))
+    [axes] = shown(drawn(plot.slices(image, title="flat", unit="pixels")))
+    assert torch.equal(pixels(axes), image.data[0]) and axes.get_title() == "flat" and not axes.lines
+
+
 def test_slices_of_axes_in_another_order_show_the_same_world() -> None:
     image = solid()
     swapped = torch.tensor([[0.0, 0.0, -1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # stored as (y, z, -x)
@@ -285,8 +291,8 @@ def test_points_beyond_the_image_are_refused() -> None:
         plot.slices(solid(), at=(0.0, -20.0, 30.0))
     with pytest.raises(ValueError, match="one world point"):
         plot.slices(solid(), at=(0.0, 1.0))
-    with pytest.raises(ValueError, match="slices are of 3-D images"):
-        plot.slices(Image(torch.rand(1, 8, 8)))
+    with pytest.raises(ValueError, match="leave it out for 2-D"):
+        plot.slices(Image(torch.rand(1, 8, 8)), at=(0.0, 0.0, 0.0))
     with pytest.raises(ValueError, match="leave it out for 2-D"):
         plot.difference(Image(torch.rand(1, 8, 8)), Image(torch.rand(1, 8, 8)), at=(0.0, 0.0, 0.0))
 

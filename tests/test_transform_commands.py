@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import fnreg
 from fnreg import SVFFD, Affine, Displacement, Grid, Image, Mapping, Rigid, cli, fields, io, metrics
 from fnreg.apply import warp_labels
+from fnreg.transforms.linear import linear_mapping
 
 pytest.importorskip("PIL")
 sitk: Any = pytest.importorskip("SimpleITK")
@@ -315,6 +316,45 @@ def test_convert_for_ants(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     )
 
 
+def test_convert_for_elastix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points, grid = inner_points(), volume_grid()
+    affine, free = io.read_transform("affine.mat"), smooth_mapping(fnreg.FFD(4), grid, 2, 1.0, 2.0)
+    io.write_transform("both.safetensors", affine @ free)
+    record = run(capsys, "convert", "both.safetensors", "--to", "elastix", "-o", "e")
+    last = "e/TransformParameters.1.txt"
+    assert record["output"] == f"e/TransformParameters.0.txt, {last}"
+    assert record["for elastix"].startswith("transformix -tp TransformParameters.1.txt ")
+    assert_close(
+        io.read_transform(last).map_points(points), affine.map_points(free.map_points(points)), atol=1e-9, rtol=0
+    )
+    convert = ["convert", "both.safetensors", "--to", "elastix", "-o"]
+    refused(capsys, folder, [*convert, "e"], 3, "TransformParameters.0.txt exists: give another name")
+    refused(capsys, folder, [*convert, "fixed.mha"], 3, "fixed.mha is a file: for elastix give a folder")
+    refused(capsys, folder, [*convert, "no/where"], 3, "no does not exist")
+    run(capsys, *convert, "e", "--overwrite")
+    bad = ["convert", "bent.safetensors", "--to", "elastix", "-o", "f"]
+    refused(capsys, folder, bad, 3, "fnreg convert --to displacement")
+    assert not Path("f").exists()
+    refused(capsys, folder, ["convert", "affine.mat", "--to", "elastix", "-o", "f"], 3, "give an image with --like")
+    run(capsys, "convert", "affine.mat", "--to", "elastix", "-o", "f", "--like", "fixed.mha")
+    assert io.read_transform("f/TransformParameters.0.txt").domain.same_as(grid)
+    told = [run(capsys, "info", name)["matrix"] for name in ("affine.mat", "f/TransformParameters.0.txt")]
+    np.testing.assert_allclose(told[0], told[1], atol=1e-9)
+
+
+def test_convert_for_learn2reg(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "convert", "affine.mat", "--to", "l2r", "-o", "d.nii.gz", "--like", "fixed.mha")
+    image, grid = sitk.ReadImage("d.nii.gz"), io.read_image(Path("fixed.mha")).grid
+    found = torch.from_numpy(sitk.GetArrayFromImage(image)).to(torch.float64)  # (3, Z, Y, X)
+    index = grid.world_to_index(grid.points())
+    expected = grid.world_to_index(io.read_transform("affine.mat").map_points(grid.points())) - index
+    assert_close(found.reshape(3, -1).mT, expected, atol=1e-4, rtol=0)
+    assert float(expected.abs().max()) > 0.5
+    convert = ["convert", "bent.safetensors", "--to", "l2r", "-o"]
+    refused(capsys, folder, [*convert, "d.nii.gz"], 3, "d.nii.gz exists")
+    refused(capsys, folder, [*convert, "d.mha"], 2, "no name for --to l2r: it ends in .nii, .nii.gz")
+
+
 def test_jacobian(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mapping = io.read_transform("bent.safetensors")
     expected = fields.determinant(mapping.displacement(), mapping.domain)
@@ -378,6 +418,51 @@ def test_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "jac_min" not in run(capsys, "evaluate", "affine.mat", *sides)["after"]
 
 
+def test_evaluate_surfaces_and_the_way_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed, moving = volume_grid(), io.read_image(Path("moving.mha")).grid
+    bent = io.read_transform("bent.safetensors")
+    io.write_transform("back.safetensors", bent.inverse())
+    sides = ["--fixed-labels", "fixed_labels.mha", "--moving-labels", "moving_labels.mha", "--surfaces"]
+    found = run(capsys, "evaluate", "bent.safetensors", *sides, "--inverse", "back.safetensors")
+    identity = linear_mapping(torch.eye(4, dtype=torch.float64), fixed)
+    for name, mapping in (("before", identity), ("after", bent)):
+        each = metrics.surface_distances(regions(fixed), load_nearest(moving, fixed, mapping), fixed, numbers=(3, 300))
+        told = found[name]
+        for value, word in zip(each, ("mean", "p95", "max"), strict=True):
+            assert [told[f"surface_{word}_3"], told[f"surface_{word}_300"]] == pytest.approx(value.tolist())
+        assert told["surface_mean"] == pytest.approx(float(each.mean.mean()))
+        assert told["surface_p95"] == pytest.approx(float(each.p95.mean()))
+        assert told["surface_max"] == pytest.approx(float(each.hausdorff.max())) and told["surface_max"] > 0
+    assert found["after"]["surface_mean"] != found["before"]["surface_mean"]
+    assert 0 < found["after"]["inverse_mean"] <= found["after"]["inverse_max"] < 0.1
+    assert "inverse_mean" not in found["before"]
+    wrong = run(capsys, "evaluate", "bent.safetensors", "--inverse", "bent.safetensors")["after"]
+    assert wrong["inverse_mean"] > 5 * found["after"]["inverse_mean"]
+    assert "surface_mean" not in run(capsys, "evaluate", "bent.safetensors", *sides[:-1])["after"]
+
+
+def test_the_way_back_of_known_maps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = volume_grid()
+    run(capsys, "invert", "affine.mat", "-o", "back.mat")
+    told = ["evaluate", "affine.mat", "--like", "fixed.mha", "--inverse"]
+    exact = run(capsys, *told, "back.mat")["after"]
+    assert exact["inverse_max"] < 1e-9
+    # a shift: S(T(p)) - p is what S misses, wherever T ends
+    shift = torch.eye(4, dtype=torch.float64)
+    shift[:3, 3] = tensor([3.0, 0.0, -4.0])
+    io.write_transform("shift.tfm", linear_mapping(shift, grid))
+    io.write_transform("none.tfm", linear_mapping(torch.eye(4, dtype=torch.float64), grid))
+    told = ["evaluate", "shift.tfm", "--like", "fixed.mha", "--inverse"]
+    assert run(capsys, *told, "none.tfm")["after"] == pytest.approx({"inverse_mean": 5.0, "inverse_max": 5.0})
+    # a field counts where it is known
+    constant = Mapping({"displacement": -shift[:3, 3].reshape(3, 1, 1, 1).expand(3, *grid.shape)}, grid, Displacement())
+    io.write_transform("field.safetensors", constant)
+    assert run(capsys, *told, "field.safetensors")["after"]["inverse_max"] < 1e-9
+    away = Mapping(constant.params, volume_grid(center=(500.0, 0.0, 0.0)), Displacement())
+    io.write_transform("away.safetensors", away)
+    assert run(capsys, *told, "away.safetensors")["after"] == {"inverse_mean": None, "inverse_max": None}
+
+
 def load_nearest(moving: Grid, fixed: Grid, mapping: Mapping) -> Tensor:
     """The moving labels by rounding voxel indices, halves up."""
     index = (moving.world_to_index(mapping.map_points(fixed.points())) + 0.5).floor().long()
@@ -432,6 +517,13 @@ REFUSED = {
     "no grid of a field": (["convert", "affine.mat", "--to", "displacement", "-o", "u.nii"], 3, "with --like"),
     "jacobian as picture": (["jacobian", "bent.nii.gz", "-o", "j.png"], 3, "ends in .nii or .nii.gz"),
     "nothing to evaluate": (["evaluate"], 2, "nothing to evaluate"),
+    "surfaces of nothing": (["evaluate", "affine.mat", "--surfaces"], 2, "give --fixed-labels and --moving-labels"),
+    "the way back alone": (
+        ["evaluate", "--inverse", "affine.mat", "--fixed-labels", "l.mha", "--moving-labels", "l.mha"], 2,
+        "is the way back of a transform",
+    ),
+    "axes of the way back": (["evaluate", "bent.nii.gz", "--inverse", "flat.tfm"], 3, "has 3 axes but the transform"),
+    "the way back of no grid": (["evaluate", "affine.mat", "--inverse", "affine.mat"], 3, "give an image with --like"),
     "one side": (["evaluate", "--fixed-points", "p.csv"], 2, "give --fixed-points and --moving-points"),
     "labels of other axes": (
         ["evaluate", "affine.mat", "--fixed-labels", "flat.png", "--moving-labels", "flat.png"], 3,

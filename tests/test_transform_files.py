@@ -649,3 +649,158 @@ def test_chains_of_elastix_that_do_not_end(tmp_path: Path) -> None:
     refused(b, "has no GridOrigin")
     (tmp_path / "c.txt").write_bytes(b'(Transform "EulerTransform")\n\xff\xfe\n')
     refused(tmp_path / "c.txt", "is not text")
+
+
+@every_dimension
+@pytest.mark.parametrize("number", range(3))
+def test_our_chains_for_elastix(tmp_path: Path, dimension: int, number: int) -> None:
+    grid = grids(dimension)[number]
+    points = inner_points(grid)
+    affine, free = bent(Affine(), grid), bent(FFD(3), grid)
+    held = bent(Held(FFD(2), ()), grid)
+    for mapping, kinds in (
+        (affine, ["Affine"]),
+        (free, ["BSpline"]),
+        (held, ["BSpline"]),
+        (affine @ free, ["BSpline", "Affine"]),
+        (free @ affine @ free, ["BSpline", "Affine", "BSpline"]),
+    ):
+        files = io.write_elastix(tmp_path, mapping, grid=grid)
+        assert [file.name for file in files] == [f"TransformParameters.{k}.txt" for k in range(len(kinds))]
+        texts = [file.read_text() for file in files]
+        assert [text.split('"')[1] for text in texts] == [f"{kind}Transform" for kind in kinds]  # the first acts first
+        assert [("NoInitialTransform" in text) for text in texts] == [True] + [False] * (len(kinds) - 1)
+        for k, text in enumerate(texts[1:]):
+            assert f'(InitialTransformParametersFileName "TransformParameters.{k}.txt")' in text
+        again, expected = read_transform(files[-1]), mapping.map_points(points)
+        assert voxels(grid, again.map_points(points) - expected) < 1e-9
+        assert voxels(grid, expected - points) > 0.1
+        # what elastix' classes do with these numbers, by ITK's, of which they are made
+        moved = points
+        for text in texts:
+            moved = mapped(itk_of(text, dimension), moved)
+        assert voxels(grid, moved - expected) < 1e-6
+        if len(kinds) == 1 and mapping.transform.linear:
+            assert again.domain.same_as(grid)
+
+
+def itk_of(text: str, d: int) -> Any:
+    """ITK's transform of a file of elastix, by its names, read in a few lines of its own."""
+    lines = [line[1:-1].split(" ", 1) for line in text.splitlines()]
+    values = {name: [float(v) for v in told.split()] for name, told in lines if '"' not in told}
+    spline = "GridSize" in values
+    made = sitk.BSplineTransform(d, 3) if spline else sitk.AffineTransform(d)
+    fixed = values.get("CenterOfRotationPoint", [])
+    if spline:
+        columns = np.reshape(values["GridDirection"], (d, d))
+        fixed = [*values["GridSize"], *values["GridOrigin"], *values["GridSpacing"], *columns.T.flatten()]
+    made.SetFixedParameters(fixed)
+    made.SetParameters(values["TransformParameters"])
+    return made
+
+
+def test_what_elastix_cannot_hold(tmp_path: Path) -> None:
+    grid = base_grid(3)
+    for transform in (SVFFD(4), Displacement(), Held(SVF(4), ())):
+        with pytest.raises(ValueError, match=r"elastix has no (SVF|Disp).*fnreg convert --to displacement"):
+            io.write_elastix(tmp_path, bent(Affine(), grid) @ bent(transform, grid))
+    with pytest.raises(ValueError, match="grid has 2 axes but the mapping has 3"):
+        io.write_elastix(tmp_path, bent(Affine(), grid), grid=base_grid(2))
+    with pytest.raises(WriteError, match="does not exist"):
+        io.write_elastix(tmp_path / "none", bent(Affine(), grid))
+    assert not list(tmp_path.iterdir())
+
+
+# -- Learn2Reg -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_displacements_for_learn2reg(tmp_path: Path, number: int) -> None:
+    grid, scipy = grids(3)[number], pytest.importorskip("scipy.ndimage")
+    nibabel: Any = pytest.importorskip("nibabel")
+    mapping = composites(grid)[1]
+    path = tmp_path / "disp.nii.gz"
+    io.write_learn2reg(path, mapping)
+    file = nibabel.load(path)
+    assert file.shape == (*grid.size, 3) and file.get_data_dtype() == np.float32
+    like = tmp_path / "like.nii.gz"
+    io.write_image(like, Image(torch.zeros(1, *grid.shape), grid))
+    np.testing.assert_allclose(file.affine, nibabel.load(like).affine)
+    # as the challenge warps: the identity is added, and SciPy samples the moving image on the same grid
+    values = intensity(grid.points() - grid.center, EXTENT).reshape(1, *grid.shape)
+    found = scipy.map_coordinates(
+        values[0].numpy().transpose(2, 1, 0), np.indices(grid.size) + np.moveaxis(file.get_fdata(), -1, 0), order=1
+    )
+    expected = fnreg.warp(Image(values, grid), mapping, grid).data[0].permute(2, 1, 0)
+    index = grid.world_to_index(mapping.map_points(grid.points()))
+    inside = ((index > 0.01) & (index < tensor(grid.size) - 1.01)).all(-1).reshape(grid.shape).permute(2, 1, 0)
+    assert int(inside.sum()) > 300
+    spread = float(values.max() - values.min())
+    assert float((torch.from_numpy(found) - expected).abs()[inside].max()) < 1e-5 * spread
+    refused(path, "expected the vectors of a displacement")
+
+
+def test_learn2reg_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has 2 axes: Learn2Reg's displacements have 3"):
+        io.write_learn2reg(tmp_path / "d.nii", bent(FFD(4), base_grid(2)))
+    with pytest.raises(WriteError, match=r"ends in \.nii or \.nii\.gz"):
+        io.write_learn2reg(tmp_path / "d.mha", bent(FFD(4), base_grid(3)))
+
+
+# -- in memory -----------------------------------------------------------------------------------------------------
+
+
+@every_dimension
+@pytest.mark.parametrize("number", range(3))
+def test_in_memory_as_in_files(dimension: int, number: int) -> None:
+    grid = grids(dimension)[number]
+    points = inner_points(grid)
+    for mapping in (*(bent(transform, grid) for transform in (Affine(), FFD(4), Displacement())), *composites(grid)):
+        theirs = io.to_sitk_transform(mapping)
+        assert isinstance(theirs, sitk.Transform)
+        expected = mapping.map_points(points)
+        assert voxels(grid, expected - points) > 0.1
+        assert voxels(grid, mapped(theirs, points) - expected) < 1e-9
+        again = io.from_sitk_transform(theirs)
+        assert voxels(grid, again.map_points(points) - expected) < 1e-9
+        assert len(parts(again)) == len(parts(mapping)) or mapping.transform.linear
+    # nothing is shared
+    field = bent(Displacement(), grid)
+    theirs = io.to_sitk_transform(field)
+    before = mapped(theirs, points)
+    field.params["displacement"].zero_()
+    assert torch.equal(mapped(theirs, points), before)
+
+
+@pytest.mark.parametrize("name", their_linear())
+def test_their_linear_maps_in_memory(name: str) -> None:
+    theirs = their_linear()[name]
+    points = 20 * uniform(10, theirs.GetDimension(), seed=1)
+    found = io.from_sitk_transform(theirs)
+    assert found.transform.linear
+    assert_close(found.map_points(points), mapped(theirs, points), atol=1e-9, rtol=0)
+
+
+def test_their_compositions_in_memory() -> None:
+    spline, image = their_spline(3, (3, 4, 2))
+    nested = sitk.CompositeTransform([sitk.Euler3DTransform(CENTER, 0.01, 0.02, 0), sitk.CompositeTransform([spline])])
+    points = inner_points(image.grid, margin=3.0)
+    found = io.from_sitk_transform(nested)
+    assert_close(found.map_points(points), mapped(nested, points), atol=1e-9, rtol=0)
+
+
+def test_in_memory_bad_input() -> None:
+    grid = base_grid(2)
+    with pytest.raises(TypeError, match="expected a transform of SimpleITK, got str: for files read_transform"):
+        io.from_sitk_transform("t.tfm")
+    with pytest.raises(TransformReadError, match="composition without parts"):
+        io.from_sitk_transform(sitk.CompositeTransform(2))
+    with pytest.raises(TransformReadError, match="the transform holds a BSplineTransform: readable are linear"):
+        io.from_sitk_transform(sitk.BSplineTransform(2, 2))
+    broken = sitk.TranslationTransform(2, (float("nan"), 0.0))
+    with pytest.raises(TransformReadError, match="the transform does not hold finite numbers"):
+        io.from_sitk_transform(broken)
+    with pytest.raises(ValueError, match="not finite"):
+        io.to_sitk_transform(Mapping({"displacement": torch.full((2, *grid.shape), torch.nan)}, grid, Displacement()))
+    with pytest.raises(ValueError, match=r"has shape \(3, 2, .*one map of 2 or 3 axes"):
+        io.to_sitk_transform(Mapping({"displacement": torch.zeros(3, 2, *grid.shape)}, grid, Displacement()))

@@ -30,10 +30,17 @@ def evaluate(
     ] = None,
     space: Annotated[str | None, option(f"Where the points of a plain table are: {' or '.join(SPACES[:2])}.")] = None,
     interp: Annotated[str, option(f"Of labels: {' or '.join(LABELS)}. [default: nearest]")] = "nearest",
+    surfaces: Annotated[
+        bool, option("Tell also how far the surfaces of labels are apart, in mm; needs the extra itk.")
+    ] = False,
+    inverse: Annotated[
+        Path | None,
+        option("Transform of the way back, from moving to fixed points: how far there and back ends from the start."),
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> int:
-    """Tell how good transforms are: overlap of labels, distance of landmarks, folds; before and after.
+    """Tell how good transforms are: overlap and surfaces of labels, distance of landmarks, folds; before and after.
 
     Parameters
     ----------
@@ -48,7 +55,7 @@ def evaluate(
     found = judge(
         transforms, fixed_labels=fixed_labels, moving_labels=moving_labels, fixed_points=fixed_points,
         moving_points=moving_points, like=like, space=cast("Space | None", space),
-        interp="nearest" if interp == "nearest" else "multilabel",
+        interp="nearest" if interp == "nearest" else "multilabel", surfaces=surfaces, inverse=inverse,
     )  # fmt: skip
     if as_json:
         print(json.dumps(found, indent=2))

@@ -10,7 +10,7 @@ from fnreg.commands.base import OK, File, Json, Like, Overwrite, Verbose, app, o
 from fnreg.settings import PADDINGS, SettingsError, choose
 
 INTERPS = ("linear", "nearest", "cubic", "multilabel")
-FORMS = ("itk", "ants", "fnreg", "displacement")
+FORMS = ("itk", "ants", "elastix", "fnreg", "displacement", "l2r")
 SPACES = ("LPS", "RAS", "voxel")
 
 Inverse = Annotated[bool, option("Use the inverse of all of them: it maps moving points to fixed points.")]
@@ -172,7 +172,9 @@ def convert(
         str,
         option(
             "itk (.tfm, .txt, .h5; .mat for linear ones), ants (-o is a prefix of 0GenericAffine.mat and "
-            "1Warp.nii.gz), fnreg (.safetensors) or displacement (.nii, .nii.gz, .mha, .nrrd)."
+            "1Warp.nii.gz), elastix (-o is a folder for TransformParameters.0.txt and so on), fnreg (.safetensors), "
+            "displacement (.nii, .nii.gz, .mha, .nrrd) or l2r (.nii, .nii.gz: X x Y x Z x 3 in voxels, as Learn2Reg "
+            "takes it)."
         ),
     ],
     output: File,
@@ -189,7 +191,7 @@ def convert(
         A file, as of apply.
     """
     choose("form", to, FORMS)
-    if to != "ants":
+    if to not in ("ants", "elastix"):
         _check(output, overwrite)
     from fnreg import convert
 

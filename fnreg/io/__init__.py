@@ -1,6 +1,8 @@
 """Images, points and transforms to and from files.  Every write is atomic; no file can run code."""
 
 from fnreg.io.elastix import read_elastix as read_elastix
+from fnreg.io.elastix_files import write_elastix as write_elastix
+from fnreg.io.field import from_sitk_transform as from_sitk_transform
 from fnreg.io.field import read_displacement as read_displacement
 from fnreg.io.field import read_itk as read_itk
 from fnreg.io.files import ImageReadError as ImageReadError
@@ -18,8 +20,10 @@ from fnreg.io.interchange import from_torchio as from_torchio
 from fnreg.io.interchange import to_monai as to_monai
 from fnreg.io.interchange import to_nibabel as to_nibabel
 from fnreg.io.interchange import to_torchio as to_torchio
+from fnreg.io.itk import to_sitk_transform as to_sitk_transform
 from fnreg.io.itk import write_itk as write_itk
 from fnreg.io.nifti import write_displacement as write_displacement
+from fnreg.io.nifti import write_learn2reg as write_learn2reg
 from fnreg.io.nifti import write_map as write_map
 from fnreg.io.points import Landmarks as Landmarks
 from fnreg.io.points import read_points as read_points
@@ -42,6 +46,7 @@ __all__ = [
     "from_monai",
     "from_nibabel",
     "from_sitk",
+    "from_sitk_transform",
     "from_torchio",
     "read_displacement",
     "read_elastix",
@@ -54,11 +59,14 @@ __all__ = [
     "to_monai",
     "to_nibabel",
     "to_sitk",
+    "to_sitk_transform",
     "to_torchio",
     "write_displacement",
+    "write_elastix",
     "write_image",
     "write_itk",
     "write_labels",
+    "write_learn2reg",
     "write_map",
     "write_points",
     "write_transform",

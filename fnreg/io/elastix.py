@@ -19,7 +19,7 @@ from fnreg.transforms.base import Mapping
 
 KINDS = ("TranslationTransform", "EulerTransform", "SimilarityTransform", "AffineTransform", "BSplineTransform")
 DEEPEST = 32  # files that begin with one another
-INITIAL = ("InitialTransformParametersFileName", "InitialTransformParameterFileName")  # until 5.0, and from 5.1 on
+INITIAL = ("InitialTransformParametersFileName", "InitialTransformParameterFileName")  # old, new
 _LINE = re.compile(r"\(\s*(\w+)\s+(.*?)\s*\)\s*(?://.*)?")
 _VALUE = re.compile(r'"([^"]*)"|([^\s"]+)')
 Values = dict[str, list[str]]

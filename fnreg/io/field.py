@@ -120,6 +120,21 @@ def read_itk(path: PathLike) -> Mapping:
     return joined([_part(sitk, path, part) for part in _flat(sitk, whole)][::-1])
 
 
+def from_sitk_transform(transform: Any) -> Mapping:
+    """The mapping of a transform of SimpleITK in memory: the kinds that `read_itk` reads, with the same meaning.
+
+    It shares no memory with the transform.  Raises TypeError for what is no transform of SimpleITK, TransformReadError
+    for other kinds, for compositions without parts and for what is not finite; MissingExtraError.
+    """
+    sitk: Any = require("SimpleITK", "itk", "a transform of SimpleITK")
+    if not isinstance(transform, sitk.Transform):
+        raise TypeError(f"expected a transform of SimpleITK, got {type(transform).__name__}: for files read_transform")
+    found = _flat(sitk, transform)
+    if not found:
+        raise TransformReadError("the transform is a composition without parts: expected one at least")
+    return joined([_part(sitk, "the transform", part) for part in found][::-1])
+
+
 def _flat(sitk: Any, transform: Any) -> list[Any]:
     """The transforms of which a composite one consists."""
     transform = transform.Downcast()

@@ -49,11 +49,26 @@ def write_itk(path: PathLike, mapping: Mapping) -> None:
         write_bytes(path, mat_of(made[0]) if kind == ".mat" else text_of(made))
 
 
+def to_sitk_transform(mapping: Mapping) -> Any:
+    """SimpleITK's transform of a mapping: what `write_itk` writes, in memory.
+
+    An `AffineTransform`, `BSplineTransform`, `DisplacementFieldTransform`, or of a composition a `CompositeTransform`,
+    in which ITK's last acts first.  It shares no memory with the mapping.  Raises ValueError for a batch, for other
+    than 2 or 3 axes and for what is not finite; MissingExtraError.
+    """
+    sitk: Any = require("SimpleITK", "itk", "a transform of SimpleITK")
+    return _whole(sitk, stored(mapping)[::-1])
+
+
+def _whole(sitk: Any, made: list[Part]) -> Any:
+    each = [_transform(sitk, part) for part in made]
+    return each[0] if len(each) == 1 else sitk.CompositeTransform(each)
+
+
 def _hdf5(path: PathLike, made: list[Part], point: list[float]) -> bytes:
     """The bytes that ITK writes, after reading them back."""
     sitk: Any = require("SimpleITK", "itk", f"writing {path}")
-    each = [_transform(sitk, part) for part in made]
-    whole = each[0] if len(each) == 1 else sitk.CompositeTransform(each)
+    whole = _whole(sitk, made)
     try:
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder) / "transform.h5"

@@ -48,6 +48,28 @@ def finite_displacement(mapping: Mapping, grid: Grid | None) -> Tensor:
     return field
 
 
+def write_learn2reg(path: PathLike, mapping: Mapping, *, grid: Grid | None = None) -> None:
+    """Write a displacement as the Learn2Reg challenges take it, NIfTI of shape (X, Y, Z, 3) in voxels, float32.
+
+    grid : of the fixed image, default the mapping's own domain
+
+    The vector d at the voxel i of the fixed image says that i + d is the voxel of the moving image, which must lie on
+    the same grid, as it does in the data of these challenges: d = G^-1 T(G i) - i with G from voxels to the world.
+    Components are in the order of the file's axes X, Y, Z.  That is what SciPy's `map_coordinates` takes after
+    adding the identity, https://learn2reg.grand-challenge.org/Submission.  The header is that of the grid.  The file
+    does not say what it holds: no program can tell it from a series of three images, and `read_transform` refuses it.
+
+    Raises ValueError for a grid that is not 3-D, for a batch and for values that are not finite, WriteError where the
+    file cannot be written.
+    """
+    where, field = first_domain(mapping.domain) if grid is None else grid, finite_displacement(mapping, grid)
+    if where.ndim != 3:
+        raise ValueError(f"the grid has {where.ndim} axes: Learn2Reg's displacements have 3")
+    vectors = where.convert(field.to(torch.float64).movedim(0, -1), "world", "index", vectors=True)
+    values = vectors.movedim(-1, 0).to(torch.float32).detach().cpu().contiguous().numpy()
+    write_nifti(path, values, where, fourth=True)
+
+
 def write_map(path: PathLike, image: Image) -> None:
     """Write one number per voxel of 2 or 3 axes, such as `Registration.jacobian()`, as `write_displacement` does."""
     if image.data.ndim != image.grid.ndim + 1 or image.channels != 1:

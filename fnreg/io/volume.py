@@ -145,9 +145,18 @@ class _Plain:
 
 
 def write_nifti(
-    path: PathLike, values: np.ndarray, grid: Grid, *, intent: int = 0, like: PathLike | None = None
+    path: PathLike,
+    values: np.ndarray,
+    grid: Grid,
+    *,
+    intent: int = 0,
+    like: PathLike | None = None,
+    fourth: bool = False,
 ) -> None:
-    """Write values (C, [Z,] Y, X) on a grid; see `fnreg.io.write_image`."""
+    """Write values (C, [Z,] Y, X) on a grid; see `fnreg.io.write_image`.
+
+    fourth : the channels are the fourth axis, where NIfTI has time, and not the fifth
+    """
     name = str(path).lower()
     if not name.endswith((".nii", ".nii.gz")):
         raise WriteError(f"{path}: expected a name that ends in .nii or .nii.gz")
@@ -157,13 +166,13 @@ def write_nifti(
     fields = head[0]
     vectors = intent == VECTOR or len(values) > 1
     space = [*grid.size, *([1] * (3 - grid.ndim))] if vectors else list(grid.size)
-    used = [*space, 1, len(values)] if vectors else space
+    used = [*space, *([] if fourth else [1]), len(values)] if vectors else space
     fields["dim"] = [len(used), *used, *([1] * (7 - len(used)))]
     code = next(code for code, kind in TYPES.items() if np.dtype(kind) == values.dtype.newbyteorder("="))
     fields["datatype"], fields["bitpix"] = code, 8 * values.dtype.itemsize
     fields["scl_slope"], fields["scl_inter"] = 1, 0
     fields["cal_max"] = fields["cal_min"] = 0  # a window for the old values
-    fields["intent_code"] = intent or (VECTOR if vectors else 0)
+    fields["intent_code"] = intent or (VECTOR if vectors and not fourth else 0)
     block = fields.binaryblock + head[1]
     ordered = np.ascontiguousarray(values).astype(values.dtype.newbyteorder(fields.endianness), copy=False)
     voxels = ordered.reshape(-1).view(np.uint8).data

@@ -21,25 +21,23 @@ def slices(
     unit: str = "world units",
     title: str | None = None,
 ) -> Figure:
-    """Three orthogonal slices of a 3-D image through a world point, in one scale and one intensity window.
+    """Three orthogonal slices of a 3-D image through a world point, in one scale and one intensity window; a 2-D image.
 
     The slices are planes of the world, x y, x z and y z.  Where the image's axes are those of the world, in any order,
     they show its voxels, of the layer next to the point; otherwise they interpolate linearly.
 
     at : (x, y, z) in the world, default the middle of the image; cross : draw where the slices cross
 
-    Raises ValueError for an image that is not 3-D and for a point outside of it.
+    Raises ValueError for a point outside of the image, and for one through which a 2-D image would be cut.
     """
     image = single("image", image)
-    if image.grid.ndim != 3:
-        raise ValueError("image has 2 spatial axes: slices are of 3-D images")
     looks = cuts(image.grid, at)
     flat = [look.of(image) for look in looks]
-    figure, axes = panels(looks, title=title)
+    figure, axes = panels(looks, title=None if len(looks) == 1 else title)
     window = window_of(*flat)
     shown: Any = None
     for axis, look, part in zip(axes, looks, flat, strict=True):
-        shown = show(axis, look, part, look.place, unit, window)
+        shown = show(axis, look, part, look.place or title or "", unit, window)
         if cross and look.lines is not None:
             axis.axvline(look.lines[0], color="C1", linewidth=0.7, alpha=0.7)
             axis.axhline(look.lines[1], color="C1", linewidth=0.7, alpha=0.7)

@@ -74,6 +74,7 @@ def _below(axes: Any, image: Image | None) -> list[Box]:
 
 def warped_grid(
     mapping: Mapping | Registration,
+    grid: Grid | None = None,
     *,
     lines: int = 29,
     size: int = 512,
@@ -87,8 +88,8 @@ def warped_grid(
     moving points: what the lines show is the place in the moving image from which each part of the warped image comes.
     The dashed frame is the border of the fixed image before.
 
-    mapping : of 2-D points, linear or not; of a `Registration` the lines are those of its fixed grid, else of the
-        mapping's domain
+    mapping : of 2-D points, linear or not
+    grid : whose coordinate lines these are, default the fixed grid of a `Registration` or the mapping's domain
     lines : along the longer side, borders included; the other side has lines at the same distance
     size : of the panel's longer side, in pixels of a picture saved with 100 dots per inch
     image : drawn underneath; the moving image fits to the lines
@@ -102,7 +103,7 @@ def warped_grid(
     """
     if lines < 2 or size < 16:
         raise ValueError(f"lines is {lines} and size {size}: expected at least 2 lines and 16 pixels")
-    found, grid = _of(mapping)
+    found, grid = _of(mapping, grid)
     grid = grid.to("cpu")
     curves = _mapped(found, _coordinate_lines(grid, lines, size))
     if not bool(torch.isfinite(curves).all(-1).any()):
