@@ -18,7 +18,7 @@ from fnreg.io.image import suffix
 from fnreg.io.points import Space
 from fnreg.results import window_of
 from fnreg.sampling import Padding, interpolate
-from fnreg.transforms.base import Mapping, moving_coords, warp
+from fnreg.transforms.base import SLAB, Mapping, moving_coords, warp
 
 Interp = Literal["linear", "nearest", "cubic", "multilabel"]
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")  # files that know no integers but bytes, and no world
@@ -103,6 +103,10 @@ def warp_labels(
     >>> warp_labels(torch.tensor([[[7, 7, 2, 2]]]), grid, move, grid).tolist()
     [[[7, 2, 2, 0]]]
     """
+    slabs = grid.slabs(SLAB)
+    if len(slabs) > 1:
+        options: dict[str, Any] = {"interp": interp, "padding": padding}
+        return torch.cat([warp_labels(labels, source, mapping, slab, **options) for slab in slabs], 1)
     coords = moving_coords(mapping, grid, source, torch.float64)
     if interp == "nearest":
         return interpolate(labels, coords, mode="nearest", padding=padding).reshape(-1, *grid.shape)

@@ -399,6 +399,15 @@ class Grid:
         index = torch.tensor(middle, dtype=torch.float64, device=self.center.device)
         return self._with(sizes, self.spacing, self.index_to_world(index))
 
+    def slabs(self, voxels: int) -> list[Grid]:
+        """The grid cut along its last axis into parts of at most `voxels` voxels, one plane at the least."""
+        *plane, planes = self.size
+        depth = max(1, voxels // math.prod(plane))
+        if depth >= planes:
+            return [self]
+        start = [0] * len(plane)
+        return [self.roi([*start, k], [*plane, min(depth, planes - k)]) for k in range(0, planes, depth)]
+
     def center_crop(self, size: Integers) -> Grid:
         """The middle `size` voxels of each axis; axes that are smaller stay."""
         sizes = [min(n, m) for n, m in zip(self.size, self._integers("size", size), strict=True)]

@@ -631,6 +631,16 @@ def test_roi_starts_at_its_index(data: st.DataObject) -> None:
     assert_close(found.origin, grid.index_to_world(tensor(start)), **EXACT)
 
 
+@given(st.data(), st.integers(1, 300))
+def test_slabs_are_the_grid_in_order(data: st.DataObject, voxels: int) -> None:
+    grid = one_of(data)
+    slabs = grid.slabs(voxels)
+    plane = grid.numel // grid.size[-1]
+    assert all(slab.numel <= max(voxels, plane) for slab in slabs)
+    assert len(slabs) <= -(-grid.numel // max(1, voxels - plane)) or voxels <= plane
+    assert_close(torch.cat([slab.points() for slab in slabs]), grid.points(), **EXACT)
+
+
 @given(st.data())
 def test_center_crop_and_pad_stay_on_the_voxels(data: st.DataObject) -> None:
     grid = one_of(data, low=3, high=8)

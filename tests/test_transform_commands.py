@@ -192,7 +192,9 @@ def test_labels_stay_what_they_are(folder: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_largest_share_is_nearer_the_truth_than_the_nearest_voxel(seed: int) -> None:
+def test_the_largest_share_is_nearer_the_truth_than_the_nearest_voxel(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fixed, moving = volume_grid(), volume_grid(spacing=(1.1, 1.3, 1.9))
     mapping = smooth_mapping(SVFFD(4), fixed, seed, 1.0, 2.0)
     labels, truth = regions(moving), regions(fixed, mapping)
@@ -201,6 +203,9 @@ def test_the_largest_share_is_nearer_the_truth_than_the_nearest_voxel(seed: int)
     for made in (near, shared):
         assert set(made.unique().tolist()) <= set(labels.unique().tolist())
     assert float(metrics.dice(shared, truth).mean()) >= float(metrics.dice(near, truth).mean()) > 0.7
+    monkeypatch.setattr("fnreg.apply.SLAB", 400)  # large grids go in parts
+    for name, made in (("nearest", near), ("multilabel", shared)):
+        assert torch.equal(warp_labels(labels, moving, mapping, fixed, interp=name), made)
 
 
 def test_shares_of_labels_at_a_border_and_in_ties() -> None:

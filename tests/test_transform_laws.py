@@ -34,6 +34,7 @@ from torch.testing import assert_close
 
 from fnreg import Displacement, Grid, Held, Image, Mapping, Sequential, Subject, Transform, stack, warp
 from fnreg.pytree import tree_flatten, tree_map, tree_vmap
+from fnreg.transforms import base
 from fnreg.transforms.base import moving_coords
 from fnreg.transforms.linear import Affine, Linear, Rigid, Rotation, Scaling, Shearing, Similarity, Translation
 
@@ -512,6 +513,25 @@ def test_warping_samples_the_image_where_the_points_go(transform: Transform, dim
         law(seen, items, movings, params, data, atol=1e-9)
 
     check()
+
+
+@every
+def test_large_grids_are_warped_in_parts(transform: Transform, dimension: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid([9, 8, 7][:dimension], direction=orientation(dimension, tensor([0.4, -0.3, 0.6])))
+    image, other = Image(uniform(1, *grid.shape), grid), grid.resize([7, 6, 5][:dimension])
+    first, second = (random_mapping(transform, grid, seed) for seed in (1, 2))
+    ways = [(first, grid), (first, other), (stack([first, second]), other)]
+
+    def results(mapping: Mapping, where: Grid) -> Any:
+        def energy(by: Mapping) -> Tensor:
+            return warp(image, by, where).data.square().sum()
+
+        return warp(image, mapping, where).data, torch.func.grad(energy)(mapping).params
+
+    wholes = [results(*way) for way in ways]
+    monkeypatch.setattr(base, "SLAB", 12)
+    for way, whole in zip(ways, wholes, strict=True):
+        close(results(*way), whole, atol=1e-9, rtol=1e-9)
 
 
 def test_coordinates_of_a_nonlinear_way_equal_those_by_matrix() -> None:

@@ -35,6 +35,9 @@ Step = Any
 Domain = Any  # a Grid; for Sequential also a tuple with the domain of each part
 
 
+SLAB = 2**21  # voxels that are warped at once: coordinates of all of a large grid would take far more than its image
+
+
 class Split(NamedTuple):
     """A map of a grid's voxels i: to i + frame shift(i) along its axes, from there to world, then by the matrix."""
 
@@ -550,8 +553,13 @@ def warp(
     def through(data: Tensor, mode: Mode, padding: Padding) -> Tensor:
         def one(values: Tensor, source: Grid, by: Mapping, target: Grid) -> Tensor:
             dtype = values.dtype if values.is_floating_point() else torch.float64
-            coords = moving_coords(by, target, source, dtype, own=own)
-            return interpolate(values, coords, mode=mode, padding=padding).reshape(-1, *target.shape)
+            whole = own and by.transform.splits and not by.transform.linear  # its field is read where it lies
+            parts = [target] if whole else target.slabs(SLAB)
+            warped: list[Tensor] = []
+            for part in parts:
+                coords = moving_coords(by, part, source, dtype, own=own)
+                warped.append(interpolate(values, coords, mode=mode, padding=padding).reshape(-1, *part.shape))
+            return warped[0] if len(parts) == 1 else torch.cat(warped, 1)
 
         return over_batch(
             one,
