@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fnreg import io
+from fnreg.agreement import landmarks
 from fnreg.chains import grid_of, read_chain, told
 from fnreg.grid import Grid
 from fnreg.image import Image
@@ -18,6 +19,7 @@ from fnreg.io.image import suffix
 from fnreg.io.points import Space
 from fnreg.results import window_of
 from fnreg.sampling import Padding, interpolate
+from fnreg.settings import SettingsError
 from fnreg.transforms.base import Mapping, moving_coords, warp
 
 Interp = Literal["linear", "nearest", "cubic", "multilabel"]
@@ -168,10 +170,16 @@ def apply_points(
     space, like : of points in a file that does not say where they are, see `fnreg.io.read_points`; voxels are those of
         the image `like`
 
-    Raises TransformReadError, WriteError, and ValueError for axes that differ or points that are not finite.
+    Raises PointReadError, TransformReadError, WriteError, SettingsError for `like` without voxels and voxels without
+    `like`, and ValueError for axes that differ or points that are not finite.
     """
+    if (space == "voxel") != (like is not None):
+        raise SettingsError(
+            "--space voxel goes with --like, the image of whose voxels the points are: give both or none"
+        )
     mapping = read_chain(transforms, inverse=inverse)
-    found = io.read_points(file, space=space, grid=None if like is None else io.read_image(like).grid)
+    grid = None if like is None else io.read_image(like).grid
+    found = landmarks(file, space, grid, "give --space LPS or RAS, or voxel with --like")
     points = found.points
     moved = mapping.map_points(points)
     if not bool(torch.isfinite(moved).all()):

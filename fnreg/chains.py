@@ -13,6 +13,7 @@ from fnreg.io.files import TransformReadError
 from fnreg.io.itk_parts import joined, parts
 from fnreg.io.nifti import SUFFIXES
 from fnreg.pytree import tree_leaves
+from fnreg.settings import SettingsError
 from fnreg.transforms.base import Mapping, first_domain
 from fnreg.transforms.linear import linear_mapping
 
@@ -81,12 +82,15 @@ def grid_of(mapping: Mapping, like: Path | None) -> Grid:
 
 
 def write_chain(file: Path, mapping: Mapping, *, like: Path | None = None) -> None:
-    """Write as `fnreg.io.write_transform`; a displacement on the grid that `grid_of` tells."""
+    """Write as `fnreg.io.write_transform`; a displacement on the grid that `grid_of` tells.
+
+    SettingsError for a grid of what is no displacement.
+    """
     if str(file).lower().endswith(DISPLACEMENTS):
         io.write_transform(file, mapping, grid=grid_of(mapping, like))
         return
     if like is not None:
-        raise ValueError(f"--like {like} is the grid of a displacement, and {file} is none: leave it out")
+        raise SettingsError(f"--like {like} is the grid of a displacement, and {file} is none: leave it out")
     io.write_transform(file, mapping)
 
 

@@ -418,6 +418,17 @@ def test_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "jac_min" not in run(capsys, "evaluate", "affine.mat", *sides)["after"]
 
 
+def test_evaluate_pairs_landmarks_as_register_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = inner_points(3)
+    save_points("f.csv", io.Landmarks(points, ("a", "b", "c")))
+    save_points("m.csv", io.Landmarks(points.flip(0), ("c", "b", "a")))
+    assert run(capsys, "evaluate", "--fixed-points", "f.csv", "--moving-points", "m.csv")["before"]["tre_max"] == 0
+    save_points("m.csv", io.Landmarks(points.flip(0)[:2], ("c", "b")))
+    with pytest.warns(UserWarning, match="left out: a"):
+        found = run(capsys, "evaluate", "--fixed-points", "f.csv", "--moving-points", "m.csv")["before"]
+    assert found["tre_max"] == 0
+
+
 def test_evaluate_surfaces_and_the_way_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fixed, moving = volume_grid(), io.read_image(Path("moving.mha")).grid
     bent = io.read_transform("bent.safetensors")
@@ -512,11 +523,25 @@ REFUSED = {
     "name and form": (["convert", "affine.mat", "--to", "itk", "-o", "c.nii"], 2, "c.nii is no name for --to itk"),
     "bent as .mat": (["convert", "bent.safetensors", "--to", "itk", "-o", "c.mat"], 3, ".mat holds linear transforms"),
     "ending": (["compose", "affine.mat", "-o", "c.xfm"], 3, "expected a name that ends in .safetensors"),
-    "like without need": (["compose", "affine.mat", "-o", "c.tfm", "--like", "fixed.mha"], 3, "leave it out"),
+    "like without need": (["compose", "affine.mat", "-o", "c.tfm", "--like", "fixed.mha"], 2, "leave it out"),
     "no inverse": (["invert", "fold.safetensors", "-o", "i.h5"], 3, "use a stronger penalty, or a diffeomorphism"),
     "no grid of a field": (["convert", "affine.mat", "--to", "displacement", "-o", "u.nii"], 3, "with --like"),
     "jacobian as picture": (["jacobian", "bent.nii.gz", "-o", "j.png"], 3, "ends in .nii or .nii.gz"),
     "nothing to evaluate": (["evaluate"], 2, "nothing to evaluate"),
+    "folds of a linear map": (["evaluate", "affine.mat", "--like", "fixed.mha"], 2, "a linear transform does not fold"),
+    "space of nothing": (["evaluate", "bent.nii.gz", "--space", "RAS"], 2, "--space RAS is that of points"),
+    "grid of nothing": (
+        ["evaluate", "--fixed-points", "p.csv", "--moving-points", "p.csv", "--like", "fixed.mha"], 2,
+        "--like fixed.mha is where folds of a transform are counted",
+    ),
+    "space of a table": (["evaluate", "--fixed-points", "t.csv", "--moving-points", "t.csv"], 3, "give --space LPS or"),
+    "space of points": (["points", "t.csv", "affine.mat", "-o", "q.csv"], 3, "give --space LPS or RAS, or voxel with"),
+    "voxels of nothing": (
+        ["points", "t.csv", "affine.mat", "-o", "q.csv", "--space", "voxel"], 2, "--space voxel goes with --like",
+    ),
+    "grid of points": (
+        ["points", "p.csv", "affine.mat", "-o", "q.csv", "--like", "fixed.mha"], 2, "--space voxel goes with --like",
+    ),
     "surfaces of nothing": (["evaluate", "affine.mat", "--surfaces"], 2, "give --fixed-labels and --moving-labels"),
     "the way back alone": (
         ["evaluate", "--inverse", "affine.mat", "--fixed-labels", "l.mha", "--moving-labels", "l.mha"], 2,
@@ -542,6 +567,7 @@ def test_refused(folder: Path, capsys: pytest.CaptureFixture[str], case: str) ->
     flat = Grid((8, 6))
     io.write_image(Path("flat.png"), Image(torch.arange(48.0).reshape(1, 6, 8), flat))
     io.write_image(Path("flat.tif"), Image(300 + torch.arange(48.0).reshape(1, 6, 8), flat))
+    Path("t.csv").write_text("x,y,z\n1,2,3\n")
     io.write_image(Path("zero.png"), Image(torch.zeros(1, 6, 8), flat))
     io.write_transform("flat.tfm", Mapping(Rigid().init(flat), flat, Rigid()))
     one = io.read_transform("bent.safetensors")
