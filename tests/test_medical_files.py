@@ -84,9 +84,12 @@ def test_nrrd_of_another_space_is_turned_to_lps(tmp_path: Path) -> None:
     image = some_image(1)
     write_image(tmp_path / "a.nrrd", image)
     text = (tmp_path / "a.nrrd").read_bytes()
-    (tmp_path / "b.nrrd").write_bytes(text.replace(b"left-posterior-superior", b"right-anterior-superior"))
-    found = read_image(tmp_path / "b.nrrd").grid.affine
-    torch.testing.assert_close(found, torch.from_numpy(FLIP) @ image.grid.affine, atol=1e-12, rtol=0)
+    units = b'\nspace units: "mm" "mm" "mm"'
+    for name, flip in ((b"right-anterior-superior", [-1, -1, 1, 1]), (b"RAS", [-1, -1, 1, 1]), (b"las", [1, -1, 1, 1])):
+        (tmp_path / "b.nrrd").write_bytes(text.replace(b"left-posterior-superior", name + units))
+        found = read_image(tmp_path / "b.nrrd").grid.affine
+        expected = torch.diag(torch.tensor(flip, dtype=torch.float64)) @ image.grid.affine
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
 def test_series_of_itk(tmp_path: Path) -> None:
@@ -152,6 +155,12 @@ META = {
     "zero spacing": (b"ElementSpacing = ", b"ElementSpacing = 0 1 1\nX = ", "expected positive numbers"),
     "negative spacing": (b"ElementSpacing = ", b"ElementSpacing = 1 -1 1\nX = ", "expected positive numbers"),
     "spacing, nan": (b"ElementSpacing = ", b"ElementSpacing = 1 nan 1\nX = ", "expected 3 finite numbers"),
+    "size of voxels": (b"ElementSpacing = ", b"ElementSize = -1 1 1\nX = ", "ElementSize = -1 1 1: expected positive"),
+    "position, nan": (b"Offset = ", b"Position = nan 0 0\nX = ", "Position = nan 0 0: expected 3 finite numbers"),
+    "axes": (b"NDims = 3", b"NDims = 2", "NDims = 2 and DimSize = \\[6, 5, 4\\]"),
+    "unit": (b"NDims = 3", b"NDims = 3\nDistanceUnits = um", "DistanceUnits um, which ITK takes for mm"),
+    "slope": (b"NDims = 3", b"NDims = 3\nElementToIntensityFunctionSlope = 2", "Slope = 2, which ITK ignores"),
+    "intercept": (b"NDims = 3", b"NDims = 3\nElementToIntensityFunctionOffset = 2", "Offset = 2, which ITK ignores"),
     "offset, inf": (b"Offset = ", b"Offset = inf 0 0\nX = ", "expected 3 finite numbers"),
     "few numbers": (b"Offset = ", b"Offset = 0 0\nX = ", "expected 3 finite numbers"),
     "sheared": (
@@ -191,6 +200,11 @@ NRRD = {
     "nonsense": (b"type: float", b"type: float\nnonsense", "has the line 'nonsense'"),
     "origin": (b"space origin: (", b"space origin: (nan,0,0)\n#(", "expected finite numbers"),
     "elsewhere": (b"encoding: raw", b"encoding: raw\ndata file: ../x", "voxels elsewhere"),
+    "space": (b"left-posterior-superior", b"scanner-xyz", "in the space scanner-xyz, which ITK takes for LPS"),
+    "time": (b"left-posterior-superior", b"right-anterior-superior-time", "which ITK takes for LPS"),
+    "hands": (b"left-posterior-superior", b"3D-right-handed", "which ITK takes for LPS"),
+    "unit": (b"encoding: raw", b'encoding: raw\nspace units: "mm" "mm" "um"', "space units um, which ITK takes for mm"),
+    "unit of axes": (b"encoding: raw", b'encoding: raw\nunits: "m" "m" "m"', "units m, which ITK takes for mm"),
     "magic": (b"NRRD0004", b"NRXD0004", "is not an NRRD file"),
 }
 
