@@ -383,8 +383,7 @@ def test_from_and_to_sitk_and_nibabel(seed: int, dimension: int, channels: int) 
     image = some_image(seed, dimension=dimension, channels=channels)
     same(io.from_sitk(io.to_sitk(image)), image)
     there = io.to_nibabel(image)
-    if dimension == 3 or channels == 1:
-        same(io.from_nibabel(there), image)
+    same(io.from_nibabel(there), image)
     corner = [n - 1 for n in image.grid.size]
     place = image.grid.index_to_world(torch.tensor(corner, dtype=torch.float64)).tolist()
     np.testing.assert_allclose(io.to_sitk(image).TransformIndexToPhysicalPoint(corner), place, atol=1e-10)
@@ -404,6 +403,15 @@ def test_nibabels_images_as_they_come(data_dir: Path) -> None:
         torch.testing.assert_close(taken.grid.affine, read.grid.affine, atol=1e-12, rtol=0)
     with pytest.raises(ValueError, match=r"a series, take one volume by image\.slicer"):
         io.from_nibabel(nibabel.load(data_dir / "nibabel_small" / "functional.nii"))
+    for most, kind in ((2**53, np.uint64), (-(2**53), np.int64)):
+        wide = nibabel.Nifti1Image(np.full((2, 2, 2), most, kind), np.eye(4), dtype=kind)
+        assert int(io.from_nibabel(wide).data[0, 0, 0, 0]) == most
+        wide = nibabel.Nifti1Image(np.full((2, 2, 2), most + (1 if most > 0 else -1), kind), np.eye(4), dtype=kind)
+        with pytest.raises(ValueError, match=f"holds integers up to {2**53 + 1}, which no float holds"):
+            io.from_nibabel(wide)
+    small = nibabel.Nifti1Image(np.zeros((3, 4, 5), np.float32), np.diag([20.0, 30.0, 40.0, 1.0]))
+    small.header.set_xyzt_units("micron")
+    assert io.from_nibabel(small).grid.spacing.tolist() == pytest.approx([0.02, 0.03, 0.04])
     flipped = nibabel.Nifti1Image(np.arange(60, dtype=">i2").reshape(5, 4, 3)[::-1, :, ::-1], np.eye(4))
     assert io.from_nibabel(flipped).numpy()[0].T.tolist() == np.asarray(flipped.dataobj).tolist()
     sheared = np.eye(4)
