@@ -60,8 +60,10 @@ def read(paths: Paths, files: tuple[Path, Path], images: tuple[Image, Image]) ->
     """Labels and points, checked against the images of these files.
 
     Raises ImageReadError and PointReadError for what cannot be read or does not fit, SettingsError where points of one
-    side alone are given.
+    side alone are given, or their space without points.
     """
+    if paths.space is not None and paths.points == (None, None):
+        raise SettingsError(f"--space {paths.space} is that of points, and none are given")
     labels = [_labels(*each) for each in zip(paths.labels, files, images, strict=True)]
     if (paths.points[0] is None) != (paths.points[1] is None):
         given, other = ("fixed", "moving") if paths.points[1] is None else ("moving", "fixed")

@@ -96,7 +96,8 @@ def warp_labels(
         one with the largest share, the lowest number of several: its borders are smooth
     padding : outside of the labels; 0 and "zeros" are background
 
-    No label appears that was not there, but for the padding.  Raises ValueError for another `interp`.
+    No label appears that was not there, but for the padding.  Raises ValueError for another `interp`, and for a padding
+    that is no label.
 
     >>> import torch, fnreg
     >>> from fnreg.apply import warp_labels
@@ -105,6 +106,8 @@ def warp_labels(
     >>> warp_labels(torch.tensor([[[7, 7, 2, 2]]]), grid, move, grid).tolist()
     [[[7, 2, 2, 0]]]
     """
+    if not isinstance(padding, str) and not (float(padding).is_integer() and abs(padding) < 2**63):
+        raise ValueError(f"padding is {padding}: outside of labels give a whole number below 2^63")
     coords = moving_coords(mapping, grid, source, torch.float64)
     if interp == "nearest":
         return interpolate(labels, coords, mode="nearest", padding=padding).reshape(-1, *grid.shape)
@@ -112,8 +115,6 @@ def warp_labels(
         raise ValueError(f"labels are not mixed: interp is {interp!r}, choose nearest or multilabel")
     constant = not isinstance(padding, str) or padding == "zeros"
     outside = 0.0 if isinstance(padding, str) else float(padding)
-    if not outside.is_integer():
-        raise ValueError(f"padding is {padding}: outside of labels give a whole number")
     best = largest = None
     numbers = {*torch.unique(labels).tolist(), *([int(outside)] if constant else [])}
     for number in sorted(numbers):

@@ -253,6 +253,8 @@ class Settings:
         for name in ("threads", "seed"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}: expected 0 or more")
+        if self.seed >= 2**64:
+            raise SettingsError(f"seed is {self.seed}: expected less than 2^64")
         self.outside()
         if self.init not in INITS and "." not in self.init and "/" not in self.init:
             choose("init", self.init, (*INITS, "or a file"))
@@ -284,9 +286,12 @@ class Settings:
         if self.padding in PADDINGS:
             return None if self.padding == "none" else self.padding
         try:
-            return float(self.padding)
+            value = float(self.padding)
         except ValueError:
             return choose("padding", self.padding, (*PADDINGS, "or a number"))
+        if not math.isfinite(value):
+            raise SettingsError(f"padding is {self.padding}: expected a finite number, or none to count nothing there")
+        return value
 
     # -- values, which need torch -----------------------------------------------------------------------------
 

@@ -476,6 +476,8 @@ USAGE = {
     "search": (["--init", "search", "--transform", "translation"], "does not begin with a rotation"),
     "center": (["--init", "center", "--transform", "rotation"], "does not begin with a shift"),
     "padding": (["--padding", "black"], "choose from none, zeros, border, reflection"),
+    "padding, nan": (["--padding", "nan"], "padding is nan: expected a finite number"),
+    "seed": (["--seed", str(2**64)], "expected less than 2^64"),
     "save": (["--save", "params+grid"], "unknown save 'grid'"),
     "unknown option": (["--levles", "3"], "--levles"),
     "too many": (["third.png"], "third.png"),
@@ -586,7 +588,7 @@ def test_a_pair_that_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_devices_that_are_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for device in ("cuda:99", "abacus"):
+    for device in ("cuda:99", "abacus", "meta"):
         arguments = ["register", "fixed.png", "moving.png", "-o", "out", "--device", device]
         refused(capsys, folder, arguments, 4, f"device '{device}' cannot be used")
 

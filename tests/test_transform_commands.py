@@ -511,6 +511,14 @@ REFUSED = {
     "no labels": (
         ["apply", "moving.mha", "bent.nii.gz", "-o", "w.mha", "--interp", "multilabel"], 3, "moving.mha",
     ),
+    "outside of labels": (
+        ["apply", "moving_labels.mha", "bent.nii.gz", "-o", "w.mha", "--interp", "nearest", "--padding", "1e30"], 3,
+        "outside of labels give a whole number below 2^63",
+    ),
+    "half outside of labels": (
+        ["apply", "moving_labels.mha", "bent.nii.gz", "-o", "w.mha", "--interp", "multilabel", "--padding", "0.5"], 3,
+        "outside of labels give a whole number below 2^63",
+    ),
     "labels of a PNG": (
         ["apply", "flat.tif", "flat.tfm", "--like", "flat.png", "-o", "w.png", "--interp", "nearest"], 3,
         "name it .tif",
