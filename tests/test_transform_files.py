@@ -618,6 +618,7 @@ ELASTIX_WRONG = {
     "axes": ("(MovingImageDimension 2)", "(MovingImageDimension 3)", "as many on both sides"),
     "twice": ("(MovingImageDimension 2)", "(FixedImageDimension 2)", "FixedImageDimension is given twice"),
     "cut": ("(MovingImageDimension 2)", "(MovingImageDim", r"expected \(Name value ...\)"),
+    "directions": ("(CenterOf", '(UseDirectionCosines "false")\n(CenterOf', "without the directions of its images"),
     "binary": ("(CenterOf", '(UseBinaryFormatForTransformationParameters "true")\n(CenterOf', "write them as text"),
 }
 
@@ -649,6 +650,18 @@ def test_chains_of_elastix_that_do_not_end(tmp_path: Path) -> None:
     refused(b, "has no GridOrigin")
     (tmp_path / "c.txt").write_bytes(b'(Transform "EulerTransform")\n\xff\xfe\n')
     refused(tmp_path / "c.txt", "is not text")
+
+
+def test_a_chain_of_elastix_that_begins_in_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder has a file of the same name: old versions of elastix take that one, new ones the other."""
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    elastix(tmp_path / "a" / "T.0.txt", "TranslationTransform", (1.0, 2.0), 2)
+    last = elastix(tmp_path / "a" / "T.1.txt", "TranslationTransform", (10.0, 20.0), 2, initial="T.0.txt")
+    elastix(tmp_path / "T.0.txt", "TranslationTransform", (100.0, 200.0), 2)
+    refused(last, "a/T.0.txt are two: work in a folder without the one that is not meant")
+    (tmp_path / "T.0.txt").write_bytes((tmp_path / "a" / "T.0.txt").read_bytes())
+    assert read_transform(last).map_points(torch.zeros(1, 2, dtype=torch.float64)).tolist() == [[11, 22]]
 
 
 @every_dimension
