@@ -15,7 +15,8 @@ from fnreg.chains import grid_of, read_chain, told
 from fnreg.grid import Grid
 from fnreg.image import Image
 from fnreg.io.files import ImageReadError
-from fnreg.io.image import suffix
+from fnreg.io.image import PICTURES, read_grid, suffix
+from fnreg.io.nifti import SUFFIXES
 from fnreg.io.points import Space
 from fnreg.results import window_of
 from fnreg.sampling import Padding, interpolate
@@ -23,7 +24,6 @@ from fnreg.settings import SettingsError
 from fnreg.transforms.base import Mapping, moving_coords, warp
 
 Interp = Literal["linear", "nearest", "cubic", "multilabel"]
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")  # files that know no integers but bytes, and no world
 
 
 def apply_image(
@@ -40,7 +40,7 @@ def apply_image(
 
     image : what is sampled, the moving image; with `inverse` the fixed one
     transforms : see `fnreg.chains.read_chain`
-    like : image whose grid the result has; default the grid of the transform
+    like : image whose grid the result has; default the grid of the transform.  From NIfTI to NIfTI its header is kept
     interp : "nearest" and "multilabel" keep labels the integers that they are
 
     Raises ImageReadError, TransformReadError, WriteError, and ValueError for axes that differ.
@@ -55,14 +55,15 @@ def apply_image(
         raise ValueError(f"{image} has {place.ndim} axes but the transform has {grid.ndim}")
     if source is not None and interp == "nearest" and _whole(source.data):
         labels = source.data.to(torch.int64), source.grid
+    kept = like if like is not None and {suffix(like), suffix(output)} <= set(SUFFIXES) else None
     if labels is not None and labels[0].shape[0] == 1:
         warped = warp_labels(labels[0], labels[1], mapping, grid, interp=interp, padding=padding)
-        write_labels(output, warped, grid)
+        write_labels(output, warped, grid, like=kept)
     else:
         assert source is not None and interp != "multilabel"
         made = warp(source, mapping, grid, mode=interp, padding=padding)
-        options: dict[str, Any] = {"window": window_of(source)} if suffix(output) == ".png" else {}
-        io.write_image(output, made, **options)
+        window = window_of(source) if suffix(output) == ".png" else None
+        io.write_image(output, made, window=window, like=kept)
     return {
         "image": str(image),
         "transforms": [str(path) for path in transforms],
@@ -140,10 +141,10 @@ def read_labels(path: Path) -> tuple[Tensor, Grid]:
     return image.data.to(torch.int64), image.grid
 
 
-def write_labels(path: Path, labels: Tensor, grid: Grid) -> None:
-    """Write labels as they are; ValueError for a PNG where they are no bytes."""
+def write_labels(path: Path, labels: Tensor, grid: Grid, *, like: Path | None = None) -> None:
+    """Write labels as they are, `like` as for `fnreg.io.write_labels`; ValueError for a PNG where they are no bytes."""
     if suffix(path) not in PICTURES:
-        io.write_labels(path, io.Labels(labels, grid))
+        io.write_labels(path, io.Labels(labels, grid), like=like)
         return
     options: dict[str, Any] = {}
     if suffix(path) == ".png":
@@ -179,7 +180,7 @@ def apply_points(
             "--space voxel goes with --like, the image of whose voxels the points are: give both or none"
         )
     mapping = read_chain(transforms, inverse=inverse)
-    grid = None if like is None else io.read_image(like).grid
+    grid = None if like is None else read_grid(like)
     found = landmarks(file, space, grid, "give --space LPS or RAS, or voxel with --like")
     points = found.points
     moved = mapping.map_points(points)

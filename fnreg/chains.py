@@ -10,6 +10,7 @@ from fnreg import io
 from fnreg.grid import Grid
 from fnreg.io.field import VECTOR_SUFFIXES
 from fnreg.io.files import TransformReadError
+from fnreg.io.image import read_grid
 from fnreg.io.itk_parts import joined, parts
 from fnreg.io.nifti import SUFFIXES
 from fnreg.pytree import tree_leaves
@@ -70,7 +71,7 @@ def compose(mappings: Sequence[Mapping]) -> Mapping:
 def grid_of(mapping: Mapping, like: Path | None) -> Grid:
     """The grid of an image, or without one that of the map; ValueError where the map has none or the axes differ."""
     if like is not None:
-        grid = io.read_image(like).grid
+        grid = read_grid(like)
         if grid.ndim != _axes(mapping):
             raise ValueError(f"{like} has {grid.ndim} axes but the transform has {_axes(mapping)}")
         return grid

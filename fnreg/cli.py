@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -304,12 +305,19 @@ def _code(error: BaseException) -> int | None:
     return REFUSED if isinstance(error, (OSError, ValueError)) else None
 
 
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning in one line, as errors are told."""
+    print(f"fnreg: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.  Errors are one line on standard error, unless -v is given."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     prepare()
     try:
-        done = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            done = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         return done if isinstance(done, int) else OK
     except KeyboardInterrupt:
         print("fnreg: interrupted, nothing was written", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,26 @@ def test_shares_of_labels_at_a_border_and_in_ties() -> None:
         moved(0.0, padding=0.5)
 
 
+def test_the_header_of_like_is_kept(folder: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    values = torch.rand(1, 9, 13, 14)
+    io.write_image("plain.nii.gz", Image(values, volume_grid()))
+    made = nibabel.load("plain.nii.gz")
+    made.header["sform_code"], made.header["qform_code"], made.header["descrip"] = 4, 2, b"of a scanner"
+    nibabel.save(made, "fixed.nii.gz")
+    series = nibabel.Nifti1Image(np.stack([made.get_fdata()] * 3, -1), None, made.header)
+    nibabel.save(series, "series.nii.gz")
+    for source, interp in (("moving.mha", "linear"), ("moving_labels.mha", "nearest")):
+        for like in ("fixed.nii.gz", "series.nii.gz"):
+            told = ["apply", source, "affine.mat", "--like", like, "--interp", interp, "--overwrite"]
+            assert cli.main([*told, "-o", "w.nii.gz"]) == 0
+            header = nibabel.load("w.nii.gz").header
+            assert (int(header["sform_code"]), int(header["qform_code"])) == (4, 2)
+            assert header["descrip"].item() == b"of a scanner" and header["dim"][0] == 3
+            assert cli.main([*told, "-o", "w.mha"]) == 0  # another format has no such header
+            np.testing.assert_array_equal(load("w.nii.gz"), load("w.mha"))
+
+
 # -- points --------------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +395,15 @@ def test_jacobian(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told["folds at voxels"] == int((load("f.nii.gz") < np.log(1.01e-6)).sum()) > 0 > told["jac_min"]
 
 
+def test_json_has_no_numbers_that_are_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = volume_grid()
+    turned = 2 * (grid.center - grid.points()).mT.reshape(3, *grid.shape)  # p -> 2 c - p folds everywhere
+    io.write_transform("turned.safetensors", Mapping({"displacement": turned}, grid, Displacement()))
+    assert cli.main(["jacobian", "turned.safetensors", "-o", "j.nii.gz", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["sdlogj"] is None and found["jac_max"] == pytest.approx(-1)
+
+
 # -- evaluate and presets ------------------------------------------------------------------------------------------
 
 
@@ -424,9 +454,12 @@ def test_evaluate_pairs_landmarks_as_register_does(folder: Path, capsys: pytest.
     save_points("m.csv", io.Landmarks(points.flip(0), ("c", "b", "a")))
     assert run(capsys, "evaluate", "--fixed-points", "f.csv", "--moving-points", "m.csv")["before"]["tre_max"] == 0
     save_points("m.csv", io.Landmarks(points.flip(0)[:2], ("c", "b")))
-    with pytest.warns(UserWarning, match="left out: a"):
-        found = run(capsys, "evaluate", "--fixed-points", "f.csv", "--moving-points", "m.csv")["before"]
-    assert found["tre_max"] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["evaluate", "--fixed-points", "f.csv", "--moving-points", "m.csv", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["before"]["tre_max"] == 0
+    assert err == "fnreg: warning: landmarks in one of f.csv and m.csv only were left out: a\n"
 
 
 def test_evaluate_surfaces_and_the_way_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
