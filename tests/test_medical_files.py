@@ -280,6 +280,7 @@ def write_dicom(
     skip: tuple[int, ...] = (),
     shear: float = 0.0,
     slope: float = 1.0,
+    thickness: str | None = None,
 ) -> None:
     """A series as a scanner writes it, named so that the order of names is not that of the slices."""
     folder.mkdir(exist_ok=True)
@@ -302,6 +303,7 @@ def write_dicom(
             "0008|0018": f"{uid}.{k}",
             "0020|0013": str(k),
         }
+        tags |= {} if thickness is None else {"0018|0050": thickness}
         tags |= {"0028|1052": "-3", "0028|1053": str(slope)}
         for name, text in tags.items():
             one.SetMetaData(name, text)
@@ -330,6 +332,20 @@ def test_a_series_of_slices_is_a_volume(tmp_path: Path, axial: bool) -> None:
     np.testing.assert_allclose(itk.GetSpacing(), found.grid.spacing, atol=1e-6)
     np.testing.assert_allclose(itk.GetDirection(), found.grid.direction.flatten(), atol=1e-6)
     assert torch.equal(read_labels(tmp_path / "ct").data[0], torch.from_numpy(sitk.GetArrayFromImage(itk)).int())
+
+
+def test_one_slice_is_as_thick_as_it_says(tmp_path: Path) -> None:
+    image, others = scan(), (0, 2, 3)
+    write_dicom(tmp_path / "thick", image, skip=others, thickness="2.5")
+    found = read_image(tmp_path / "thick").grid
+    assert found.size == (6, 5, 1)
+    torch.testing.assert_close(found.affine[:, :3], image.grid.affine[:, :3], atol=1e-7, rtol=0)
+    place = image.grid.index_to_world(torch.tensor([0.0, 0, 1], dtype=torch.float64))
+    torch.testing.assert_close(found.origin, place, atol=1e-6, rtol=0)
+    for name, told in (("untold", None), ("zero", "0")):
+        write_dicom(tmp_path / name, image, skip=others, thickness=told)
+        with pytest.warns(io.GeometryWarning, match="one slice, which does not say how thick it is: taken is 1 mm"):
+            assert read_image(tmp_path / name).grid.spacing.tolist() == pytest.approx([0.8, 0.9, 1.0])
 
 
 def test_series_that_are_no_volume(tmp_path: Path) -> None:
