@@ -406,6 +406,17 @@ def test_files_cut_short_are_refused(tmp_path: Path, name: str) -> None:
     refused(path, "is a folder")
 
 
+def test_a_field_in_nifti_2(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    vectors = np.random.default_rng(0).normal(size=(5, 4, 3, 1, 3))
+    made = nibabel.Nifti2Image(vectors, np.eye(4))
+    made.header.set_intent("vector")
+    nibabel.save(made, tmp_path / "u.nii")
+    assert_close(read_transform(tmp_path / "u.nii").displacement(), tensor(vectors[..., 0, :].T))
+    (tmp_path / "u.nii").rename(tmp_path / "u.mha")
+    refused(tmp_path / "u.mha", "is named .mha but holds what ends in .nii.gz: rename it")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_files_under_a_wrong_name_are_refused(tmp_path: Path, name: str) -> None:
     data = written(tmp_path, name).read_bytes()
