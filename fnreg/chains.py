@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,9 +97,3 @@ def write_chain(file: Path, mapping: Mapping, *, like: Path | None = None) -> No
 def told(mapping: Mapping) -> str:
     """The transforms of a map in words."""
     return " then ".join(str(part.transform) for part in parts(mapping))
-
-
-def product(mappings: Sequence[Mapping]) -> Mapping:
-    """One linear mapping of several, the first acts first."""
-    matrix = functools.reduce(lambda total, part: part.matrix() @ total, mappings[1:], mappings[0].matrix())
-    return linear_mapping(matrix, first_domain(mappings[0].domain))

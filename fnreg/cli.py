@@ -25,8 +25,10 @@ from fnreg.commands.base import (
     app,
     print_table,
 )
+from fnreg.commands.base import Json as _Json
 from fnreg.commands.base import Verbose as _Verbose
 from fnreg.commands.base import option as _option
+from fnreg.commands.transforms import SPACES
 from fnreg.process import prepare
 from fnreg.settings import (
     OPTIMIZERS,
@@ -44,7 +46,6 @@ from fnreg.settings import (
 )
 
 DEMOS = ("story", "circle-to-c")
-SPACES = ("LPS", "RAS", "voxel")
 
 _Output = Annotated[Path, _option("Folder for the results; it must not hold anything yet.", "--output", "-o")]
 
@@ -234,9 +235,7 @@ def _plain(value: Any) -> bool:
 
 
 @app.command
-def info(
-    file: Path, /, *, as_json: Annotated[bool, _option("Print JSON.", "--json")] = False, verbose: _Verbose = False
-) -> int:
+def info(file: Path, /, *, as_json: _Json = False, verbose: _Verbose = False) -> int:
     """Tell what an image, a transform or a displacement file holds.
 
     Parameters
@@ -252,7 +251,7 @@ def info(
 
 
 @app.command
-def doctor(*, as_json: Annotated[bool, _option("Print JSON.", "--json")] = False, verbose: _Verbose = False) -> int:
+def doctor(*, as_json: _Json = False, verbose: _Verbose = False) -> int:
     """Tell versions, devices, whether the compiled kernels are in use, and which extras are present."""
     from fnreg.doctor import report
 
