@@ -51,6 +51,7 @@ PRESETS = {
     name: "affine+diffeomorphism" for name in ("brain", "brain_fast")
 }  # of `fnreg.presets`, with their transforms
 OF_PRESETS = ("transform", "similarity", "penalty", "symmetric", "optimizer", "levels", "steps", "padding")
+LISTS = {"steps": "x", "penalty": "+", "transform": "+", "save": "+"}  # what may be lists in files, and how they join
 STARTS = 36  # of init "search"
 
 
@@ -405,8 +406,8 @@ def _read(file: Path) -> dict[str, Any]:
     for key, value in found.items():
         place = f"{file}, line {lines[key]}" if key in lines else str(file)
         choose(f"setting in {place}:", key, kinds)
-        if key in ("steps", "penalty") and isinstance(value, list):
-            value = {"steps": "x", "penalty": "+"}[key].join(str(part) for part in value)
+        if isinstance(value, list) and (joint := LISTS.get(key)):
+            value = joint.join(str(part) for part in value)
         if kinds[key] is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         if type(value) is not kinds[key]:

@@ -358,13 +358,14 @@ def test_displacement_of_a_linear_map(folder: Path, capsys: pytest.CaptureFixtur
 
 
 def test_penalties_in_a_settings_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = 'transform = "svffd"\npenalty = ["bending=1", "diffusion=2"]\nsymmetric = true\nsteps = 2\nsave = "params"\n'
-    Path("s.toml").write_text(text)
+    text = 'transform = ["svffd"]\npenalty = ["bending=1", "diffusion=2"]\nsymmetric = true\nsteps = 2\n'
+    Path("s.toml").write_text(text + 'save = ["params", "jacobian"]\n')
     record = run(capsys, "-o", "out", "--settings", "s.toml")
     assert (
         record["objective"] == "mse + 1 * bending + 2 * diffusion" or "bending + 2 * diffusion" in record["objective"]
     )
     assert record["settings"]["symmetric"] is True
+    assert Path("out/jacobian.nii.gz").exists()
     other = run(capsys, "-o", "other", "--settings", "s.toml", "--penalty", "curvature=3")
     assert other["objective"] == "mse + 3 * curvature"
 
