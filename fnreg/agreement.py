@@ -60,8 +60,10 @@ def read(paths: Paths, files: tuple[Path, Path], images: tuple[Image, Image]) ->
     """Labels and points, checked against the images of these files.
 
     Raises ImageReadError and PointReadError for what cannot be read or does not fit, SettingsError where points of one
-    side alone are given.
+    side alone are given, or their space without points.
     """
+    if paths.space is not None and paths.points == (None, None):
+        raise SettingsError(f"--space {paths.space} is that of points, and none are given")
     labels = [_labels(*each) for each in zip(paths.labels, files, images, strict=True)]
     if (paths.points[0] is None) != (paths.points[1] is None):
         given, other = ("fixed", "moving") if paths.points[1] is None else ("moving", "fixed")
@@ -69,7 +71,7 @@ def read(paths: Paths, files: tuple[Path, Path], images: tuple[Image, Image]) ->
     if paths.points[0] is None or paths.points[1] is None:
         return Known((labels[0], labels[1]))
     sides = [_landmarks(*each, paths.space) for each in zip(paths.points, files, images, strict=True)]
-    points, notes = _paired(paths.points[0], paths.points[1], sides[0], sides[1])
+    points, notes = paired(paths.points[0], paths.points[1], sides[0], sides[1])
     return Known((labels[0], labels[1]), points, notes)
 
 
@@ -89,21 +91,23 @@ def _labels(path: Path | None, of: Path, image: Image) -> Tensor | None:
 
 def _landmarks(path: Path | None, of: Path, image: Image, space: str | None) -> io.Landmarks:
     assert path is not None
-    try:
-        found = io.read_points(path, space=space, grid=image.grid if space == "voxel" else None)  # type: ignore[arg-type]
-    except PointReadError as problem:
-        if "does not say the space" in str(problem):  # in words of the command line
-            raise PointReadError(
-                f"{path} does not say the space of its points: give --space LPS, RAS or voxel"
-            ) from None
-        raise
+    found = landmarks(path, space, image.grid if space == "voxel" else None, "give --space LPS, RAS or voxel")
     count, axes = found.points.shape[1], image.grid.ndim
     if count != axes:
         raise PointReadError(f"{path} has points of {count} coordinates but {of} has {axes} axes")
     return found
 
 
-def _paired(
+def landmarks(path: Path, space: str | None, grid: Grid | None, remedy: str) -> io.Landmarks:
+    """As `fnreg.io.read_points`; where a file needs its space or its grid told, with a remedy of the command line."""
+    try:
+        return io.read_points(path, space=space, grid=grid)  # type: ignore[arg-type]
+    except PointReadError as problem:
+        told, asks, _ = str(problem).partition(": give space=")
+        raise PointReadError(f"{told}: {remedy}") from None if asks else problem
+
+
+def paired(
     fixed: Path, moving: Path, here: io.Landmarks, there: io.Landmarks
 ) -> tuple[tuple[Tensor, Tensor], tuple[str, ...]]:
     """Points that belong together: those of one name, or of one row where the names do not tell.

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from fnreg import io
+from fnreg.agreement import landmarks
 from fnreg.chains import grid_of, read_chain, told
 from fnreg.grid import Grid
 from fnreg.image import Image
 from fnreg.io.files import ImageReadError
-from fnreg.io.image import suffix
+from fnreg.io.image import PICTURES, read_grid, suffix
+from fnreg.io.nifti import SUFFIXES
 from fnreg.io.points import Space
 from fnreg.results import window_of
 from fnreg.sampling import Padding, interpolate
+from fnreg.settings import SettingsError
 from fnreg.transforms.base import SLAB, Mapping, moving_coords, warp
 
 Interp = Literal["linear", "nearest", "cubic", "multilabel"]
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")  # files that know no integers but bytes, and no world
 
 
 def apply_image(
@@ -38,7 +40,7 @@ def apply_image(
 
     image : what is sampled, the moving image; with `inverse` the fixed one
     transforms : see `fnreg.chains.read_chain`
-    like : image whose grid the result has; default the grid of the transform
+    like : image whose grid the result has; default the grid of the transform.  From NIfTI to NIfTI its header is kept
     interp : "nearest" and "multilabel" keep labels the integers that they are
 
     Raises ImageReadError, TransformReadError, WriteError, and ValueError for axes that differ.
@@ -53,14 +55,15 @@ def apply_image(
         raise ValueError(f"{image} has {place.ndim} axes but the transform has {grid.ndim}")
     if source is not None and interp == "nearest" and _whole(source.data):
         labels = source.data.to(torch.int64), source.grid
+    kept = like if like is not None and {suffix(like), suffix(output)} <= set(SUFFIXES) else None
     if labels is not None and labels[0].shape[0] == 1:
         warped = warp_labels(labels[0], labels[1], mapping, grid, interp=interp, padding=padding)
-        write_labels(output, warped, grid)
+        write_labels(output, warped, grid, like=kept)
     else:
         assert source is not None and interp != "multilabel"
         made = warp(source, mapping, grid, mode=interp, padding=padding)
-        options: dict[str, Any] = {"window": window_of(source)} if suffix(output) == ".png" else {}
-        io.write_image(output, made, **options)
+        window = window_of(source) if suffix(output) == ".png" else None
+        io.write_image(output, made, window=window, like=kept)
     return {
         "image": str(image),
         "transforms": [str(path) for path in transforms],
@@ -94,7 +97,8 @@ def warp_labels(
         one with the largest share, the lowest number of several: its borders are smooth
     padding : outside of the labels; 0 and "zeros" are background
 
-    No label appears that was not there, but for the padding.  Raises ValueError for another `interp`.
+    No label appears that was not there, but for the padding.  Raises ValueError for another `interp`, and for a padding
+    that is no label.
 
     >>> import torch, fnreg
     >>> from fnreg.apply import warp_labels
@@ -103,6 +107,8 @@ def warp_labels(
     >>> warp_labels(torch.tensor([[[7, 7, 2, 2]]]), grid, move, grid).tolist()
     [[[7, 2, 2, 0]]]
     """
+    if not isinstance(padding, str) and not (float(padding).is_integer() and abs(padding) < 2**63):
+        raise ValueError(f"padding is {padding}: outside of labels give a whole number below 2^63")
     slabs = grid.slabs(SLAB)
     if len(slabs) > 1:
         options: dict[str, Any] = {"interp": interp, "padding": padding}
@@ -114,8 +120,6 @@ def warp_labels(
         raise ValueError(f"labels are not mixed: interp is {interp!r}, choose nearest or multilabel")
     constant = not isinstance(padding, str) or padding == "zeros"
     outside = 0.0 if isinstance(padding, str) else float(padding)
-    if not outside.is_integer():
-        raise ValueError(f"padding is {padding}: outside of labels give a whole number")
     best = largest = None
     numbers = {*torch.unique(labels).tolist(), *([int(outside)] if constant else [])}
     for number in sorted(numbers):
@@ -141,10 +145,10 @@ def read_labels(path: Path) -> tuple[Tensor, Grid]:
     return image.data.to(torch.int64), image.grid
 
 
-def write_labels(path: Path, labels: Tensor, grid: Grid) -> None:
-    """Write labels as they are; ValueError for a PNG where they are no bytes."""
+def write_labels(path: Path, labels: Tensor, grid: Grid, *, like: Path | None = None) -> None:
+    """Write labels as they are, `like` as for `fnreg.io.write_labels`; ValueError for a PNG where they are no bytes."""
     if suffix(path) not in PICTURES:
-        io.write_labels(path, io.Labels(labels, grid))
+        io.write_labels(path, io.Labels(labels, grid), like=like)
         return
     options: dict[str, Any] = {}
     if suffix(path) == ".png":
@@ -172,10 +176,16 @@ def apply_points(
     space, like : of points in a file that does not say where they are, see `fnreg.io.read_points`; voxels are those of
         the image `like`
 
-    Raises TransformReadError, WriteError, and ValueError for axes that differ or points that are not finite.
+    Raises PointReadError, TransformReadError, WriteError, SettingsError for `like` without voxels and voxels without
+    `like`, and ValueError for axes that differ or points that are not finite.
     """
+    if (space == "voxel") != (like is not None):
+        raise SettingsError(
+            "--space voxel goes with --like, the image of whose voxels the points are: give both or none"
+        )
     mapping = read_chain(transforms, inverse=inverse)
-    found = io.read_points(file, space=space, grid=None if like is None else io.read_image(like).grid)
+    grid = None if like is None else read_grid(like)
+    found = landmarks(file, space, grid, "give --space LPS or RAS, or voxel with --like")
     points = found.points
     moved = mapping.map_points(points)
     if not bool(torch.isfinite(moved).all()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +9,11 @@ from fnreg import io
 from fnreg.grid import Grid
 from fnreg.io.field import VECTOR_SUFFIXES
 from fnreg.io.files import TransformReadError
+from fnreg.io.image import read_grid
 from fnreg.io.itk_parts import joined, parts
 from fnreg.io.nifti import SUFFIXES
 from fnreg.pytree import tree_leaves
+from fnreg.settings import SettingsError
 from fnreg.transforms.base import Mapping, first_domain
 from fnreg.transforms.linear import linear_mapping
 
@@ -69,7 +70,7 @@ def compose(mappings: Sequence[Mapping]) -> Mapping:
 def grid_of(mapping: Mapping, like: Path | None) -> Grid:
     """The grid of an image, or without one that of the map; ValueError where the map has none or the axes differ."""
     if like is not None:
-        grid = io.read_image(like).grid
+        grid = read_grid(like)
         if grid.ndim != _axes(mapping):
             raise ValueError(f"{like} has {grid.ndim} axes but the transform has {_axes(mapping)}")
         return grid
@@ -81,21 +82,18 @@ def grid_of(mapping: Mapping, like: Path | None) -> Grid:
 
 
 def write_chain(file: Path, mapping: Mapping, *, like: Path | None = None) -> None:
-    """Write as `fnreg.io.write_transform`; a displacement on the grid that `grid_of` tells."""
+    """Write as `fnreg.io.write_transform`; a displacement on the grid that `grid_of` tells.
+
+    SettingsError for a grid of what is no displacement.
+    """
     if str(file).lower().endswith(DISPLACEMENTS):
         io.write_transform(file, mapping, grid=grid_of(mapping, like))
         return
     if like is not None:
-        raise ValueError(f"--like {like} is the grid of a displacement, and {file} is none: leave it out")
+        raise SettingsError(f"--like {like} is the grid of a displacement, and {file} is none: leave it out")
     io.write_transform(file, mapping)
 
 
 def told(mapping: Mapping) -> str:
     """The transforms of a map in words."""
     return " then ".join(str(part.transform) for part in parts(mapping))
-
-
-def product(mappings: Sequence[Mapping]) -> Mapping:
-    """One linear mapping of several, the first acts first."""
-    matrix = functools.reduce(lambda total, part: part.matrix() @ total, mappings[1:], mappings[0].matrix())
-    return linear_mapping(matrix, first_domain(mappings[0].domain))

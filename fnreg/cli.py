@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +25,10 @@ from fnreg.commands.base import (
     app,
     print_table,
 )
+from fnreg.commands.base import Json as _Json
 from fnreg.commands.base import Verbose as _Verbose
 from fnreg.commands.base import option as _option
+from fnreg.commands.transforms import SPACES
 from fnreg.process import prepare
 from fnreg.settings import (
     OPTIMIZERS,
@@ -43,7 +46,6 @@ from fnreg.settings import (
 )
 
 DEMOS = ("story", "circle-to-c")
-SPACES = ("LPS", "RAS", "voxel")
 
 _Output = Annotated[Path, _option("Folder for the results; it must not hold anything yet.", "--output", "-o")]
 
@@ -233,9 +235,7 @@ def _plain(value: Any) -> bool:
 
 
 @app.command
-def info(
-    file: Path, /, *, as_json: Annotated[bool, _option("Print JSON.", "--json")] = False, verbose: _Verbose = False
-) -> int:
+def info(file: Path, /, *, as_json: _Json = False, verbose: _Verbose = False) -> int:
     """Tell what an image, a transform or a displacement file holds.
 
     Parameters
@@ -251,7 +251,7 @@ def info(
 
 
 @app.command
-def doctor(*, as_json: Annotated[bool, _option("Print JSON.", "--json")] = False, verbose: _Verbose = False) -> int:
+def doctor(*, as_json: _Json = False, verbose: _Verbose = False) -> int:
     """Tell versions, devices, whether the compiled kernels are in use, and which extras are present."""
     from fnreg.doctor import report
 
@@ -304,12 +304,19 @@ def _code(error: BaseException) -> int | None:
     return REFUSED if isinstance(error, (OSError, ValueError)) else None
 
 
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning in one line, as errors are told."""
+    print(f"fnreg: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.  Errors are one line on standard error, unless -v is given."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     prepare()
     try:
-        done = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            done = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         return done if isinstance(done, int) else OK
     except KeyboardInterrupt:
         print("fnreg: interrupted, nothing was written", file=sys.stderr)

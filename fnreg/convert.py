@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fnreg import fields, io
-from fnreg.chains import DISPLACEMENTS, grid_of, product, read_chain, told, write_chain
+from fnreg.chains import DISPLACEMENTS, grid_of, read_chain, told, write_chain
+from fnreg.chains import compose as join
 from fnreg.image import Image
 from fnreg.io.elastix_files import names
 from fnreg.io.itk import ITK_SUFFIXES
@@ -77,7 +78,7 @@ def _ants(mapping: Mapping, output: Path, *, like: Path | None, overwrite: bool)
     first, *rest = parts(mapping)
     split = not first.transform.linear and bool(rest) and all(part.transform.linear for part in rest)
     bent = first if split else mapping
-    linear = product(rest) if split else mapping if mapping.transform.linear else None
+    linear = join(rest) if split else mapping if mapping.transform.linear else None
     files = [*([] if bent.transform.linear else [warp]), *([] if linear is None else [affine])]
     grid = None if bent.transform.linear else grid_of(bent, like)
     for file in files:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fnreg import fields, io, metrics
+from fnreg import agreement, fields, io, metrics
 from fnreg.apply import Interp, read_labels, warp_labels
 from fnreg.chains import grid_of, read_chain
 from fnreg.grid import Grid
@@ -35,7 +36,7 @@ def judge(
     """What is known before and after, by the names of columns: {"before": {...}, "after": {...}}.
 
     dice_LABEL, dice_mean, jaccard_mean : overlap of the classes of the fixed labels with the moving ones on their grid
-    tre_mean, tre_p95, tre_max : distance of landmarks, world units
+    tre_mean, tre_p95, tre_max : distance of landmarks, world units, paired by `fnreg.agreement.paired`
     surface_mean_LABEL, surface_p95_LABEL, surface_max_LABEL : with `surfaces`, distances of the surfaces of a class,
         world units, see `fnreg.metrics.surface_distances`; surface_mean, surface_p95 the means over classes,
         surface_max the largest; a class that the warped labels do not have leaves them unknown
@@ -44,7 +45,8 @@ def judge(
         which T(p) lies between voxels of the domain of S, or over all where S is linear, world units
 
     Without transforms there is only "before"; None stands for what is no finite number.  Raises SettingsError where
-    there is nothing to judge by, ValueError where sides do not fit.
+    there is nothing to judge by, or an option has nothing to act on, ValueError where sides do not fit.  Warns of
+    landmarks that one side lacks.
     """
     for name, (fixed, moving) in {
         "labels": (fixed_labels, moving_labels),
@@ -56,9 +58,15 @@ def judge(
         raise SettingsError("there is nothing to evaluate: give labels or points of both images, or a transform")
     if surfaces and fixed_labels is None:
         raise SettingsError("--surfaces are those of labels: give --fixed-labels and --moving-labels")
+    if space is not None and fixed_points is None:
+        raise SettingsError(f"--space {space} is that of points, and none are given")
+    if like is not None and not transforms:
+        raise SettingsError(f"--like {like} is where folds of a transform are counted: give that as well")
     if inverse is not None and not transforms:
         raise SettingsError(f"--inverse {inverse} is the way back of a transform: give that as well")
     mapping = read_chain(transforms) if transforms else None
+    if mapping is not None and mapping.transform.linear and fixed_labels is fixed_points is inverse is None:
+        raise SettingsError("a linear transform does not fold: give labels or points of both images to judge it by")
     stages: dict[str, Mapping | None] = {"before": None} | ({"after": mapping} if transforms else {})
     found: dict[str, dict[str, float | None]] = {name: {} for name in stages}
     grid: Grid | None = None
@@ -79,8 +87,11 @@ def judge(
             if surfaces:
                 found[name] |= _surfaces(labels[0], warped, grid, numbers)
     if fixed_points is not None and moving_points is not None:
-        here, there = (_points(path, space) for path in (fixed_points, moving_points))
-        _same_axes(mapping, here.shape[-1], str(fixed_points))
+        sides = [_landmarks(path, space) for path in (fixed_points, moving_points)]
+        _same_axes(mapping, sides[0].points.shape[-1], str(fixed_points))
+        (here, there), notes = agreement.paired(fixed_points, moving_points, *sides)
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
         for name, stage in stages.items():
             distance = metrics.target_registration_error(stage, here, there)
             found[name] |= {
@@ -137,8 +148,8 @@ def _there_and_back(mapping: Mapping, back: Mapping, grid: Grid) -> dict[str, fl
     return {"inverse_mean": _number(away.mean()), "inverse_max": _number(away.max())}
 
 
-def _points(path: Path, space: Space | None) -> Tensor:
-    return io.read_points(path, space=space).points
+def _landmarks(path: Path, space: Space | None) -> io.Landmarks:
+    return agreement.landmarks(path, space, None, "expected points of the world, give --space LPS or RAS")
 
 
 def _same_axes(mapping: Mapping | None, axes: int, name: str) -> None:

@@ -177,7 +177,7 @@ def _try(stage: Stage, fixed: Image) -> None:
 def _device(settings: Settings) -> torch.device:
     try:
         device = torch.device(settings.device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # of a device without memory, meta, there are no values
     except (RuntimeError, AssertionError) as problem:
         reason = str(problem).splitlines()[0]
         raise DeviceError(f"device {settings.device!r} cannot be used: {reason}; see fnreg doctor") from problem

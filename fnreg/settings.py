@@ -51,6 +51,7 @@ PRESETS = {
     name: "affine+diffeomorphism" for name in ("brain", "brain_fast")
 }  # of `fnreg.presets`, with their transforms
 OF_PRESETS = ("transform", "similarity", "penalty", "symmetric", "optimizer", "levels", "steps", "padding")
+LISTS = {"steps": "x", "penalty": "+", "transform": "+", "save": "+"}  # what may be lists in files, and how they join
 STARTS = 36  # of init "search"
 
 
@@ -253,6 +254,8 @@ class Settings:
         for name in ("threads", "seed"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}: expected 0 or more")
+        if self.seed >= 2**64:
+            raise SettingsError(f"seed is {self.seed}: expected less than 2^64")
         self.outside()
         if self.init not in INITS and "." not in self.init and "/" not in self.init:
             choose("init", self.init, (*INITS, "or a file"))
@@ -284,9 +287,12 @@ class Settings:
         if self.padding in PADDINGS:
             return None if self.padding == "none" else self.padding
         try:
-            return float(self.padding)
+            value = float(self.padding)
         except ValueError:
             return choose("padding", self.padding, (*PADDINGS, "or a number"))
+        if not math.isfinite(value):
+            raise SettingsError(f"padding is {self.padding}: expected a finite number, or none to count nothing there")
+        return value
 
     # -- values, which need torch -----------------------------------------------------------------------------
 
@@ -400,8 +406,8 @@ def _read(file: Path) -> dict[str, Any]:
     for key, value in found.items():
         place = f"{file}, line {lines[key]}" if key in lines else str(file)
         choose(f"setting in {place}:", key, kinds)
-        if key in ("steps", "penalty") and isinstance(value, list):
-            value = {"steps": "x", "penalty": "+"}[key].join(str(part) for part in value)
+        if isinstance(value, list) and (joint := LISTS.get(key)):
+            value = joint.join(str(part) for part in value)
         if kinds[key] is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         if type(value) is not kinds[key]:

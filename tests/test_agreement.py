@@ -237,6 +237,7 @@ def test_points_that_do_not_fit(folder: Path, capfd: pytest.CaptureFixture[str])
     }.items():
         for option, other in (("--fixed-points", "--moving-points"), ("--moving-points", "--fixed-points")):
             refused(capfd, [*BASE, option, name, other, "fixed.csv"], 3, told)
+    refused(capfd, [*BASE, "--space", "RAS"], 2, "--space RAS is that of points, and none are given")
     refused(capfd, [*BASE, *POINTS[:2]], 2, "--fixed-points are given without --moving-points")
     refused(capfd, [*BASE, *POINTS[2:]], 2, "--moving-points are given without --fixed-points")
     refused(capfd, [*BASE, *POINTS, "--space", "RSA"], 2, "unknown space 'RSA': choose from LPS, RAS, voxel")

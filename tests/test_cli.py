@@ -358,13 +358,14 @@ def test_displacement_of_a_linear_map(folder: Path, capsys: pytest.CaptureFixtur
 
 
 def test_penalties_in_a_settings_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = 'transform = "svffd"\npenalty = ["bending=1", "diffusion=2"]\nsymmetric = true\nsteps = 2\nsave = "params"\n'
-    Path("s.toml").write_text(text)
+    text = 'transform = ["svffd"]\npenalty = ["bending=1", "diffusion=2"]\nsymmetric = true\nsteps = 2\n'
+    Path("s.toml").write_text(text + 'save = ["params", "jacobian"]\n')
     record = run(capsys, "-o", "out", "--settings", "s.toml")
     assert (
         record["objective"] == "mse + 1 * bending + 2 * diffusion" or "bending + 2 * diffusion" in record["objective"]
     )
     assert record["settings"]["symmetric"] is True
+    assert Path("out/jacobian.nii.gz").exists()
     other = run(capsys, "-o", "other", "--settings", "s.toml", "--penalty", "curvature=3")
     assert other["objective"] == "mse + 3 * curvature"
 
@@ -476,6 +477,8 @@ USAGE = {
     "search": (["--init", "search", "--transform", "translation"], "does not begin with a rotation"),
     "center": (["--init", "center", "--transform", "rotation"], "does not begin with a shift"),
     "padding": (["--padding", "black"], "choose from none, zeros, border, reflection"),
+    "padding, nan": (["--padding", "nan"], "padding is nan: expected a finite number"),
+    "seed": (["--seed", str(2**64)], "expected less than 2^64"),
     "save": (["--save", "params+grid"], "unknown save 'grid'"),
     "unknown option": (["--levles", "3"], "--levles"),
     "too many": (["third.png"], "third.png"),
@@ -586,7 +589,7 @@ def test_a_pair_that_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_devices_that_are_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for device in ("cuda:99", "abacus"):
+    for device in ("cuda:99", "abacus", "meta"):
         arguments = ["register", "fixed.png", "moving.png", "-o", "out", "--device", device]
         refused(capsys, folder, arguments, 4, f"device '{device}' cannot be used")
 

@@ -448,6 +448,29 @@ def tampered(mapping: fnreg.Mapping, **changes: Any) -> bytes:
     return safetensors.torch.save(tensors, {"fnreg": json.dumps(header)})
 
 
+def test_a_bomb_in_a_header_takes_no_memory(tmp_path: Path) -> None:
+    """A right check sum over a claim of petabytes: refused by the shape, not by the allocator."""
+    grid = fnreg.Grid((4, 3, 2))
+    mapping = fnreg.Mapping(fnreg.Displacement().init(grid), grid, fnreg.Displacement())
+    for size in (500, 10**5):
+        data = tampered(mapping, domain=fnreg.Grid((size,) * 3).to_dict())
+        (tmp_path / "t.safetensors").write_bytes(data)
+        with pytest.raises(TransformReadError, match=rf"expected \(3, {size}, {size}, {size}\)"):
+            read_transform(tmp_path / "t.safetensors")
+
+
+@pytest.mark.parametrize("depth", [2000, 10**6])
+def test_a_header_that_is_too_deep_is_one_error(tmp_path: Path, depth: int) -> None:
+    import safetensors.torch
+
+    whole = b'{"__metadata__":' + b"[" * depth
+    ours = safetensors.torch.save({"a": torch.zeros(1)}, {"fnreg": "[" * depth})
+    for data in (len(whole).to_bytes(8, "little") + whole, ours):
+        (tmp_path / "t.safetensors").write_bytes(data)
+        with pytest.raises(TransformReadError, match="is not a transform of fnreg, or it is damaged"):
+            read_transform(tmp_path / "t.safetensors")
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

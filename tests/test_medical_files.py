@@ -84,9 +84,12 @@ def test_nrrd_of_another_space_is_turned_to_lps(tmp_path: Path) -> None:
     image = some_image(1)
     write_image(tmp_path / "a.nrrd", image)
     text = (tmp_path / "a.nrrd").read_bytes()
-    (tmp_path / "b.nrrd").write_bytes(text.replace(b"left-posterior-superior", b"right-anterior-superior"))
-    found = read_image(tmp_path / "b.nrrd").grid.affine
-    torch.testing.assert_close(found, torch.from_numpy(FLIP) @ image.grid.affine, atol=1e-12, rtol=0)
+    units = b'\nspace units: "mm" "mm" "mm"'
+    for name, flip in ((b"right-anterior-superior", [-1, -1, 1, 1]), (b"RAS", [-1, -1, 1, 1]), (b"las", [1, -1, 1, 1])):
+        (tmp_path / "b.nrrd").write_bytes(text.replace(b"left-posterior-superior", name + units))
+        found = read_image(tmp_path / "b.nrrd").grid.affine
+        expected = torch.diag(torch.tensor(flip, dtype=torch.float64)) @ image.grid.affine
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
 def test_series_of_itk(tmp_path: Path) -> None:
@@ -152,6 +155,12 @@ META = {
     "zero spacing": (b"ElementSpacing = ", b"ElementSpacing = 0 1 1\nX = ", "expected positive numbers"),
     "negative spacing": (b"ElementSpacing = ", b"ElementSpacing = 1 -1 1\nX = ", "expected positive numbers"),
     "spacing, nan": (b"ElementSpacing = ", b"ElementSpacing = 1 nan 1\nX = ", "expected 3 finite numbers"),
+    "size of voxels": (b"ElementSpacing = ", b"ElementSize = -1 1 1\nX = ", "ElementSize = -1 1 1: expected positive"),
+    "position, nan": (b"Offset = ", b"Position = nan 0 0\nX = ", "Position = nan 0 0: expected 3 finite numbers"),
+    "axes": (b"NDims = 3", b"NDims = 2", "NDims = 2 and DimSize = \\[6, 5, 4\\]"),
+    "unit": (b"NDims = 3", b"NDims = 3\nDistanceUnits = um", "DistanceUnits um, which ITK takes for mm"),
+    "slope": (b"NDims = 3", b"NDims = 3\nElementToIntensityFunctionSlope = 2", "Slope = 2, which ITK ignores"),
+    "intercept": (b"NDims = 3", b"NDims = 3\nElementToIntensityFunctionOffset = 2", "Offset = 2, which ITK ignores"),
     "offset, inf": (b"Offset = ", b"Offset = inf 0 0\nX = ", "expected 3 finite numbers"),
     "few numbers": (b"Offset = ", b"Offset = 0 0\nX = ", "expected 3 finite numbers"),
     "sheared": (
@@ -191,6 +200,11 @@ NRRD = {
     "nonsense": (b"type: float", b"type: float\nnonsense", "has the line 'nonsense'"),
     "origin": (b"space origin: (", b"space origin: (nan,0,0)\n#(", "expected finite numbers"),
     "elsewhere": (b"encoding: raw", b"encoding: raw\ndata file: ../x", "voxels elsewhere"),
+    "space": (b"left-posterior-superior", b"scanner-xyz", "in the space scanner-xyz, which ITK takes for LPS"),
+    "time": (b"left-posterior-superior", b"right-anterior-superior-time", "which ITK takes for LPS"),
+    "hands": (b"left-posterior-superior", b"3D-right-handed", "which ITK takes for LPS"),
+    "unit": (b"encoding: raw", b'encoding: raw\nspace units: "mm" "mm" "um"', "space units um, which ITK takes for mm"),
+    "unit of axes": (b"encoding: raw", b'encoding: raw\nunits: "m" "m" "m"', "units m, which ITK takes for mm"),
     "magic": (b"NRRD0004", b"NRXD0004", "is not an NRRD file"),
 }
 
@@ -266,6 +280,7 @@ def write_dicom(
     skip: tuple[int, ...] = (),
     shear: float = 0.0,
     slope: float = 1.0,
+    thickness: str | None = None,
 ) -> None:
     """A series as a scanner writes it, named so that the order of names is not that of the slices."""
     folder.mkdir(exist_ok=True)
@@ -288,6 +303,7 @@ def write_dicom(
             "0008|0018": f"{uid}.{k}",
             "0020|0013": str(k),
         }
+        tags |= {} if thickness is None else {"0018|0050": thickness}
         tags |= {"0028|1052": "-3", "0028|1053": str(slope)}
         for name, text in tags.items():
             one.SetMetaData(name, text)
@@ -316,6 +332,20 @@ def test_a_series_of_slices_is_a_volume(tmp_path: Path, axial: bool) -> None:
     np.testing.assert_allclose(itk.GetSpacing(), found.grid.spacing, atol=1e-6)
     np.testing.assert_allclose(itk.GetDirection(), found.grid.direction.flatten(), atol=1e-6)
     assert torch.equal(read_labels(tmp_path / "ct").data[0], torch.from_numpy(sitk.GetArrayFromImage(itk)).int())
+
+
+def test_one_slice_is_as_thick_as_it_says(tmp_path: Path) -> None:
+    image, others = scan(), (0, 2, 3)
+    write_dicom(tmp_path / "thick", image, skip=others, thickness="2.5")
+    found = read_image(tmp_path / "thick").grid
+    assert found.size == (6, 5, 1)
+    torch.testing.assert_close(found.affine[:, :3], image.grid.affine[:, :3], atol=1e-7, rtol=0)
+    place = image.grid.index_to_world(torch.tensor([0.0, 0, 1], dtype=torch.float64))
+    torch.testing.assert_close(found.origin, place, atol=1e-6, rtol=0)
+    for name, told in (("untold", None), ("zero", "0")):
+        write_dicom(tmp_path / name, image, skip=others, thickness=told)
+        with pytest.warns(io.GeometryWarning, match="one slice, which does not say how thick it is: taken is 1 mm"):
+            assert read_image(tmp_path / name).grid.spacing.tolist() == pytest.approx([0.8, 0.9, 1.0])
 
 
 def test_series_that_are_no_volume(tmp_path: Path) -> None:
@@ -369,8 +399,7 @@ def test_from_and_to_sitk_and_nibabel(seed: int, dimension: int, channels: int) 
     image = some_image(seed, dimension=dimension, channels=channels)
     same(io.from_sitk(io.to_sitk(image)), image)
     there = io.to_nibabel(image)
-    if dimension == 3 or channels == 1:
-        same(io.from_nibabel(there), image)
+    same(io.from_nibabel(there), image)
     corner = [n - 1 for n in image.grid.size]
     place = image.grid.index_to_world(torch.tensor(corner, dtype=torch.float64)).tolist()
     np.testing.assert_allclose(io.to_sitk(image).TransformIndexToPhysicalPoint(corner), place, atol=1e-10)
@@ -390,6 +419,15 @@ def test_nibabels_images_as_they_come(data_dir: Path) -> None:
         torch.testing.assert_close(taken.grid.affine, read.grid.affine, atol=1e-12, rtol=0)
     with pytest.raises(ValueError, match=r"a series, take one volume by image\.slicer"):
         io.from_nibabel(nibabel.load(data_dir / "nibabel_small" / "functional.nii"))
+    for most, kind in ((2**53, np.uint64), (-(2**53), np.int64)):
+        wide = nibabel.Nifti1Image(np.full((2, 2, 2), most, kind), np.eye(4), dtype=kind)
+        assert int(io.from_nibabel(wide).data[0, 0, 0, 0]) == most
+        wide = nibabel.Nifti1Image(np.full((2, 2, 2), most + (1 if most > 0 else -1), kind), np.eye(4), dtype=kind)
+        with pytest.raises(ValueError, match=f"holds integers up to {2**53 + 1}, which no float holds"):
+            io.from_nibabel(wide)
+    small = nibabel.Nifti1Image(np.zeros((3, 4, 5), np.float32), np.diag([20.0, 30.0, 40.0, 1.0]))
+    small.header.set_xyzt_units("micron")
+    assert io.from_nibabel(small).grid.spacing.tolist() == pytest.approx([0.02, 0.03, 0.04])
     flipped = nibabel.Nifti1Image(np.arange(60, dtype=">i2").reshape(5, 4, 3)[::-1, :, ::-1], np.eye(4))
     assert io.from_nibabel(flipped).numpy()[0].T.tolist() == np.asarray(flipped.dataobj).tolist()
     sheared = np.eye(4)

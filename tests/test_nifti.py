@@ -248,6 +248,20 @@ def test_colours_and_vectors(tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path / "v.nii.gz").numpy(), vectors[:, :, :, 0].T)
 
 
+@pytest.mark.parametrize("place", [{"spacing": (1.0, 2.0, 5.0)}, {"origin": (0.0, 0.0, 40.0)}])
+def test_a_slice_of_a_volume_with_channels_keeps_its_place(tmp_path: Path, place: dict[str, Any]) -> None:
+    """ITK would take the file for a 2-D image, and forget where the slice lies."""
+    grid = fnreg.Grid((5, 4, 1), **place)
+    image = fnreg.Image(torch.rand(3, 1, 4, 5), grid)
+    write_image(tmp_path / "a.nii", image)
+    found = read_image(tmp_path / "a.nii")
+    assert found.grid.same_as(grid) and torch.equal(found.data, image.data)
+    mapping = fnreg.Mapping({"displacement": image.data}, grid, fnreg.Displacement())
+    fnreg.io.write_displacement(tmp_path / "u.nii.gz", mapping)
+    back = fnreg.io.read_displacement(tmp_path / "u.nii.gz")
+    torch.testing.assert_close(back.displacement(), image.data)
+
+
 def test_series(tmp_path: Path) -> None:
     values = RANDOM.normal(size=(5, 4, 3, 6)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(values, AFFINE), tmp_path / "t.nii.gz")

@@ -83,6 +83,12 @@ def test_csv_of_others(tmp_path: Path) -> None:
     assert found.points.tolist() == [[1, 2, 3], [4, 5, 60]] and found.names == ("5", "6")
 
 
+def test_names_may_begin_as_comments_do(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("# space = LPS\nname,x,y,z\n#1,1,2,3\nB,4,5,6,\n")
+    found = read_points(tmp_path / "a.csv")
+    assert found.points.tolist() == [[1, 2, 3], [4, 5, 6]] and found.names == ("#1", "B")
+
+
 def test_indices_of_voxels(tmp_path: Path, data_dir: Path) -> None:
     path = data_dir / "histology" / "Izd2-29-041-w35_HE.csv"
     picture = fnreg.io.read_image(path.with_suffix(".jpg"))
@@ -106,6 +112,8 @@ BAD = {
     "short": ("a.csv", b"# space = LPS\nx,y,z\n1,2,3\n4,5\n", "no point in line 4: '4,5'"),
     "words": ("a.csv", b"# space = LPS\nx,y,z\n1,two,3\n", "no point in line 3"),
     "underscore": ("a.csv", b"# space = LPS\nx,y,z\n1,1_0,3\n", "no point in line 3"),
+    "decimal commas": ("a.csv", b"# space = LPS\nx,y,z\n1,5,2,0,3,0\n", "has 6 cells in line 3 but 3 columns"),
+    "comment behind": ("a.csv", b"# space = LPS\nx,y,z\n1,2,3\n# 4,5,6\n", "no point in line 4"),
     "not finite": ("a.csv", b"# space = LPS\nx,y,z\n1,2,3\n1,nan,3\n", "a point that is not finite, number 2"),
     "quote": ("a.csv", b'# space = LPS\nx,y,z,name\n1,2,3,"open\n', "is damaged"),
     "no text": ("a.csv", b"\x89PNG\r\n\x1a\n\xff\xfe", "is not text"),

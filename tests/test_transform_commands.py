@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,26 @@ def test_shares_of_labels_at_a_border_and_in_ties() -> None:
         moved(0.0, padding=0.5)
 
 
+def test_the_header_of_like_is_kept(folder: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    values = torch.rand(1, 9, 13, 14)
+    io.write_image("plain.nii.gz", Image(values, volume_grid()))
+    made = nibabel.load("plain.nii.gz")
+    made.header["sform_code"], made.header["qform_code"], made.header["descrip"] = 4, 2, b"of a scanner"
+    nibabel.save(made, "fixed.nii.gz")
+    series = nibabel.Nifti1Image(np.stack([made.get_fdata()] * 3, -1), None, made.header)
+    nibabel.save(series, "series.nii.gz")
+    for source, interp in (("moving.mha", "linear"), ("moving_labels.mha", "nearest")):
+        for like in ("fixed.nii.gz", "series.nii.gz"):
+            told = ["apply", source, "affine.mat", "--like", like, "--interp", interp, "--overwrite"]
+            assert cli.main([*told, "-o", "w.nii.gz"]) == 0
+            header = nibabel.load("w.nii.gz").header
+            assert (int(header["sform_code"]), int(header["qform_code"])) == (4, 2)
+            assert header["descrip"].item() == b"of a scanner" and header["dim"][0] == 3
+            assert cli.main([*told, "-o", "w.mha"]) == 0  # another format has no such header
+            np.testing.assert_array_equal(load("w.nii.gz"), load("w.mha"))
+
+
 # -- points --------------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +400,15 @@ def test_jacobian(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told["folds at voxels"] == int((load("f.nii.gz") < np.log(1.01e-6)).sum()) > 0 > told["jac_min"]
 
 
+def test_json_has_no_numbers_that_are_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = volume_grid()
+    turned = 2 * (grid.center - grid.points()).mT.reshape(3, *grid.shape)  # p -> 2 c - p folds everywhere
+    io.write_transform("turned.safetensors", Mapping({"displacement": turned}, grid, Displacement()))
+    assert cli.main(["jacobian", "turned.safetensors", "-o", "j.nii.gz", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["sdlogj"] is None and found["jac_max"] == pytest.approx(-1)
+
+
 # -- evaluate and presets ------------------------------------------------------------------------------------------
 
 
@@ -421,6 +451,20 @@ def test_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert table[0].split() == ["before", "after"]
     assert table[1].split() == ["dice_3", f"{before['dice_3']:.4g}", f"{after['dice_3']:.4g}"]
     assert "jac_min" not in run(capsys, "evaluate", "affine.mat", *sides)["after"]
+
+
+def test_evaluate_pairs_landmarks_as_register_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = inner_points(3)
+    save_points("f.csv", io.Landmarks(points, ("a", "b", "c")))
+    save_points("m.csv", io.Landmarks(points.flip(0), ("c", "b", "a")))
+    assert run(capsys, "evaluate", "--fixed-points", "f.csv", "--moving-points", "m.csv")["before"]["tre_max"] == 0
+    save_points("m.csv", io.Landmarks(points.flip(0)[:2], ("c", "b")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["evaluate", "--fixed-points", "f.csv", "--moving-points", "m.csv", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["before"]["tre_max"] == 0
+    assert err == "fnreg: warning: landmarks in one of f.csv and m.csv only were left out: a\n"
 
 
 def test_evaluate_surfaces_and_the_way_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -505,6 +549,14 @@ REFUSED = {
     "no labels": (
         ["apply", "moving.mha", "bent.nii.gz", "-o", "w.mha", "--interp", "multilabel"], 3, "moving.mha",
     ),
+    "outside of labels": (
+        ["apply", "moving_labels.mha", "bent.nii.gz", "-o", "w.mha", "--interp", "nearest", "--padding", "1e30"], 3,
+        "outside of labels give a whole number below 2^63",
+    ),
+    "half outside of labels": (
+        ["apply", "moving_labels.mha", "bent.nii.gz", "-o", "w.mha", "--interp", "multilabel", "--padding", "0.5"], 3,
+        "outside of labels give a whole number below 2^63",
+    ),
     "labels of a PNG": (
         ["apply", "flat.tif", "flat.tfm", "--like", "flat.png", "-o", "w.png", "--interp", "nearest"], 3,
         "name it .tif",
@@ -517,11 +569,25 @@ REFUSED = {
     "name and form": (["convert", "affine.mat", "--to", "itk", "-o", "c.nii"], 2, "c.nii is no name for --to itk"),
     "bent as .mat": (["convert", "bent.safetensors", "--to", "itk", "-o", "c.mat"], 3, ".mat holds linear transforms"),
     "ending": (["compose", "affine.mat", "-o", "c.xfm"], 3, "expected a name that ends in .safetensors"),
-    "like without need": (["compose", "affine.mat", "-o", "c.tfm", "--like", "fixed.mha"], 3, "leave it out"),
+    "like without need": (["compose", "affine.mat", "-o", "c.tfm", "--like", "fixed.mha"], 2, "leave it out"),
     "no inverse": (["invert", "fold.safetensors", "-o", "i.h5"], 3, "use a stronger penalty, or a diffeomorphism"),
     "no grid of a field": (["convert", "affine.mat", "--to", "displacement", "-o", "u.nii"], 3, "with --like"),
     "jacobian as picture": (["jacobian", "bent.nii.gz", "-o", "j.png"], 3, "ends in .nii or .nii.gz"),
     "nothing to evaluate": (["evaluate"], 2, "nothing to evaluate"),
+    "folds of a linear map": (["evaluate", "affine.mat", "--like", "fixed.mha"], 2, "a linear transform does not fold"),
+    "space of nothing": (["evaluate", "bent.nii.gz", "--space", "RAS"], 2, "--space RAS is that of points"),
+    "grid of nothing": (
+        ["evaluate", "--fixed-points", "p.csv", "--moving-points", "p.csv", "--like", "fixed.mha"], 2,
+        "--like fixed.mha is where folds of a transform are counted",
+    ),
+    "space of a table": (["evaluate", "--fixed-points", "t.csv", "--moving-points", "t.csv"], 3, "give --space LPS or"),
+    "space of points": (["points", "t.csv", "affine.mat", "-o", "q.csv"], 3, "give --space LPS or RAS, or voxel with"),
+    "voxels of nothing": (
+        ["points", "t.csv", "affine.mat", "-o", "q.csv", "--space", "voxel"], 2, "--space voxel goes with --like",
+    ),
+    "grid of points": (
+        ["points", "p.csv", "affine.mat", "-o", "q.csv", "--like", "fixed.mha"], 2, "--space voxel goes with --like",
+    ),
     "surfaces of nothing": (["evaluate", "affine.mat", "--surfaces"], 2, "give --fixed-labels and --moving-labels"),
     "the way back alone": (
         ["evaluate", "--inverse", "affine.mat", "--fixed-labels", "l.mha", "--moving-labels", "l.mha"], 2,
@@ -547,6 +613,7 @@ def test_refused(folder: Path, capsys: pytest.CaptureFixture[str], case: str) ->
     flat = Grid((8, 6))
     io.write_image(Path("flat.png"), Image(torch.arange(48.0).reshape(1, 6, 8), flat))
     io.write_image(Path("flat.tif"), Image(300 + torch.arange(48.0).reshape(1, 6, 8), flat))
+    Path("t.csv").write_text("x,y,z\n1,2,3\n")
     io.write_image(Path("zero.png"), Image(torch.zeros(1, 6, 8), flat))
     io.write_transform("flat.tfm", Mapping(Rigid().init(flat), flat, Rigid()))
     one = io.read_transform("bent.safetensors")

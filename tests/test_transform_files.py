@@ -406,6 +406,17 @@ def test_files_cut_short_are_refused(tmp_path: Path, name: str) -> None:
     refused(path, "is a folder")
 
 
+def test_a_field_in_nifti_2(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    vectors = np.random.default_rng(0).normal(size=(5, 4, 3, 1, 3))
+    made = nibabel.Nifti2Image(vectors, np.eye(4))
+    made.header.set_intent("vector")
+    nibabel.save(made, tmp_path / "u.nii")
+    assert_close(read_transform(tmp_path / "u.nii").displacement(), tensor(vectors[..., 0, :].T))
+    (tmp_path / "u.nii").rename(tmp_path / "u.mha")
+    refused(tmp_path / "u.mha", "is named .mha but holds what ends in .nii.gz: rename it")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_files_under_a_wrong_name_are_refused(tmp_path: Path, name: str) -> None:
     data = written(tmp_path, name).read_bytes()
@@ -618,6 +629,7 @@ ELASTIX_WRONG = {
     "axes": ("(MovingImageDimension 2)", "(MovingImageDimension 3)", "as many on both sides"),
     "twice": ("(MovingImageDimension 2)", "(FixedImageDimension 2)", "FixedImageDimension is given twice"),
     "cut": ("(MovingImageDimension 2)", "(MovingImageDim", r"expected \(Name value ...\)"),
+    "directions": ("(CenterOf", '(UseDirectionCosines "false")\n(CenterOf', "without the directions of its images"),
     "binary": ("(CenterOf", '(UseBinaryFormatForTransformationParameters "true")\n(CenterOf', "write them as text"),
 }
 
@@ -649,6 +661,18 @@ def test_chains_of_elastix_that_do_not_end(tmp_path: Path) -> None:
     refused(b, "has no GridOrigin")
     (tmp_path / "c.txt").write_bytes(b'(Transform "EulerTransform")\n\xff\xfe\n')
     refused(tmp_path / "c.txt", "is not text")
+
+
+def test_a_chain_of_elastix_that_begins_in_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder has a file of the same name: old versions of elastix take that one, new ones the other."""
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    elastix(tmp_path / "a" / "T.0.txt", "TranslationTransform", (1.0, 2.0), 2)
+    last = elastix(tmp_path / "a" / "T.1.txt", "TranslationTransform", (10.0, 20.0), 2, initial="T.0.txt")
+    elastix(tmp_path / "T.0.txt", "TranslationTransform", (100.0, 200.0), 2)
+    refused(last, "a/T.0.txt are two: work in a folder without the one that is not meant")
+    (tmp_path / "T.0.txt").write_bytes((tmp_path / "a" / "T.0.txt").read_bytes())
+    assert read_transform(last).map_points(torch.zeros(1, 2, dtype=torch.float64)).tolist() == [[11, 22]]
 
 
 @every_dimension

@@ -15,7 +15,7 @@ from fnreg.extras import quiet, require
 from fnreg.io.files import ImageReadError, PathLike, read_bytes
 from fnreg.io.stored import Stored, affine_grid
 
-_POSITION, _ORIENTATION, _SPACING = "0020|0032", "0020|0037", "0028|0030"
+_POSITION, _ORIENTATION, _SPACING, _THICKNESS = "0020|0032", "0020|0037", "0028|0030", "0018|0050"
 EVEN = 0.01  # steps between slices may differ by this share of a step: positions are texts with few digits
 STRAIGHT = 1e-3  # of a step along the normal: what slices may lie aside
 
@@ -25,6 +25,7 @@ class _Slice(NamedTuple):
     size: tuple[int, ...]
     position: np.ndarray  # (3,)
     axes: np.ndarray  # (3, 2) steps along rows and columns, in mm
+    thickness: float | None  # mm, where the file says it
 
 
 def stored_series(folder: PathLike, *, series: str | None = None) -> Stored:
@@ -60,7 +61,10 @@ def _stored(sitk: Any, folder: Path, series: str | None) -> Stored:
     values = np.concatenate(each)
     values = (values[..., None] if values.ndim == 3 else values)[None]  # (1, Z, Y, X, C)
     linear = np.column_stack([slices[0].axes, step])
-    return Stored(np.moveaxis(values, -1, 1), affine_grid(folder, values.shape[1:4], linear, slices[0].position))
+    grid = affine_grid(folder, values.shape[1:4], linear, slices[0].position)
+    alone = len(slices) == 1 and slices[0].thickness is None
+    notes = ("has one slice, which does not say how thick it is: taken is 1 mm",) if alone else ()
+    return Stored(np.moveaxis(values, -1, 1), grid, notes=notes)
 
 
 def _skipped(sitk: Any, folder: Path, found: list[str]) -> None:
@@ -92,7 +96,15 @@ def _slice(sitk: Any, name: str) -> _Slice:
         raise ImageReadError(f"{name} holds {size[2]} frames: expected a series of one slice in each file")
     if position.shape != (3,) or not (np.isfinite(position).all() and np.isfinite(axes).all()):
         raise ImageReadError(f"{name} is damaged: its position or orientation is not of finite numbers")
-    return _Slice(name, size, position, axes)
+    return _Slice(name, size, position, axes, _thickness(reader))
+
+
+def _thickness(reader: Any) -> float | None:
+    try:
+        value = float(reader.GetMetaData(_THICKNESS)) if reader.HasMetaDataKey(_THICKNESS) else 0.0
+    except ValueError:
+        return None
+    return value if 0 < value < np.inf else None
 
 
 def _whole(name: str, reader: Any) -> None:
@@ -115,11 +127,11 @@ def _whole(name: str, reader: Any) -> None:
 
 
 def _ordered(folder: PathLike, slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray]:
-    """The slices along their normal, and the step from one to the next."""
+    """The slices along their normal, and the step from one to the next, of one alone its thickness."""
     across = np.cross(*slices[0].axes.T)
     normal = across / np.linalg.norm(across)
     if len(slices) == 1:
-        return slices, normal
+        return slices, normal * (slices[0].thickness or 1.0)
     slices = sorted(slices, key=lambda one: float(one.position @ normal))
     positions = np.stack([one.position for one in slices])
     steps = np.diff(positions @ normal)

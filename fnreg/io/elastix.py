@@ -34,14 +34,15 @@ def read_elastix(path: PathLike) -> Mapping:
     """A transform of elastix, after the one that it begins with: translation, Euler, similarity, affine, B-spline.
 
     path : of the last of the text files; the others are looked for under the names that it gives, from the working
-        folder and beside it
+        folder and beside it.  Versions of elastix differ in which of these they take, so files that differ are refused
 
     T(p) = T_1(T_0(p)) with the initial transform T_0, where `HowToCombineTransforms` is "Compose".  The domain of a
     linear map is the fixed image.  As for `read_itk`, a spline goes on beyond its region, where elastix' does not
     move points.
 
     Raises TransformReadError where a file is missing, damaged or begins with itself, and for other transforms,
-    combination by addition, splines that are not cubic or that are cyclic, and parameters in a file of their own.
+    combination by addition, splines that are not cubic or that are cyclic, parameters in a file of their own, and
+    worlds without the directions of images.
     """
     mappings: list[Mapping] = []
     seen: list[Path] = []
@@ -112,10 +113,19 @@ def _initial(path: Path, values: Values) -> Path | None:
             f'{path} combines its initial transform by {how!r}: readable is (HowToCombineTransforms "Compose")'
         )
     places = [Path(name), path.parent / name, path.parent / Path(name.replace("\\", "/")).name]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    found = [place for place in places if place.is_file()]
+    if not found:
         raise TransformReadError(f"{path} begins with {name}, which is not there: put it beside {path.name}")
-    return found
+    if places[0].is_absolute():
+        return found[0]
+    first, *others = (read_bytes(place, TransformReadError) for place in found)
+    for place, other in zip(found[1:], others, strict=True):
+        if other != first:
+            raise TransformReadError(
+                f"{path} begins with {name}, and {found[0].resolve()} and {place.resolve()} are two: work in a folder "
+                "without the one that is not meant"
+            )
+    return found[0]
 
 
 def _mapping(path: Path, values: Values) -> Mapping:
@@ -124,6 +134,11 @@ def _mapping(path: Path, values: Values) -> Mapping:
         raise TransformReadError(f"{path} holds a {kind or 'file without a transform'!r}: readable are {KINDS}")
     if _word(values, "UseBinaryFormatForTransformationParameters", "false") == "true":
         raise TransformReadError(f"{path} keeps its parameters in a file of their own: write them as text")
+    if _word(values, "UseDirectionCosines", "true") == "false":
+        raise TransformReadError(
+            f"{path} was made without the directions of its images, so not in their world: register again with "
+            '(UseDirectionCosines "true"), or write that where all directions are along the axes'
+        )
     sides = [_word(values, f"{side}ImageDimension", "") for side in ("Fixed", "Moving")]
     if sides[0] not in ("2", "3") or sides[0] != sides[1]:
         raise _damaged(path, f"its images have {sides} axes, expected 2 or 3, and as many on both sides")

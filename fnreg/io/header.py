@@ -88,7 +88,7 @@ def parse(path: PathLike, block: bytes, *, form: Form | None = None) -> Header:
     affine, taken, notes = _affine(path, fields, dims, form)
     if code in COLOURS and dims[5] > 1:
         raise ImageReadError(f"{path} has {dims[5]} colours at each voxel: expected one")
-    dimension = 2 if dims[0] == 2 or (dims[0] == 5 and dims[3] == 1) else 3
+    dimension = 2 if dims[0] == 2 or (dims[0] == 5 and dims[3] == 1 and is_plane(affine)) else 3
     spatial = tuple(dims[dimension:0:-1])
     if dimension == 2:
         tilt = float(np.abs(affine[2, :2] / np.linalg.norm(affine[:3, :2], axis=0).clip(1e-300)).max())
@@ -103,6 +103,15 @@ def parse(path: PathLike, block: bytes, *, form: Form | None = None) -> Header:
     return Header(
         fields, grid, shape, dtype, code in COLOURS, slope, inter, _offset(path, fields, size, single), taken, notes
     )
+
+
+def is_plane(affine: np.ndarray) -> bool:
+    """Whether one slice with channels is a 2-D image, for which NIfTI has no other form than with a third axis.
+
+    ITK takes every such slice for one.  Here those count that lie at z = 0 with a thickness of 1, as 2-D images are
+    written; any other is a volume of one slice, whose place would be lost.
+    """
+    return not affine[2, [0, 1, 3]].any() and not affine[:2, 2].any() and abs(affine[2, 2]) in UNITS.values()
 
 
 def _dims(path: PathLike, fields: Any) -> list[int]:

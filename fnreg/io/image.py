@@ -15,7 +15,7 @@ from fnreg.io.files import ImageReadError, PathLike, WriteError
 from fnreg.io.header import Form
 from fnreg.io.picture import read_picture, write_picture
 from fnreg.io.simpleitk import CHECKS, single, stored_itk, write_itk_image
-from fnreg.io.stored import Labels, Stored, as_image, as_labels, as_series
+from fnreg.io.stored import Labels, Stored, as_image, as_labels, as_series, tell
 from fnreg.io.volume import stored_nifti, write_nifti
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -78,6 +78,16 @@ def read_series(path: PathLike, *, channels: bool = False, form: Form | None = N
     if kind in PICTURES:
         raise ImageReadError(f"{path} is a picture: a series is of NIfTI, MetaImage or NRRD")
     return as_series(_stored(path, kind, form, None), path, channels=channels)
+
+
+def read_grid(path: PathLike) -> Grid:
+    """Where the voxels of an image lie, one image or a series; all of the file is checked as by `read_image`."""
+    kind = _kind(path)
+    if kind in PICTURES:
+        return read_picture(path).grid
+    stored = _stored(path, kind, None, None)
+    tell(stored.notes, path)
+    return stored.grid
 
 
 def read_labels(

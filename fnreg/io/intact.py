@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ _NRRD = {
     8: "longlong, long long, long long int, signed long long, signed long long int, int64, int64_t, ulonglong, "
        "unsigned long long, unsigned long long int, uint64, uint64_t, double",
 }  # fmt: skip
+_SPACES = ("left-posterior-superior", "right-anterior-superior", "left-anterior-superior")  # that ITK turns to LPS
+_UNITS = ("", "?", "mm", "s", "sec", "ms")  # none, millimetres, and those of an axis of time
 _SIZES = {name: size for size, names in _NRRD.items() for name in names.split(", ")}
 
 
@@ -52,7 +55,14 @@ def check_meta(path: PathLike) -> None:
             f"{path} holds the type {fields.get('ElementType')}: expected one of MET_{', MET_'.join(_META)}"
         )
     sizes = _numbers(path, fields, "DimSize", int)
+    if fields.get("NDims", str(len(sizes))) != str(len(sizes)):
+        raise ImageReadError(f"{path} is damaged: its header has NDims = {fields['NDims']} and DimSize = {sizes}")
     _geometry(path, fields, len(sizes))
+    for name, plain in (("ElementToIntensityFunctionSlope", 1), ("ElementToIntensityFunctionOffset", 0)):
+        if name in fields and _numbers(path, fields, name, float) != [plain]:
+            raise ImageReadError(
+                f"{path} has {name} = {fields[name]}, which ITK ignores: save the values that it means"
+            )
     channels = (
         int(*_numbers(path, fields, "ElementNumberOfChannels", int)) if "ElementNumberOfChannels" in fields else 1
     )
@@ -68,14 +78,24 @@ def check_meta(path: PathLike) -> None:
 
 def _geometry(path: PathLike, fields: dict[str, str], dimension: int) -> None:
     """What ITK would silently repair or take for something else."""
-    for name, count in (("ElementSpacing", dimension), ("Offset", dimension), ("TransformMatrix", dimension**2)):
+    _millimetres(path, "DistanceUnits", fields.get("DistanceUnits", "mm").split())
+    counts = dict.fromkeys(("ElementSpacing", "ElementSize", "Offset", "Position", "Origin"), dimension)
+    counts |= dict.fromkeys(("TransformMatrix", "Rotation", "Orientation"), dimension**2)
+    for name, count in counts.items():
         if name not in fields:
             continue
         values = _numbers(path, fields, name, float)
         if len(values) != count or not all(map(math.isfinite, values)):
             raise ImageReadError(f"{path} has {name} = {fields[name]}: expected {count} finite numbers")
-        if name == "ElementSpacing" and min(values) <= 0:
-            raise ImageReadError(f"{path} has ElementSpacing = {fields[name]}: expected positive numbers")
+        if name in ("ElementSpacing", "ElementSize") and min(values) <= 0:
+            raise ImageReadError(f"{path} has {name} = {fields[name]}: expected positive numbers")
+
+
+def _millimetres(path: PathLike, name: str, units: list[str]) -> None:
+    """ImageReadError for units of length that ITK would take for millimetres."""
+    for unit in units:
+        if unit.strip().lower() not in _UNITS:
+            raise ImageReadError(f"{path} has {name} {unit}, which ITK takes for mm: save it in millimetres")
 
 
 def check_nrrd(path: PathLike) -> None:
@@ -112,6 +132,13 @@ def check_nrrd(path: PathLike) -> None:
     for name in ("space directions", "space origin", "spacings"):
         if "inf" in fields.get(name, "").lower() or "nan" in fields.get(name, "").lower():
             raise ImageReadError(f"{path} has {name} {fields[name]}: expected finite numbers")
+    space = fields.get("space", _SPACES[0]).lower()
+    if space not in (*_SPACES, *("".join(part[0] for part in one.split("-")) for one in _SPACES)):
+        raise ImageReadError(
+            f"{path} is in the space {space}, which ITK takes for LPS: expected one of {', '.join(_SPACES)}"
+        )
+    for name in ("space units", "units"):
+        _millimetres(path, name, re.findall(r'"([^"]*)"', fields.get(name, "")))
     detached = fields.get("data file", fields.get("datafile"))
     voxels = data[begin:] if detached is None else _beside(path, detached)
     if encoding == "raw":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fnreg.image import Image
-from fnreg.io.header import RAS, TYPES
+from fnreg.io.header import RAS, TYPES, is_plane
 from fnreg.io.simpleitk import single
 from fnreg.io.stored import affine_grid
 from fnreg.io.volume import ras_affine
@@ -23,23 +23,33 @@ from fnreg.io.volume import ras_affine
 def from_nibabel(image: Any) -> Image:
     """An Image of nibabel's: the values that it means, at the place of its affine, in mm.
 
-    (X, Y) and (X, Y, Z) become one channel; (X, Y, Z, 1, C) and colours become C.  Raises ValueError for a series and
-    for axes that are not at right angles.
+    (X, Y) and (X, Y, Z) become one channel; (X, Y, Z, 1, C) and colours become C, and one slice of them becomes 2-D
+    where `read_image` takes it so.  An affine in metres or micrometres, by the header, becomes millimetres.  Raises
+    ValueError for a series, for axes that are not at right angles, and for integers that no float holds.
     """
     values = np.asanyarray(image.dataobj)
     if values.dtype.names:
         values = np.stack([values[name] for name in values.dtype.names], -1).reshape(*values.shape[:3], 1, -1)
     if values.ndim > 3 and values.shape[3] > 1:
         raise ValueError(f"the image has shape {values.shape}: a series, take one volume by image.slicer[..., 0]")
-    dimension = 2 if values.ndim == 2 else 3
+    affine = np.diag([_unit(image)] * 3 + [1.0]) @ image.affine
+    dimension = 2 if values.ndim == 2 or (values.ndim == 5 and values.shape[2] == 1 and is_plane(affine)) else 3
     if values.ndim not in (2, 3, 4, 5) or values.dtype.kind not in "iufb":
         raise ValueError(f"the image has shape {values.shape} of {values.dtype}: expected (X, Y[, Z]) of real numbers")
     values = values.reshape(*values.shape[:dimension], -1).T  # (C, [Z,] Y, X)
+    if values.dtype.kind in "iu" and values.size and (most := max(-int(values.min()), int(values.max()))) > 2**53:
+        raise ValueError(f"the image holds integers up to {most}, which no float holds")
     native = np.array(values, dtype=values.dtype.newbyteorder("="), order="C")
     if native.dtype.kind == "u" and native.dtype.itemsize > 1:
         native = native.astype(np.int64 if native.dtype.itemsize > 2 else np.int32)
     data = torch.from_numpy(native if native.dtype.itemsize <= 8 else native.astype(np.float64))
-    return _from_ras(data, image.affine, dimension, "the image of nibabel")
+    return _from_ras(data, affine, dimension, "the image of nibabel")
+
+
+def _unit(image: Any) -> float:
+    """Of length in mm, where the header has one that is none."""
+    told = getattr(image.header, "get_xyzt_units", None)
+    return 1.0 if told is None else {"meter": 1e3, "micron": 1e-3}.get(told()[0], 1.0)
 
 
 def to_nibabel(image: Image) -> Any:

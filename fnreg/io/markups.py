@@ -29,10 +29,13 @@ def _space(told: Any) -> str:
 
 
 def _split(text: str, word: str) -> tuple[str | None, list[tuple[int, str]]]:
-    """What the comment of this word says, and the other lines with their numbers."""
+    """What the comment of this word says, and the other lines with their numbers.
+
+    Comments lead: behind them a line that begins with # is a point, perhaps of the name #1.
+    """
     stated, lines = None, list[tuple[int, str]]()
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
-        if line.startswith("#"):
+        if line.startswith("#") and not lines:
             name, equals, value = line[1:].partition("=")
             stated = value.strip() if equals and name.strip().lower() == word.lower() else stated
         elif line.strip():
@@ -40,8 +43,12 @@ def _split(text: str, word: str) -> tuple[str | None, list[tuple[int, str]]]:
     return stated, lines
 
 
-def _rows(lines: list[tuple[int, str]], header: list[str], names: tuple[str, ...]) -> Read:
-    """Points and names from rows of cells, by the columns' names."""
+def _rows(lines: list[tuple[int, str]], header: list[str], names: tuple[str, ...], *, more: bool = False) -> Read:
+    """Points and names from rows of cells, by the columns' names.
+
+    more : rows may have cells beyond their columns, as Slicer 5 writes them.  Elsewhere commas that are decimal points
+        would make them
+    """
     columns = [cell.strip().lower() for cell in header]
     if len({name for name in columns if name}) != len([name for name in columns if name]):
         raise Refused(f"has two columns of one name: {', '.join(header)}")
@@ -52,6 +59,8 @@ def _rows(lines: list[tuple[int, str]], header: list[str], names: tuple[str, ...
     points, found = list[list[float]](), list[str]()
     for number, line in lines:
         (cells,) = csv.reader([line], strict=True)
+        if any(cells[len(header) :]) and not more:
+            raise Refused(f"has {len(cells)} cells in line {number} but {len(header)} columns: {line[:80]!r}")
         try:
             points.append([float(cells[k].replace("_", "?")) for k in axes])  # Python takes 1_0 for 10
             found.append("" if named is None else cells[named])
@@ -74,7 +83,7 @@ def _read_fcsv(text: str) -> Read:
     if stated is None:
         raise Refused("does not say its CoordinateSystem: it is damaged, or no file of Slicer's markups")
     columns, _ = _split(text, "columns")
-    _, names, points = _rows(lines, (columns or _FCSV).split(","), ("label", "id"))
+    _, names, points = _rows(lines, (columns or _FCSV).split(","), ("label", "id"), more=True)
     return _space(stated), names, points
 
 

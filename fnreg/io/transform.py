@@ -62,7 +62,7 @@ def _held(path: PathLike) -> tuple[str, ...] | None:
         return (".h5",)
     if data.startswith(TITLE):
         return (".tfm", ".txt")
-    if data.startswith(b"\x1f\x8b") or data[344:347] in (b"n+1", b"n+2"):
+    if data.startswith(b"\x1f\x8b") or data[344:347] == b"n+1" or data[4:7] == b"n+2":
         return (".nii.gz", ".nii")
     if data.startswith(b"NRRD000"):
         return (".nrrd",)
