@@ -46,9 +46,10 @@ LOCAL = lncc(radius=3, flat=0.1)
 BOTH = mi + LOCAL
 OF_AFFINE, OF_FIELD = (50, 30, 10), (100, 60, 20)
 METHODS: dict[str, tuple[Transform, Any]] = {
-    "Diffeomorphism(1, 1), MI + LNCC": (Diffeomorphism(gradient=1.0, smooth=1.0), BOTH),
-    "Diffeomorphism(0.75, 0.7), LNCC": (Diffeomorphism(gradient=0.75, smooth=0.7), LOCAL),
+    "Diffeomorphism(1, 0.7), MI + LNCC": (Diffeomorphism(gradient=1.0, smooth=0.7), BOTH),
+    "Diffeomorphism(1, 1), LNCC": (Diffeomorphism(gradient=1.0, smooth=1.0), LOCAL),
 }
+OPTIMIZER = adam(0.5, b2=0.99, decay=1.0, relative=3.0)
 
 
 def subjects(count: int | None = None) -> list[Subject]:
@@ -99,7 +100,7 @@ def registered(
     stages = [Stage(Affine(), BOTH, steps=steps[0])]
     if method is not None:
         transform, objective = method
-        stages.append(Stage(transform, objective, optimizer=adam(0.25, decay=1.0), steps=steps[1]))
+        stages.append(Stage(transform, objective, optimizer=OPTIMIZER, steps=steps[1]))
     # A moving mask would be differentiated, which takes long: what is repeated beyond the crop is let in instead.
     return register(fixed, moving.image, stages, start="center", stop=None)
 
