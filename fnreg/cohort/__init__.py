@@ -1,0 +1,1 @@
+"""Data sets: tables of pairs in, a ledger and a report out."""
