@@ -102,7 +102,7 @@ class Study:
             )
 
     def todo(self, *, retry_failed: bool = False) -> list[Row]:
-        """The rows that are not finished: without a record, with inputs that changed since, and failed ones if asked."""
+        """The rows that are not finished: without a record, with inputs that changed, and failed ones if asked."""
         known = read_ledger(self.folder)
         return [row for row in self.rows if not self._finished(row, known.get(row.pair_id), retry_failed)]
 
