@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch loads, as the command line of fnreg does
-
 import torch
 
 import fnreg
@@ -30,12 +28,16 @@ NAMES = (
     "capture",
     "affine_gauss_newton",
     "itk_slices",
+    "files",
     "growth",
     "brain_affine",
     "brain_deformable",
     "brain_race",
+    "brain_starts",
     "hippocampus",
     "templates3d",
+    "multimodal3d_spm",
+    "stereo_flow",
     "ants2d",
     "histology",
     "ct_head2d",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fnreg import data as data
     from fnreg import fields as fields
     from fnreg import io as io
+    from fnreg import metrics as metrics
     from fnreg import optim as optim
     from fnreg import plot as plot
     from fnreg import presets as presets
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from fnreg.registration import Stage as Stage
     from fnreg.registration import evaluate as evaluate
     from fnreg.registration import register as register
+    from fnreg.search import Choice as Choice
     from fnreg.solvers.base import Status as Status
     from fnreg.solvers.base import Stop as Stop
     from fnreg.solvers.descent import Descent as Descent
@@ -135,6 +137,7 @@ _HOME = {
     ),
     "fnreg.optim": ("adam", "chain", "clip", "normalized", "sgd"),
     "fnreg.pytree": ("stack",),
+    "fnreg.search": ("Choice",),
     "fnreg.registration": ("Event", "Registration", "RegistrationError", "Stage", "evaluate", "register"),
     "fnreg.solvers.base": ("Status", "Stop"),
     "fnreg.solvers.descent": ("Descent",),
@@ -165,6 +168,7 @@ _MODULES = {
     "functional": "fnreg.losses.functional",
     "information": "fnreg.losses.information",
     "io": "fnreg.io",
+    "metrics": "fnreg.metrics",
     "optim": "fnreg.optim",
     "overlap": "fnreg.losses.overlap",
     "penalties": "fnreg.losses.penalties",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,9 +10,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
-from cyclopts import Parameter
 
-from fnreg import __version__
+from fnreg.commands import quality as quality
+from fnreg.commands import transforms as transforms
+from fnreg.commands.base import (
+    ENVIRONMENT,
+    FAILED,
+    INTERRUPTED,
+    OK,
+    REFUSED,
+    USAGE,
+    app,
+    print_table,
+)
+from fnreg.commands.base import Verbose as _Verbose
+from fnreg.commands.base import option as _option
+from fnreg.process import prepare
 from fnreg.settings import (
     OPTIMIZERS,
     PADDINGS,
@@ -26,36 +38,13 @@ from fnreg.settings import (
     Settings,
     SettingsError,
     choose,
+    pointing,
 )
-
-# Large tensors on huge pages: a step on a 3-D image takes a fifth less time.  Torch reads it when it loads.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-OK, FAILED, USAGE, REFUSED, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 DEMOS = ("story", "circle-to-c")
-
-app = cyclopts.App(
-    name="fnreg",
-    help="Image registration as pure functions on PyTorch.",
-    help_epilogue=(
-        "A transform maps fixed points to moving points: that resamples the moving image onto the fixed grid.\n\n"
-        "Exit codes: 0 all ok; 1 finished but the pair failed; 2 usage; 3 input or output refused; 4 environment; "
-        "130 interrupted."
-    ),
-    version=__version__,
-    suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(negative="", show_default=False),
-)
-
-
-def _option(text: str, *names: str) -> Any:
-    return Parameter(help=text, name=names or None)
-
+SPACES = ("LPS", "RAS", "voxel")
 
 _Output = Annotated[Path, _option("Folder for the results; it must not hold anything yet.", "--output", "-o")]
-_Verbose = Annotated[bool, _option("Say more, and show where an error came from.", "--verbose", "-v")]
-_Json = Annotated[bool, _option("Print the record as JSON instead of text.")]
 
 
 @app.command
@@ -96,10 +85,23 @@ def register(
         str | None,
         _option("Per level, coarse to fine, as 100x50x10; one number serves all. [default: 100]", "--steps", "-n"),
     ] = None,
-    fixed_mask: Annotated[Path | None, _option("Picture; pixels of the fixed image count where it is above 0.")] = None,
+    fixed_mask: Annotated[Path | None, _option("Image; voxels of the fixed image count where it is above 0.")] = None,
     moving_mask: Annotated[Path | None, _option("The same for the moving image.")] = None,
+    fixed_labels: Annotated[
+        Path | None,
+        _option("Image of whole numbers; the overlap before and after is told, --moving-labels are warped."),
+    ] = None,
+    moving_labels: Annotated[Path | None, _option("The same for the moving image.")] = None,
+    fixed_points: Annotated[
+        Path | None, _option("Landmarks, .csv, .fcsv or .mrk.json; their distance before and after is told.")
+    ] = None,
+    moving_points: Annotated[Path | None, _option("The same for the moving image, by name or row.")] = None,
+    space: Annotated[
+        str | None, _option(f"Where points that do not say it are: {', '.join(SPACES)}, indices of their image.")
+    ] = None,
     init: Annotated[
-        str | None, _option("Start: header, center, moments, search (36 angles) or a transform file. [default: header]")
+        str | None,
+        _option("Start: auto, header, center, moments, search (36 angles) or a transform file. [default: auto]"),
     ] = None,
     padding: Annotated[
         str | None,
@@ -114,6 +116,9 @@ def register(
     threads: Annotated[int | None, _option("Of torch. [default: as torch chooses]")] = None,
     device: Annotated[str | None, _option("Of torch, as cuda:0. [default: cpu]")] = None,
     settings: Annotated[Path | None, _option("TOML file with these options by name; options given here win.")] = None,
+    assign: Annotated[
+        list[str] | None, _option("A setting by its name in such a file, as levels=2; may be given again.", "--set")
+    ] = None,
     overwrite: Annotated[bool, _option("Replace results in a folder that holds some.")] = False,
     dry_run: Annotated[bool, _option("Check everything, say what would be done, write nothing.")] = False,
     as_json: Annotated[bool, _option("Print the record as JSON instead of text.", "--json")] = False,
@@ -124,7 +129,7 @@ def register(
     Parameters
     ----------
     fixed
-        Image whose grid the result has: PNG, JPEG or TIFF.
+        Image whose grid the result has: NIfTI, MetaImage, NRRD, a folder of DICOM, PNG, JPEG or TIFF.
     moving
         Image that is to look like it.
     """
@@ -134,15 +139,22 @@ def register(
         "symmetric": symmetric, "optimizer": optimizer, "levels": levels, "steps": steps, "init": init,
         "padding": padding, "save": save, "seed": seed, "threads": threads, "device": device,
     }  # fmt: skip
-    chosen = Settings.gather(given, settings)
+    here = {name for name, value in given.items() if value is not None} | {a.partition("=")[0] for a in assign or ()}
+    with pointing(settings, here):
+        chosen = Settings.gather(given, settings, assigned=assign or ())
+    if space is not None:
+        choose("space", space, SPACES)
     from fnreg import results, run
+    from fnreg.agreement import Paths
     from fnreg.output import OutputFolder
     from fnreg.progress import Bars
 
-    files = run.Files(fixed, moving, output, fixed_mask, moving_mask)
+    known = Paths((fixed_labels, moving_labels), (fixed_points, moving_points), space)
+    files = run.Files(fixed, moving, output, fixed_mask, moving_mask, known)
     folder = OutputFolder(output, overwrite=overwrite, known=results.KNOWN)
     folder.check()
-    plan = run.prepare(files, chosen)
+    with pointing(settings, here):
+        plan = run.prepare(files, chosen)
     if dry_run:
         _print_plan(plan.record(), as_json)
         return OK
@@ -171,10 +183,13 @@ def _summary(record: dict[str, Any], verbose: bool) -> str:
         before = record["terms_before"].get(name)
         told = "" if before is None else f"{before:.6g} before, "
         lines.append(f"  {name:<12} {told}{'not finite' if value is None else f'{value:.6g} after'}")
+    if "start" in record:
+        lines.append(f"  {'start':<12} {record['start']}, chosen by trying; --init header takes the images as they lie")
     if "rotation_degrees" in record:
         lines.append(f"  {'rotation':<12} {record['rotation_degrees']:.3f} degrees")
     told = ", ".join(f"{value:.3f}" for value in record["translation_of_center"])
     lines.append(f"  {'shift':<12} ({told}) at the middle of the fixed image")
+    lines += _agreement(record)
     if "folds" in record:
         lines += _regularity(record)
     lines.append(f"  {'written':<12} {record['output']}: {', '.join(record['written'])}")
@@ -184,6 +199,21 @@ def _summary(record: dict[str, Any], verbose: bool) -> str:
             f"  {'matrix' if not row else '':<12} {values}" for row, values in enumerate(record.get("matrix", ()))
         ]
     return "\n".join(lines)
+
+
+def _agreement(record: dict[str, Any]) -> list[str]:
+    """Overlap of labels and distance of landmarks, a line of each where they are known."""
+    stages = record.get("metrics", {})
+    lines: list[str] = []
+    for key, name in (("dice_mean", "Dice"), ("tre_mean", "landmarks")):
+        if key in stages.get("after", {}):
+            before, after = (_rounded(stages[stage][key]) for stage in ("before", "after"))
+            lines.append(f"  {name:<12} {before} before, {after} after, on average")
+    return lines
+
+
+def _rounded(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
 
 
 def _regularity(record: dict[str, Any]) -> list[str]:
@@ -210,11 +240,12 @@ def info(
     Parameters
     ----------
     file
-        Image (PNG, JPEG, TIFF), transform (.safetensors; ITK's .tfm, .txt, .h5) or displacement (.nii, .nii.gz).
+        Image (NIfTI, MetaImage, NRRD, a folder of DICOM, PNG, JPEG, TIFF), transform (.safetensors; ITK's .tfm, .txt,
+        .h5) or displacement (.nii, .nii.gz).
     """
     from fnreg.info import describe
 
-    _print_table(describe(file), as_json)
+    print_table(describe(file), as_json)
     return OK
 
 
@@ -223,7 +254,7 @@ def doctor(*, as_json: Annotated[bool, _option("Print JSON.", "--json")] = False
     """Tell versions, devices, whether the compiled kernels are in use, and which extras are present."""
     from fnreg.doctor import report
 
-    _print_table(report(), as_json)
+    print_table(report(), as_json)
     return OK
 
 
@@ -251,15 +282,6 @@ def demo(
     return OK
 
 
-def _print_table(found: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    width = max(map(len, found))
-    for name, value in found.items():
-        print(f"{name:<{width}}  {value}")
-
-
 # -- errors -------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +306,7 @@ def _code(error: BaseException) -> int | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.  Errors are one line on standard error, unless -v is given."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
+    prepare()
     try:
         done = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         return done if isinstance(done, int) else OK
@@ -299,7 +322,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told = f"internal error, {type(error).__name__}: {told}; run it again with -v and report this"
         print(f"fnreg: error: {told}", file=sys.stderr)
         return FAILED if code is None else code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -70,15 +70,6 @@ def gaussian(data: Tensor, sigma: float | Sequence[float] | Tensor) -> Tensor:
     return along(data, [gaussian_matrix(n, s).to(data.dtype) for n, s in zip(data.shape[:0:-1], sigmas, strict=True)])
 
 
-@constant
-def _band(n: int, taps: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix (n, n) of weights over distances, zero beyond the last."""
-    weights = torch.tensor(taps, dtype=dtype, device=device)
-    index = torch.arange(n, device=device)
-    distance = (index - index[:, None]).abs()
-    return torch.where(distance < len(taps), weights[distance.clamp(max=len(taps) - 1)], 0)
-
-
 def window_sums(data: Tensor, taps: windows.Taps) -> Tensor:
     """sum_t w(|t|) data(i + t) along each axis with zeros outside, data (C, [Z,] Y, X).
 
@@ -86,7 +77,9 @@ def window_sums(data: Tensor, taps: windows.Taps) -> Tensor:
     """
     if windows.serves(data):
         return windows.windowed(data, taps, normalised=False)
-    return along(data, [_band(n, w, data.dtype, data.device) for n, w in zip(data.shape[:0:-1], taps, strict=True)])
+    return along(
+        data, [windows.band(n, w, data.dtype, data.device) for n, w in zip(data.shape[:0:-1], taps, strict=True)]
+    )
 
 
 @constant

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.grid import index_points
-from fnreg.pytree import constant, fold, forward_asked, forward_levels, leading
-from fnreg.sampling import KNOT, is_stored, sample
+from fnreg.pytree import constant, fold, forward_asked, forward_levels, is_stored, leading
+from fnreg.sampling import KNOT, sample
 
 Plain = Callable[[Tensor], Tensor]  # the same by compositions, for one field
 

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from fnreg import native, parzen
 from fnreg.parzen import Weights
-from fnreg.pytree import fold, forward_asked, forward_levels, leading
-from fnreg.sampling import is_stored
+from fnreg.pytree import fold, forward_asked, forward_levels, is_stored, leading
 
 PART = 2**14  # voxels from which on a row is cut, and into how many parts at most: each has a histogram of its own
 PARTS = 32

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fnreg import fields, io
-from fnreg.io.image import suffix
-from fnreg.io.itk import DENSE_SUFFIXES, parts
-from fnreg.io.nifti import SUFFIXES
+from fnreg.image import Image
+from fnreg.io.image import NIFTI, PICTURES, suffix
+from fnreg.io.itk import ITK_SUFFIXES, parts
+from fnreg.io.volume import VECTOR, read_nifti
 from fnreg.pytree import batch_axes, tree_leaves
 from fnreg.transforms.base import Mapping, first_domain
 from fnreg.transforms.linear import decompose
 from fnreg.transforms.rotation import matrix_to_angle
+
+UNIT_NAMES = ("not told, taken for mm", "m", "mm", "µm")  # of NIfTI's codes
 
 
 def describe(file: Path) -> dict[str, Any]:
@@ -23,20 +27,52 @@ def describe(file: Path) -> dict[str, Any]:
     kind, told = suffix(file), {"file": str(file)}
     if kind == ".safetensors":
         return told | _mapping(io.read_transform(file))
-    if kind in SUFFIXES:
-        return told | _regularity(io.read_displacement(file))
-    if kind in DENSE_SUFFIXES:
-        mapping = io.read_itk(file)
+    if kind in NIFTI:
+        return told | _nifti(file)
+    if kind in ITK_SUFFIXES:
+        mapping = io.read_transform(file)
         return told | (_linear(mapping) if mapping.transform.linear else _regularity(mapping))
-    image = io.read_image(file)
-    values = image.data[torch.isfinite(image.data)].double()
+    return told | _image(io.read_image(file) if kind in PICTURES else io.read_series(file))
+
+
+def _nifti(file: Path) -> dict[str, Any]:
+    """What the header says, and of displacements or images what they hold."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", io.GeometryWarning)
+        header, extensions, values = read_nifti(file)
+        vectors = int(header.fields["intent_code"]) == VECTOR and len(values) == header.grid.ndim and not header.colour
+        rest = _regularity(io.read_displacement(file)) if vectors else _image(io.read_series(file))
+    fields = header.fields
+    text = bytes(fields["descrip"]).split(b"\0")[0].decode("latin1")
+    order = "little" if header.dtype.newbyteorder("=").newbyteorder("<") == header.dtype else "big"
     found: dict[str, Any] = {
-        "file": str(file),
-        "size": " x ".join(map(str, image.grid.size)),
-        "spacing": image.grid.spacing.tolist(),
-        "origin": image.grid.origin.tolist(),
-        "values": str(image.data.dtype).removeprefix("torch."),
+        "format": f"NIfTI-{1 if fields.sizeof_hdr == 348 else 2}",
+        "stored": f"{'colours of ' if header.colour else ''}{header.dtype.newbyteorder('=')}, {order} endian",
+        "place by": header.taken,
+        "qform code": int(fields["qform_code"]),
+        "sform code": int(fields["sform_code"]),
+        "unit of length": UNIT_NAMES[int(fields["xyzt_units"]) & 7],
     }
+    found |= {"slope and intercept": [header.slope, header.inter]} if (header.slope, header.inter) != (1, 0) else {}
+    found |= {"description": text} if text else {}
+    found |= {"bytes of extensions": len(extensions) - 4} if len(extensions) > 4 else {}
+    notes = [str(warning.message).removeprefix(f"{file} ") for warning in caught]
+    return found | ({"warning": notes[0]} if notes else {}) | rest
+
+
+def _image(image: Image) -> dict[str, Any]:
+    """One image, or the volumes of a series."""
+    values = image.data[torch.isfinite(image.data)].double()
+    found: dict[str, Any] = {"size": " x ".join(map(str, image.grid.size))}
+    if image.data.ndim > image.grid.ndim + 1 and len(image.data) > 1:
+        found["volumes"] = len(image.data)
+    if image.channels > 1:
+        found["channels"] = image.channels
+    found["spacing"] = image.grid.spacing.tolist()
+    found["origin"] = image.grid.origin.tolist()
+    if not torch.equal(image.grid.direction, torch.eye(image.grid.ndim, dtype=torch.float64)):
+        found["direction"] = image.grid.direction.tolist()
+    found["values"] = str(image.data.dtype).removeprefix("torch.")
     if len(values):
         found |= {"lowest": float(values.min()), "highest": float(values.max()), "mean": round(float(values.mean()), 6)}
     if len(values) < image.data.numel():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -135,8 +135,11 @@ def prepare(
     min_size: int,
     detach: bool = True,
     objectives: Sequence[Objective] = (),
+    deeper: Callable[[tuple[int, ...]], int] | None = None,
 ) -> Inputs:
     """Pyramids, masks, labels and points of what `register` was given.
+
+    deeper : of the fixed size, how many levels the pyramids have if the size allows, where that is more than `levels`
 
     ValueError where the two sides do not fit together, or have not what the objectives ask for.
     """
@@ -162,7 +165,8 @@ def prepare(
         if isinstance(given, Sequence):
             sides.append((tuple(item.image for item in known), tuple(item.mask for item in known)))
         else:
-            sides.append(_pyramid(known[0], levels, min_size))
+            count = levels if deeper is None else max(levels, deeper(subjects[0][0].image.grid.size))
+            sides.append(_pyramid(known[0], count, min_size))
         made = len(sides[-1][0])
         if name == "fixed" and made < levels and not isinstance(given, Sequence):
             warnings.warn(

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.native import CHUNK
-from fnreg.pytree import fold, forward_asked, is_tracked, leading
-from fnreg.sampling import is_stored
+from fnreg.pytree import fold, forward_asked, is_stored, is_tracked, leading
 
 
 def longest(vectors: Tensor) -> Tensor:
@@ -36,7 +35,7 @@ def largest(leaf: Tensor) -> Tensor:
     """Largest absolute entry of each item (B, ...), in its type."""
     flat = leaf.detach().flatten(1)
     if _is_plain(flat):
-        return _lengths(flat.unsqueeze(1))[:, 0].sqrt().to(leaf.dtype)
+        return _lengths(flat.unsqueeze(1))[:, 2].to(leaf.dtype)
     return torch.maximum(flat.amax(1), -flat.amin(1))
 
 
@@ -49,16 +48,18 @@ def mean_square(leaf: Tensor) -> Tensor:
 
 
 def is_finite(leaf: Tensor) -> Tensor:
-    """Whether all entries of each item (B, ...) are finite, and their squares, (B,)."""
+    """Whether all entries of each item (B, ...) are finite, (B,)."""
     if _is_plain(leaf):
-        return mean_square(leaf).isfinite()
+        return largest(leaf).isfinite()
     return torch.isfinite(leaf).flatten(1).all(1)
 
 
 def scale_(leaf: Tensor, factor: Tensor) -> None:
     """Multiply each item (B, ...) by a factor (B,), in place: for what nobody else has yet."""
     if _is_plain(leaf) and leaf.is_contiguous():
-        native.call("_scale", leaf.dtype, None, (leaf, factor.to(torch.float64), leaf[0].numel()), leaf.numel())
+        native.call(
+            "_scale", leaf.dtype, None, (leaf, factor.to(torch.float64).contiguous(), leaf[0].numel()), leaf.numel()
+        )
     else:
         leaf.mul_(factor.to(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)))
 
@@ -74,13 +75,13 @@ def _longest(vectors: Tensor) -> Tensor:
 
 
 def _lengths(vectors: Tensor) -> Tensor:
-    """Per item (B, D, n) the largest squared length and the sum of squares, (B, 2) float64."""
+    """Per item (B, D, n) the largest squared length, the sum of squares and the largest entry, (B, 3) float64."""
     batch, dimension, n = vectors.shape
     chunks = -(-n // CHUNK)
-    found = torch.empty(batch, chunks, 2, dtype=torch.float64)
+    found = torch.empty(batch, chunks, 3, dtype=torch.float64)
     arguments = (vectors.contiguous(), found, dimension, n, CHUNK)
     native.call("_lengths", vectors.dtype, None, arguments, batch * chunks, each=min(n, CHUNK))
-    return torch.stack([found[..., 0].amax(1), found[..., 1].sum(1)], 1)
+    return torch.stack([found[..., 0].amax(1), found[..., 1].sum(1), found[..., 2].amax(1)], 1)
 
 
 class _Longest(torch.autograd.Function):

@@ -7,6 +7,8 @@
 #define PRODUCTS JOIN(NAME, _products)
 #define CORRELATION JOIN(NAME, _correlation)
 #define COMBINE JOIN(NAME, _combine)
+#define BY_WEIGHTS JOIN(NAME, _by_weights)
+#define FLAT 8 /* in place of a correlation, where the fixed image does not vary */
 
 #define WEIGHT(p) (weights ? weights[i / channels % weight_items * n + (p)] : (REAL)1)
 
@@ -50,9 +52,10 @@ void PRODUCTS(const REAL *b, const REAL *a, const REAL *weights, const double *c
 /* Per window the correlation, squared unless `with_sign`, added up; in place of (m, mm, fm) what the gradient needs.
  *   fixed (items, 2, n) sums f and ff; count (.., n) the sums of weights; a window varies
  * where its variance is above floor + rounding * (its mean square).
- * sums (chunks of items, 2): of the correlations with their weights, and of the weights. */
+ * sums (chunks of items, 2): of the correlations with their weights, and of the weights.
+ * more (items, 3, n) and local (items, n), or NULL: what the derivative by the weights needs beside, and the correlations. */
 void CORRELATION(REAL *sums_moving, const REAL *fixed, const REAL *count, const REAL *weights, const double *floors_moving,
-                 const double *floors_fixed, double *sums, int with_sign, int64_t n, int64_t channels, int64_t fixed_items,
+                 const double *floors_fixed, double *sums, REAL *more, REAL *local, int with_sign, int64_t n, int64_t channels, int64_t fixed_items,
                  int64_t weight_items, int64_t count_items, int64_t chunk, double rounding, int64_t begin, int64_t end) {
     const int64_t chunks = (n + chunk - 1) / chunk;
     const unsigned mode = flush_denormals();
@@ -62,6 +65,8 @@ void CORRELATION(REAL *sums_moving, const REAL *fixed, const REAL *count, const 
         REAL *restrict m = sums_moving + i * 3 * n, *restrict mm = m + n, *restrict fm = mm + n;
         const REAL *restrict f = fixed + i % fixed_items * 2 * n, *restrict ff = f + n;
         const REAL *restrict total = count + i / channels % count_items * n;
+        REAL *restrict one = more + (more ? i * 3 * n : 0), *restrict two = more ? one + n : 0, *restrict three = more ? two + n : 0;
+        REAL *restrict at = local + (more ? i * n : 0);
         double both[2] = {0, 0};
         for (int64_t first = start; first < stop; first += BLOCK) {
             const int size = (int)(stop - first < BLOCK ? stop - first : BLOCK), count = size;
@@ -82,8 +87,16 @@ void CORRELATION(REAL *sums_moving, const REAL *fixed, const REAL *count, const 
                 const REAL a = with_sign ? 1 / root : 2 * by_f / safe_m;
                 const REAL b = varies * (with_sign ? signed_value : 2 * by_f * by_m) / safe_m;
                 const REAL scale = counts * unit;
-                value[q] = counts * (with_sign ? signed_value : by_f * by_m);
+                const REAL found = with_sign ? signed_value : by_f * by_m;
+                value[q] = counts * found;
                 share[q] = counts;
+                if (more) {
+                    const REAL c = (with_sign ? 1 : 2) * found / safe_f;
+                    one[p] = scale * c;
+                    two[p] = scale * (c * mean_f - a * mean_m);
+                    three[p] = scale * (a * (mean_f * mean_m - cov) + b / 2 * (var_m - mean_m * mean_m) + c / 2 * (var_f - mean_f * mean_f));
+                    at[p] = var_f > least_f && known > 0 ? found : FLAT;
+                }
                 m[p] = scale * a;
                 mm[p] = scale * b;
                 fm[p] = scale * (b * mean_m - a * mean_f);
@@ -113,8 +126,28 @@ void COMBINE(const REAL *filtered, const REAL *b, const REAL *a, const REAL *wei
     }
 }
 
+/* The derivative by the weights of an item, factor (r - mean + a b A - b^2 B / 2 + b C - a^2 D / 2 + a E + F) of the
+ * filtered (A, B, C) and (D, E, F) and the correlations r, of which only those count whose window varies. */
+void BY_WEIGHTS(const REAL *filtered, const REAL *more, const REAL *local, const REAL *b, const REAL *a, const double *centers,
+                const double *other, const double *means, const double *factors, REAL *out, int64_t n, int64_t fixed_items,
+                int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end;) {
+        const int64_t i = s / n, first = s - i * n, last = first + (end - s < n - first ? end - s : n - first);
+        const REAL center = (REAL)centers[i], low = (REAL)other[i % fixed_items], factor = (REAL)factors[i], mean = (REAL)means[i];
+        const REAL *A = filtered + i * 3 * n, *B = A + n, *C = B + n, *D = more + i * 3 * n, *E = D + n, *F = E + n;
+        for (int64_t p = first; p < last; p++) {
+            const REAL y = b[i * n + p] - center, x = a[i % fixed_items * n + p] - low, r = local[i * n + p];
+            const REAL here = r == FLAT ? 0 : r - mean;
+            out[i * n + p] = factor * (here + y * (x * A[p] - y / 2 * B[p] + C[p]) - x * (x / 2 * D[p] - E[p]) + F[p]);
+        }
+        s += last - first;
+    }
+}
+
 #undef MOMENTS
 #undef PRODUCTS
 #undef CORRELATION
 #undef COMBINE
+#undef BY_WEIGHTS
+#undef FLAT
 #undef WEIGHT

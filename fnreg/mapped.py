@@ -81,6 +81,7 @@ def squares(
     maps: Maps,
     *,
     padding: Padding | None = None,
+    by_shift: bool = True,
     by_matrix: bool = True,
 ) -> Squares:
     """Sums of squares for a batch of pairs, which `serves` said can be had.
@@ -88,11 +89,11 @@ def squares(
     moving : (B, C, [Z,] Y, X), or with a batch axis of 1 for all
     fixed, mask : (B or 1, C, [Z,] Y, X), (B or 1, 1, [Z,] Y, X)
     padding : None gives voxels that map outside no weight, see `register`
-    by_matrix : whether derivatives by the matrix are asked for
+    by_shift, by_matrix : whether derivatives by the shift, where there is one, and by the matrix are asked for
     """
     images = [None if t is None else t.contiguous() for t in (moving, fixed, mask)]
     batch = maps.batch(*images)
-    sums, results = _sums(maps, moving, batch, 2), _results(maps, moving, batch, by_matrix)
+    sums, results = _sums(maps, moving, batch, 2), _results(maps, moving, batch, by_shift, by_matrix)
     items = tuple(1 if t is None else t.shape[0] for t in images)
     given = (*images, *maps.arguments(moving.dtype), sums, *results, moving.shape[:1:-1], items, moving.shape[1])
     _chunked("_squares", moving, maps, batch, (*given, CHUNK, padding is not None), padding)
@@ -120,7 +121,7 @@ def pull(
     """Derivatives by the map of what has the derivative `by_warped` (B, C, [Z,] Y, X) by the image of `warp`."""
     moving, by_warped = moving.contiguous(), by_warped.contiguous()
     batch = by_warped.shape[0]
-    results = _results(maps, moving, batch, by_matrix)
+    results = _results(maps, moving, batch, True, by_matrix)
     given = (moving, by_warped, *maps.arguments(moving.dtype), *results, moving.shape[:1:-1], *moving.shape[:2])
     _chunked("_pull", moving, maps, batch, (*given, CHUNK), padding)
     return _by_map(maps, *results)
@@ -131,10 +132,12 @@ def _sums(maps: Maps, like: Tensor, batch: int, count: int) -> Tensor:
     return torch.empty(batch, -(-maps.points // CHUNK), count, dtype=torch.float64, device=like.device)
 
 
-def _results(maps: Maps, like: Tensor, batch: int, by_matrix: bool) -> tuple[Tensor | None, Tensor | None]:
+def _results(
+    maps: Maps, like: Tensor, batch: int, by_shift: bool, by_matrix: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """Where the kernels put derivatives by the matrix, of each chunk, and by the shift."""
     sums = _sums(maps, like, batch, maps.dimension * (maps.dimension + 1)) if by_matrix else None
-    shift = maps.shift
+    shift = maps.shift if by_shift else None
     return sums, None if shift is None else torch.empty_like(shift, memory_format=torch.contiguous_format)
 
 

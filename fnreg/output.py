@@ -16,6 +16,23 @@ class OutputError(OSError):
     """The output folder is in the way or cannot be written."""
 
 
+def check_file(path: Path, *, overwrite: bool = False) -> None:
+    """OutputError where a file is in the way, or where its folder is not there or cannot be written to.
+
+    To be asked before the work begins; whether the disk is full, the writing tells.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: give the name of a file")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists: give another name, or --overwrite")
+    folder = path.parent
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise OutputError(f"{path} cannot be written: {folder} {what}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be written: {folder} cannot be written to")
+
+
 class OutputFolder:
     """Results are written into `scratch`; `commit` puts them where they belong.  Without it nothing is left.
 

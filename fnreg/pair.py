@@ -170,21 +170,23 @@ def pair_energy(
     return in_sight(total.to(kind), weights), terms
 
 
-def pair_gradient(transform: Transform, padding: Padding | None, params: Any, pair: Pair) -> tuple[Any, Tensor]:
-    """Gradient by the step at zero, and the value."""
+def pair_gradient(
+    transform: Transform, padding: Padding | None, params: Any, pair: Pair
+) -> tuple[Any, Tensor, dict[str, Tensor]]:
+    """Gradient by the step at zero, the value and each term's."""
 
-    def energy(step: Any) -> Tensor:
-        return pair_energy(transform, padding, transform.perturb(params, step, pair.domain), pair)[0]
+    def energy(step: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return pair_energy(transform, padding, transform.perturb(params, step, pair.domain), pair)
 
     zero = transform.cast(transform.zero_step(pair.domain), pair.fixed.data.dtype)
-    gradient, value = grad_and_value(energy)(zero)
-    return transform.precondition(gradient, pair.domain), value
+    gradient, (value, terms) = grad_and_value(energy, has_aux=True)(zero)
+    return transform.precondition(gradient, pair.domain), value, terms
 
 
 def pair_normal_equations(
     transform: Transform, padding: Padding | None, params: Any, pair: Pair
-) -> tuple[Tensor, Tensor, Tensor]:
-    """|r|^2, J^T r (P,) and J^T J (P, P), by the chain rule through coordinates, image and residuals.
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """|r|^2, J^T r (P,), J^T J (P, P) and each term, by the chain rule through coordinates, image and residuals.
 
     Weights count as constants: that is the Gauss-Newton approximation.
     """
@@ -204,8 +206,8 @@ def pair_normal_equations(
     seen, weights = pair_seen(pair, coords, padding)
     needs = pair.objective.needs
 
-    def residuals_of(warped: Tensor) -> Tensor:
-        return pair.objective.residuals(pair_found(transform, params, pair, warped, weights, needs))
+    def residuals_of(warped: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return pair.objective.squares(pair_found(transform, params, pair, warped, weights, needs))
 
     count = by_step.shape[-1]
     if linear:  # every tangent is a sum of the products of a slope and an index
@@ -213,13 +215,14 @@ def pair_normal_equations(
         tangents = (by_step.reshape(-1, count).mT @ products.flatten(1, 2)).movedim(1, 0)  # (P, C, N)
     else:
         tangents = torch.stack([(seen.gradient * by_step[..., p]).sum(1) for p in range(count)])
-    residuals = residuals_of(seen.value)
-    jacobian = vmap(lambda tangent: jvp(residuals_of, (seen.value,), (tangent,))[1])(tangents)  # (P, R)
+    residuals, terms = residuals_of(seen.value)
+    jacobian = vmap(lambda tangent: jvp(lambda x: residuals_of(x)[0], (seen.value,), (tangent,))[1])(tangents)  # (P, R)
     value = (residuals * residuals).sum().to(torch.float64)
     return (
         in_sight(value, weights),
         (jacobian @ residuals).to(torch.float64),
         (jacobian @ jacobian.mT).to(torch.float64),
+        terms,
     )
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fnreg.pair import Pair, pair_energy, pair_gradient, pair_normal_equations, pair_overlap
 from fnreg.passes import Passes
-from fnreg.pytree import Axes, batch_axes, is_tracked, tree_map, tree_take, tree_vmap
+from fnreg.pytree import Axes, is_tracked, tree_map, tree_take, tree_vmap
 from fnreg.sampling import Padding
-from fnreg.transforms.base import Domain, Transform, domain_ranks, single
+from fnreg.transforms.base import Domain, Transform, domain_axes, single
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Level:
 
     @functools.cached_property
     def _domain_axes(self) -> Axes:
-        return batch_axes("domain", self.pairs.domain, domain_ranks(self.pairs.domain))[0]
+        return domain_axes(self.pairs.domain)
 
     def take(self, index: Tensor) -> Level:
         """The same for some of the pairs, or for some of them several times."""
@@ -61,14 +61,14 @@ class Level:
         fast = None if self._passes is None or is_tracked(params) else self._passes.value(params)
         return self._over(pair_energy, params) if fast is None else fast
 
-    def gradient(self, params: Any) -> tuple[Any, Tensor]:
-        """Gradient by the step, and the value (B,)."""
+    def gradient(self, params: Any) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """Gradient by the step, the value (B,) and each term's."""
         if self._passes is None or is_tracked(params):
             return self._over(pair_gradient, params)
         return self._passes.gradient(params, self.zero_step())
 
-    def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Value (B,), J^T r (B, P) and J^T J (B, P, P)."""
+    def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Value (B,), J^T r (B, P), J^T J (B, P, P) and the value of each term."""
         return self._over(pair_normal_equations, params)
 
     def overlap(self, params: Any) -> Tensor:
@@ -88,5 +88,5 @@ class Level:
 
 def refine(transform: Transform, params: Any, domain: Domain, finer: Domain) -> Any:
     """Parameters (B, ...) of the same maps over another domain; the domains' leaves may have a batch axis."""
-    axes = [batch_axes("domain", d, domain_ranks(d))[0] for d in (domain, finer)]
-    return tree_vmap(transform.refine, (None, *axes), params, domain, finer)
+    axes = None, domain_axes(domain), domain_axes(finer)
+    return tree_vmap(transform.refine, axes, params, domain, finer)

@@ -20,6 +20,7 @@ import optree
 import torch
 from torch import Tensor
 from torch._functorch import vmap as _functorch_vmap
+from torch.utils import _python_dispatch
 from torch.utils import _pytree as _torch_pytree
 
 CONSTANT_BYTES = 2**27
@@ -116,16 +117,26 @@ def tree_map(function: Callable[..., Any], tree: T, *others: Any) -> T:
 
 
 def tree_where(mask: Tensor, yes: T, no: T) -> T:
-    """Per item of the leading axis: the leaves of `yes` where `mask` (B,) holds, else those of `no`.
+    """Per item of the leading axis: the leaves of `yes` where `mask` (B,) holds, else those of `no`."""
+    return tree_map(lambda a, b: torch.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, b), yes, no)
 
-    Where looking costs nothing and all items agree, that is one of the two as it stands.
+
+def tree_choose(mask: Tensor, yes: T, no: T) -> T:
+    """`tree_where` for loops: where all items agree, and to look costs nothing, one of the two as it stands.
+
+    So the result may share its memory with an argument: nobody may write into it.
     """
-    if mask.device.type == "cpu" and is_concrete(mask) and not torch.compiler.is_compiling():
+    if not _is_traced() and mask.device.type == "cpu" and is_concrete(mask):
         if bool(mask.all()):
             return yes
         if not bool(mask.any()):
             return no
-    return tree_map(lambda a, b: torch.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, b), yes, no)
+    return tree_where(mask, yes, no)
+
+
+def _is_traced() -> bool:
+    """Whether operations are recorded rather than done: then values must not be looked at."""
+    return torch.compiler.is_compiling() or bool(_python_dispatch._get_current_dispatch_mode_stack())  # pyright: ignore[reportPrivateUsage]
 
 
 def tree_take(tree: T, index: Any, axes: Axes | None = None) -> T:
@@ -253,6 +264,11 @@ def stack(items: Sequence[T]) -> T:
     return tree_map(lambda *leaves: torch.stack(leaves), items[0], *items[1:])
 
 
+def beside_transforms() -> Any:
+    """A context in which no transform of torch.func is around: what is made in it has memory of its own."""
+    return torch._C._DisableFuncTorch()  # type: ignore[attr-defined]
+
+
 def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Cache a function of hashable arguments that builds a tensor, up to `CONSTANT_BYTES` in all.
 
@@ -268,7 +284,7 @@ def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return function(*arguments)
         if arguments in kept:
             return kept[arguments]
-        with torch.inference_mode(False), torch._C._DisableFuncTorch():  # type: ignore[attr-defined]
+        with torch.inference_mode(False), beside_transforms():
             made = function(*arguments)
         kept[arguments] = made
         while len(kept) > 1 and sum(value.nbytes for value in kept.values()) > CONSTANT_BYTES:
@@ -316,10 +332,26 @@ def fold(size: int, dim: int | None, tensor: Tensor | None, lead: int, *, shared
     return tensor.expand(size, lead, *tensor.shape[2:]).flatten(0, 1)
 
 
+def is_stored(*tensors: Tensor) -> bool:
+    """Whether the tensors have memory of their own."""
+    try:
+        return all(t.data_ptr() or not t.numel() for t in tensors)
+    except RuntimeError:  # no storage: batched by autograd itself, which asks for no vmap rule
+        return False
+
+
 def is_transformed(*trees: Any) -> bool:
     """Whether a leaf is inside a torch.func transform."""
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     return any(isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves(trees))
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether autograd or a transform of torch.func takes derivatives by it, whatever else is around."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while not tensor.requires_grad and functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def is_tracked(*trees: Any) -> bool:

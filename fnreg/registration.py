@@ -38,12 +38,13 @@ from fnreg.pytree import (
     tree_take,
 )
 from fnreg.sampling import Mode, Padding
+from fnreg.search import Choice, search, search_levels
 from fnreg.solvers.base import Status, Stop, run
 from fnreg.solvers.descent import Descent
 from fnreg.solvers.gauss_newton import GaussNewton
-from fnreg.starts import Start, begin, expand, initial_ranks, spread
+from fnreg.starts import STARTS, Start, begin, expand, initial_ranks, spread
 from fnreg.symmetric import BothWays
-from fnreg.transforms.base import Mapping, Params, Transform, same_place, warp
+from fnreg.transforms.base import Mapping, Params, Transform, domain_axes, same_place, warp
 from fnreg.transforms.linear import Homogeneous
 
 
@@ -70,11 +71,13 @@ class Trace:
     """The course of one level.
 
     value : (steps,) or (B, steps), the objective at every step, NaN after the last
+    terms : each term's unweighted value by name, likewise
     stage : from 0
     level : 0 is the finest
     """
 
     value: Tensor
+    terms: dict[str, Tensor]
     stage: int = static()
     level: int = static()
 
@@ -108,6 +111,7 @@ class Registration:
     steps : steps taken per level, coarse to fine, stage after stage, (L,) or (B, L)
     status : a `Status` per pair, the cause where it failed; `Status(code).remedy` says what to do
     history : one `Trace` per level, coarse to fine, stage after stage
+    choice : where the registration began, if `start="auto"` had something to choose
     """
 
     mapping: Mapping
@@ -118,6 +122,7 @@ class Registration:
     steps: Tensor
     status: Tensor
     history: tuple[Trace, ...]
+    choice: Choice | None = None
 
     @overload
     def warp(self, image: Image, mode: Mode = "linear", *, padding: Padding = "zeros") -> Image: ...
@@ -136,7 +141,8 @@ class Registration:
         mapping = self.mapping.inverse()
         if isinstance(mapping.transform, Homogeneous):  # its map does not depend on the domain
             mapping = dataclasses.replace(mapping, domain=self.moving_grid)
-        return dataclasses.replace(self, mapping=mapping, fixed_grid=self.moving_grid, moving_grid=self.fixed_grid)
+        grids = {"fixed_grid": self.moving_grid, "moving_grid": self.fixed_grid}
+        return dataclasses.replace(self, mapping=mapping, choice=None, **grids)
 
     def jacobian(self) -> Image:
         """The determinant of the map's Jacobian matrix at the fixed voxels, (1, [Z,] Y, X): below 1 the map shrinks,
@@ -191,7 +197,9 @@ def register(
     initial : parameters, or a linear `Mapping`, to start from
     starts : parameters with an axis of starts, (S, ...) or (B, S, ...) per pair; all run on the coarsest level, the
         best part of them goes on to each finer one, the best one is the result
-    start : "header" trusts the world coordinates; "center" aligns the grids' centres, "moments" the centres of mass
+    start : "header" trusts the world coordinates; "center" aligns the grids' centres, "moments" the centres of mass;
+        "auto" tries these and rotations on coarse images and begins with the best, which the result tells as `choice`:
+        for a first stage that can turn or shift, else it is "header"
     padding : None gives voxels that map outside of the moving image no weight; otherwise they count and see
         "border", "zeros", "reflection" or a number
     symmetric : the mean of the losses of moving onto fixed and of fixed onto moving, in the stages of SVF and SVFFD
@@ -221,7 +229,10 @@ def register(
         raise ValueError(f"{stages[-1].transform} has no cheap inverse: symmetric registration goes with SVF and SVFFD")
     objectives = [part for stage in stages for part in stage.objective]
     most = max(_levels(stage) for stage in stages)
-    whole = prepare(fixed, moving, then, levels=most, min_size=min_size, objectives=objectives)
+    if start not in STARTS:
+        raise ValueError(f"unknown start {start!r}: choose {', '.join(STARTS[:-1])} or {STARTS[-1]}")
+    deeper = search_levels if start == "auto" else None
+    whole = prepare(fixed, moving, then, levels=most, min_size=min_size, objectives=objectives, deeper=deeper)
     if is_transformed(objectives, initial, starts):
         whole = dataclasses.replace(whole, wrapped=True)
     if not whole.wrapped:
@@ -237,6 +248,12 @@ def register(
         raise ValueError(f"{' and '.join(given_starts)} both say where to begin: give one of them")
     batch = batch_size(sizes)
     single, size = batch is None, batch or 1
+    failures = _Failures.at_start(whole, size, single)
+    choice: Choice | None = None
+    if start == "auto":
+        first = stages[0]
+        choice = search(whole, first.transform, first.objective[0], size, padding, failures.cause > 0)
+        start, initial = "header", None if choice is None else choice.mapping
     done: list[_Solution] = []
     for number, stage in enumerate(stages):
         earlier = (done[-1].map(whole.domain), done[-1].then) if done else None
@@ -244,7 +261,7 @@ def register(
             whole, stage.transform, size, earlier, None if done else initial, "header" if done else start
         )
         run_of = _Stage(whole, stage, size, after, padding, symmetric, number, len(stages), progress)
-        failures = done[-1].failures if done else _Failures.at_start(whole, size, single)
+        failures = done[-1].failures if done else failures
         done.append(run_of.solve(params, None if done else starts, failures))
     last = done[-1]
     if whole.visible:
@@ -252,6 +269,9 @@ def register(
 
     def shaped(tree: Any) -> Any:
         return tree_map(lambda leaf: leaf[0], tree) if single else tree
+
+    def begun(choice: Choice) -> Mapping:
+        return dataclasses.replace(choice.mapping, params=shaped(choice.mapping.params))
 
     mapping = Mapping(shaped(last.params), whole.domain, stages[-1].transform)
     if last.then is not None:
@@ -264,7 +284,8 @@ def register(
         terms=shaped(last.terms),
         steps=shaped(torch.stack([n for part in done for n in part.steps], 1)),
         status=shaped(last.status),
-        history=tuple(dataclasses.replace(trace, value=shaped(trace.value)) for part in done for trace in part.traces),
+        history=tuple(shaped(trace) for part in done for trace in part.traces),
+        choice=choice if choice is None else Choice(begun(choice), shaped(choice.candidate), choice.names),
     )
 
 
@@ -432,8 +453,8 @@ class _Stage:
             params = transform.cast(params, whole.fixed[0].data.dtype) if level is None else params
             if not transform.linear:  # parameters are given on the finest level
                 before = whole.domain if level is None else level.pairs.domain
-                axes = batch_axes("domain", before, before.ranks())[0]
-                params = refine(transform, params, tree_take(before, each, axes), work.pairs.domain)
+                before = tree_take(before, each, domain_axes(before))
+                params = refine(transform, params, before, work.pairs.domain)
             if level is None and whole.visible and _looks(self._objective(depth)):
                 apart = (work.overlap(params) <= 0).reshape(self.size, width).all(1)
                 failures = failures.add(apart, Status.NO_OVERLAP)
@@ -448,15 +469,16 @@ class _Stage:
                 progress=self._reporter(depth, len(counts)),
             )
             params, status, taken, history = solved.params, solved.status, solved.steps, solved.history
+            terms = solved.terms if count else dict.fromkeys(self._objective(depth).names, history)
             if starts is not None:
                 keep = 1 if depth == 0 else max(1, width // 2**whole.domain.ndim)
                 best, chosen = self._best(work, params, status, width, keep)
-                status, taken, history = status[best], taken[best], history[best]
+                status, taken, history, terms = tree_take((status, taken, history, terms), best)
                 params, width = tree_take(params, chosen), keep
             if whole.visible:
                 failures = failures.add(status == int(Status.DIVERGED), Status.DIVERGED)
             steps.append(taken)
-            traces.append(Trace(history, self.number, depth))
+            traces.append(Trace(history, terms, self.number, depth))
         assert level is not None
         value, terms = level.value(params)
         if whole.visible and _looks(self._objective(0)):

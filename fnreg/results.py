@@ -15,6 +15,7 @@ from torch import Tensor
 from fnreg import extras, fields, io
 from fnreg.grid import Grid
 from fnreg.image import Image
+from fnreg.io.image import PICTURES, suffix
 from fnreg.io.itk import parts
 from fnreg.registration import Registration
 from fnreg.solvers.base import Status
@@ -25,6 +26,14 @@ from fnreg.transforms.rotation import matrix_to_angle
 KNOWN = (
     "warped.png",
     "warped.tif",
+    "warped.nii",
+    "warped.nii.gz",
+    "warped.mha",
+    "warped.nrrd",
+    "warped_labels.nii",
+    "warped_labels.nii.gz",
+    "warped_labels.mha",
+    "warped_labels.nrrd",
     "transform.safetensors",
     "transform.tfm",
     "transform.h5",
@@ -36,6 +45,7 @@ KNOWN = (
     "inverse_displacement.nii.gz",
     "figures/overview.png",
     "figures/checkerboard.png",
+    "figures/labels.png",
     "figures/losses.png",
     "figures/warped_grid.png",
     "figures/flow.png",
@@ -50,16 +60,24 @@ def outcome(result: Registration, before: float, before_terms: dict[str, Tensor]
         "ended": Status(int(result.status)).name.lower(),
         "value_before": _number(before),
         "value_after": _number(float(result.value)),
-        "terms_before": {name: _number(float(value)) for name, value in before_terms.items()},
+        # where the images do not overlap no voxel was looked at
+        "terms_before": {n: _number(float(v)) if math.isfinite(before) else None for n, v in before_terms.items()},
         "terms_after": {name: _number(float(value)) for name, value in result.terms.items()},
         "steps": result.steps.tolist(),
         "translation_of_center": (result.map_points(center[None])[0] - center).tolist(),
         "history": [
-            {"stage": trace.stage, "level": trace.level, "value": [v for v in trace.value.tolist() if math.isfinite(v)]}
+            {"stage": trace.stage, "level": trace.level, "value": _finite(trace.value)}
+            | {"terms": {name: _finite(value) for name, value in trace.terms.items()}}
             for trace in result.history
         ],
     }
+    if result.choice is not None:
+        found["start"] = result.choice.name()
     return found | (_linear(result.mapping) if result.mapping.transform.linear else _dense(result))
+
+
+def _finite(values: Tensor) -> list[float]:
+    return [value for value in values.tolist() if math.isfinite(value)]
 
 
 def _linear(mapping: Mapping) -> dict[str, Any]:
@@ -138,6 +156,14 @@ def peak_megabytes(device: torch.device) -> float:
     return round(size / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
+class LabelSides(NamedTuple):
+    """Labels on the fixed grid: the fixed ones, and the moving ones before and after, of the sides that have some."""
+
+    fixed: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
+
+
 def write(
     folder: Path,
     result: Registration,
@@ -148,17 +174,23 @@ def write(
     inverse: Registration | None = None,
     objective: str,
     title: str,
+    like: Path,
+    labels: LabelSides = LabelSides(),
 ) -> None:
     """Write into a folder what `saves` names; see `fnreg.settings.SAVES`.
 
     inverse : what "inverse" writes, where there is one
     objective : what the course of it is labelled with; title : of the overview
+    like : the file of the fixed image: the warped one is written in its format, NIfTI with its header
+    labels : where moving ones are known, "warped" writes them too, and where both are "figures" shows their borders
     """
     fixed, moving = fixed.to("cpu"), moving.to("cpu")
     warped = result.warp(moving.to(result.value.device)).to("cpu")
     if "warped" in saves:
-        io.write_image(folder / "warped.tif", warped)
-        io.write_image(folder / "warped.png", warped, window=_window(moving))
+        _write_warped(folder, warped, moving, like)
+        if labels.after is not None:
+            kept, kind = _format(like)
+            io.write_labels(folder / f"warped_labels{kind}", io.Labels(labels.after, warped.grid), like=kept)
     if "params" in saves:
         io.write_transform(folder / "transform.safetensors", result.mapping)
     for_itk = "xfm" in saves and _write_for_itk(folder / "transform", result.mapping)
@@ -174,7 +206,25 @@ def write(
             name = folder / "inverse_displacement.nii.gz"
             io.write_displacement(name, inverse.mapping, grid=inverse.fixed_grid, dtype=fixed.data.dtype)
     if "figures" in saves:
-        _draw(folder / "figures", result, fixed, moving, warped, objective, title)
+        unit = "pixels" if suffix(like) in PICTURES else "mm"
+        _draw(folder / "figures", result, fixed, moving, warped, objective, title, unit, labels)
+
+
+def _write_warped(folder: Path, warped: Image, moving: Image, like: Path) -> None:
+    """In the format of the fixed image, or in the one nearest to it that can be written."""
+    if suffix(like) in PICTURES and like.is_file():
+        io.write_image(folder / "warped.tif", warped)
+        io.write_image(folder / "warped.png", warped, window=window_of(moving))
+        return
+    kept, kind = _format(like)
+    io.write_image(folder / f"warped{kind}", warped, like=kept)
+
+
+def _format(like: Path) -> tuple[Path | None, str]:
+    """The file whose header is kept, and the suffix of what is written beside it."""
+    kind = suffix(like) if like.is_file() else ""
+    near = {".mhd": ".mha", ".mha": ".mha", ".nhdr": ".nrrd", ".nrrd": ".nrrd", ".nii": ".nii"}.get(kind, ".nii.gz")
+    return like if kind in (".nii", ".nii.gz") else None, near
 
 
 def _write_for_itk(path: Path, mapping: Mapping) -> bool:
@@ -186,27 +236,38 @@ def _write_for_itk(path: Path, mapping: Mapping) -> bool:
 
 
 def _draw(
-    folder: Path, result: Registration, fixed: Image, moving: Image, warped: Image, objective: str, title: str
+    folder: Path,
+    result: Registration,
+    fixed: Image,
+    moving: Image,
+    warped: Image,
+    objective: str,
+    title: str,
+    unit: str,
+    labels: LabelSides,
 ) -> None:
     from fnreg import plot
 
     folder.mkdir()
     figures = {
-        "overview": plot.overview(fixed, moving, warped, unit="pixels", title=title),
-        "checkerboard": plot.checkerboard(fixed, warped, unit="pixels"),
+        "overview": plot.overview(fixed, moving, warped, unit=unit, title=title),
+        "checkerboard": plot.checkerboard(fixed, warped, unit=unit),
         "losses": plot.losses(result, objective=objective),
     }
+    if labels.fixed is not None and labels.before is not None and labels.after is not None:
+        sides = (labels.fixed, labels.before, labels.after)
+        figures["labels"] = plot.labels(fixed, *sides, unit=unit, title=title)
     if not result.mapping.transform.linear:
         field = result.mapping.displacement(result.fixed_grid)
-        figures["jacobian"] = plot.jacobian(result.jacobian().to("cpu"), unit="pixels")
+        figures["jacobian"] = plot.jacobian(result.jacobian().to("cpu"), unit=unit)
         if fixed.grid.ndim == 2:
-            figures["flow"] = plot.flow(field, fixed.grid, unit="pixels")
-            figures["warped_grid"] = plot.warped_grid(result, image=moving, unit="pixels", title=title)
+            figures["flow"] = plot.flow(field, fixed.grid, unit=unit)
+            figures["warped_grid"] = plot.warped_grid(result, image=moving, unit=unit, title=title)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png")
 
 
-def _window(moving: Image) -> tuple[float, float]:
+def window_of(moving: Image) -> tuple[float, float]:
     """The window of the moving image, so that the warped picture looks like it: bytes stay bytes."""
     low, high = float(moving.data.min()), float(moving.data.max())
     if low >= 0 and 1 < high <= 255:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import time
 import warnings
@@ -21,16 +22,19 @@ import torch
 from torch import Tensor
 
 import fnreg
-from fnreg import extras, io, presets, results
+from fnreg import agreement, extras, io, presets, results
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.io.files import ImageReadError, TransformReadError, write_bytes
 from fnreg.io.itk import parts
 from fnreg.losses.terms import objective as as_objective
 from fnreg.output import OutputFolder
+from fnreg.placement import gap
 from fnreg.pytree import tree_leaves, tree_map
 from fnreg.registration import Event, Stage, evaluate, register
+from fnreg.search import searched
 from fnreg.settings import INITS, STARTS, Settings, SettingsError
+from fnreg.starts import STARTS as STARTED
 from fnreg.transforms.base import Mapping, Transform, first_domain
 
 
@@ -47,6 +51,7 @@ class Files:
     output: Path
     fixed_mask: Path | None = None
     moving_mask: Path | None = None
+    known: agreement.Paths = agreement.Paths()
 
 
 class Begin(NamedTuple):
@@ -71,6 +76,7 @@ class Plan:
     settings: Settings
     fixed: Subject
     moving: Subject
+    known: agreement.Known
     stages: list[Stage]
     options: dict[str, Any]  # of `register`
     begin: Begin | None
@@ -84,6 +90,7 @@ class Plan:
         for name in ("fixed", "moving", "fixed_mask", "moving_mask"):
             if (path := getattr(self.files, name)) is not None:
                 inputs[name] = _told(path)
+        inputs |= {name: _told(path) for name, path in self.files.known.named().items()}
         if init is not None:
             inputs["init"] = _told(init)
         versions = {name: metadata.version(name) for name in ("torch", "torchopt", "numpy", "safetensors")}
@@ -101,6 +108,10 @@ class Plan:
 
 
 def _told(path: Path) -> dict[str, Any]:
+    if path.is_dir():  # of slices
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        whole = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
+        return {"path": str(path), "files": len(files), "sha256": whole.hexdigest()}
     data = path.read_bytes()
     return {"path": str(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -108,28 +119,32 @@ def _told(path: Path) -> dict[str, Any]:
 def prepare(files: Files, settings: Settings) -> Plan:
     """Read and check everything; nothing is written.
 
-    Raises SettingsError, ImageReadError, TransformReadError, DeviceError or MissingExtraError.
+    Raises SettingsError, ImageReadError, PointReadError, TransformReadError, DeviceError or MissingExtraError.
     """
     stages, options = _stages(settings)
     device = _device(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    fixed, moving = io.read_image(files.fixed), io.read_image(files.moving)
+    figures, notes = "figures" in settings.saves(), list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", io.GeometryWarning)
+        fixed, moving = io.read_image(files.fixed), io.read_image(files.moving)
+        notes += _fit(files, settings, stages[0].transform, fixed, moving)
+        masks = [_mask(files.fixed_mask, files.fixed, fixed), _mask(files.moving_mask, files.moving, moving)]
+        known = agreement.read(files.known, (files.fixed, files.moving), (fixed, moving))
+    notes += [str(warning.message) for warning in caught if warning.category is io.GeometryWarning]
     if fixed.data.dtype != moving.data.dtype:
         fixed, moving = (Image(image.data.to(torch.float64), image.grid) for image in (fixed, moving))
-    subjects = [
-        Subject(image.to(device), _mask(mask, path, image, device))
-        for image, path, mask in ((fixed, files.fixed, files.fixed_mask), (moving, files.moving, files.moving_mask))
-    ]
-    figures, notes = "figures" in settings.saves(), list[str]()
+    notes += known.notes
+    subjects = [known.of(side, image.to(device), masks[side]) for side, image in enumerate((fixed, moving))]
     if figures and not all(extras.present("plot").values()):
         figures = False
         notes.append('no figures were drawn, matplotlib is not installed: pip install "fnreg[plot]"')
     for stage in stages:
         _try(stage, subjects[0].image)
     begin = _begin(settings, stages[0].transform, subjects[0].image.grid)
-    return Plan(files, settings, subjects[0], subjects[1], stages, options, begin, figures, notes)
+    return Plan(files, settings, subjects[0], subjects[1], known, stages, options, begin, figures, notes)
 
 
 def _stages(settings: Settings) -> tuple[list[Stage], dict[str, Any]]:
@@ -153,7 +168,8 @@ def _try(stage: Stage, fixed: Image) -> None:
     try:
         params = transform.cast(transform.init(grid), fixed.data.dtype)
         for term in stage.objective.terms[1:]:
-            term.value({"field": transform.field(params, grid)})
+            of_map = {"transform": transform, "params": params, "domain": grid}
+            term.value({"field": transform.field(params, grid)} | of_map)
     except (TypeError, ValueError) as problem:
         raise SettingsError(f"{transform}: {problem}") from None
 
@@ -168,16 +184,39 @@ def _device(settings: Settings) -> torch.device:
     return device
 
 
-def _mask(path: Path | None, of: Path, image: Image, device: torch.device) -> Tensor | None:
+def _fit(files: Files, settings: Settings, first: Transform, fixed: Image, moving: Image) -> list[str]:
+    """What is to be told of where the images lie; ImageReadError where they cannot be compared, or do not meet and the
+    start is that of their headers."""
+    for told, a, b in (("axes", fixed.grid.ndim, moving.grid.ndim), ("channels", fixed.channels, moving.channels)):
+        if a != b:
+            raise ImageReadError(
+                f"{files.moving} has {b} {told} but {files.fixed} has {a}: give images that have as many"
+            )
+    apart = gap(fixed.grid, moving.grid)
+    if apart == 0 or settings.init not in ("header", "auto"):
+        return []
+    away = float((fixed.grid.center - moving.grid.center).norm())
+    told = (
+        f"{files.moving} and {files.fixed} do not overlap: their middles are {away:.4g} apart, and a gap of "
+        f"{apart:.4g} at least is between them"
+    )
+    if settings.init == "auto" and searched(first, fixed.grid.ndim) is not None:
+        return [f"{told}; so the start is not that of their headers: check these"]
+    raise ImageReadError(f"{told}; give --init center, or moments, or check their headers")
+
+
+def _mask(path: Path | None, of: Path, image: Image) -> Tensor | None:
     if path is None:
         return None
     mask = io.read_image(path)
     if mask.grid.size != image.grid.size:
         sizes = [" x ".join(map(str, grid.size)) for grid in (mask.grid, image.grid)]
         raise ImageReadError(f"mask {path} has {sizes[0]} pixels but {of} has {sizes[1]}: give a mask of its size")
+    if not mask.grid.same_as(image.grid, 0.1):
+        raise ImageReadError(f"mask {path} lies elsewhere than {of}: {mask.grid} but {image.grid}; resample it")
     if not bool((mask.data > 0).any()):
         raise ImageReadError(f"mask {path} is zero everywhere: pixels above 0 count, and there are none")
-    return (mask.data > 0).to(device)
+    return (mask.data > 0).any(0, keepdim=True)
 
 
 def _begin(settings: Settings, first: Transform, grid: Grid) -> Begin | None:
@@ -223,6 +262,8 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
         if first.linear and not last.transform.linear:
             start = start @ Mapping(last.transform.init(grid), grid, last.transform)
         before, before_terms = evaluate(plan.fixed, plan.moving, start, objective=last.objective, padding=padding)
+        if not _meet(start, grid, plan.moving.image.grid):  # no voxel counts: a value of them would mislead
+            before, before_terms = tree_map(lambda value: value * torch.nan, (before, before_terms))
         result = register(
             plan.fixed,
             plan.moving,
@@ -230,7 +271,7 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
             then=begin.then,
             initial=begin.initial,
             starts=_starts(first, grid) if settings.init == "search" else None,
-            start=settings.init if settings.init in ("center", "moments") else "header",
+            start=settings.init if settings.init in STARTED else "header",  # type: ignore[arg-type]
             progress=progress,
             **plan.options,
         )
@@ -241,6 +282,12 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
     found = results.outcome(result, float(before), before_terms)
     if found.get("folds"):
         notes.append(_of_folds(found["folds"], float(before), settings))
+    (metrics_before, unmoved), (metrics, labels) = (
+        agreement.agreement(plan.known, mapping, grid, plan.moving.image) for mapping in (start, result.mapping)
+    )
+    if metrics:
+        found["metrics"] = {"before": metrics_before, "after": metrics}
+        notes += agreement.worse(metrics_before, metrics)
     saves = [name for name in settings.saves() if name != "figures" or plan.figures]
     inverse = results.invert(result) if "inverse" in saves else results.Inverse(None, None)
     if inverse.residual is not None:
@@ -257,6 +304,8 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
         inverse=inverse.result,
         objective=repr(last.objective),
         title=title,
+        like=plan.files.fixed,
+        labels=results.LabelSides(plan.known.labels[0], unmoved, labels),
     )
     record = plan.record() | found
     record |= {"status": "warn" if notes else "ok", "warnings": [*plan.notes, *notes], "seconds": round(seconds, 3)}
@@ -270,6 +319,14 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
     return record
 
 
+def _meet(start: Mapping, fixed: Grid, moving: Grid) -> bool:
+    """Whether a map takes any of some 30 points along each fixed axis into the moving image."""
+    points = fixed.resize([min(n, 32) for n in fixed.size]).points()
+    index = moving.world_to_index(start.map_points(points))
+    last = torch.tensor(moving.size, device=index.device) - 1
+    return bool(((index >= 0) & (index <= last)).all(-1).any())
+
+
 def _starts(first: Any, grid: Grid) -> Any:
     return first.spread(grid, STARTS)
 
@@ -281,4 +338,5 @@ def _of_folds(share: float, before: float, settings: Settings) -> str:
     if settings.penalty:
         return f"{told}a larger weight than {settings.penalty}, or use svffd"
     # Bending is below 1 for smooth maps: so it weighs less than what there is to gain, whatever the intensities.
-    return f"{told}a penalty, such as --penalty bending={abs(before) or 1:.0e}, or use svffd"
+    gain = abs(before) if before and math.isfinite(before) else 1
+    return f"{told}a penalty, such as --penalty bending={gain:.0e}, or use svffd"

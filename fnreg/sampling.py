@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, pad
 
 from fnreg import bspline, native
-from fnreg.pytree import forward_levels
+from fnreg.pytree import forward_levels, is_stored
 
 Mode = Literal["linear", "nearest", "cubic"]
 Padding = Literal["border", "zeros", "reflection"] | float
@@ -236,14 +236,6 @@ def _batched(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sample
 def _concrete(data: Tensor, coords: Tensor) -> bool:
     """Whether there are numbers to look at, in a precision that the faster ways know."""
     return data.dtype in KNOT and not torch.compiler.is_compiling() and is_stored(data, coords)
-
-
-def is_stored(*tensors: Tensor) -> bool:
-    """Whether the tensors have memory of their own."""
-    try:
-        return all(t.data_ptr() or not t.numel() for t in tensors)
-    except RuntimeError:  # no storage: batched by autograd itself, which asks for no vmap rule
-        return False
 
 
 def _compiled(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sampled | None:

@@ -12,9 +12,10 @@ import inspect
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from fnreg.losses.terms import Objective, Term
@@ -39,10 +40,11 @@ DENSE = ("ffd", "svffd", "svf", "displacement", "diffeomorphism")
 SYMMETRIC = ("svffd", "svf")  # whose negative parameters are those of the inverse map
 PENALTIES = (
     "bending", "diffusion", "curvature", "elasticity", "divergence", "total_variation", "folding", "log_jacobian",
+    "inverse_consistency",
 )  # fmt: skip
 SIMILARITIES = ("mse", "mae", "huber", "charbonnier", "ncc", "lncc", "mi", "nmi", "cr", "ngf", "mind")
-OPTIMIZERS = ("adam", "sgd", "gauss-newton")
-INITS = ("header", "center", "moments", "search")
+OPTIMIZERS = ("adam", "sgd", "normalized", "gauss-newton")
+INITS = ("auto", "header", "center", "moments", "search")
 PADDINGS = ("none", "zeros", "border", "reflection")
 SAVES = ("params", "xfm", "warped", "figures", "inverse", "displacement", "jacobian")
 PRESETS = {
@@ -67,17 +69,18 @@ def choose(what: str, name: str, choices: Iterable[str]) -> str:
     raise SettingsError(f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}")
 
 
-Option = float | bool | tuple[float, ...]
+Option = float | bool | str | tuple[float, ...]
 
 
 def parse_spec(what: str, text: str) -> tuple[str, dict[str, Option]]:
-    """A name with options: `ffd:stride=4x8` gives ("ffd", {"stride": (4.0, 8.0)}), one number or one per axis."""
+    """A name with options: `ffd:stride=4x8` gives ("ffd", {"stride": (4.0, 8.0)}), one number or one per axis, and of
+    similarities words, `lncc:window=gaussian`."""
     name, colon, rest = text.strip().partition(":")
     options: dict[str, Option] = {}
     for part in rest.split(",") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
         try:
-            options[key] = _option(value)
+            options[key] = _option(value, words=what == "similarity")
         except ValueError:
             equals = ""
         if not (key and equals):
@@ -85,9 +88,11 @@ def parse_spec(what: str, text: str) -> tuple[str, dict[str, Option]]:
     return name.strip(), options
 
 
-def _option(text: str) -> Option:
+def _option(text: str, *, words: bool) -> Option:
     if text in ("true", "false"):
         return text == "true"
+    if words and text.isalpha() and text not in ("inf", "nan"):
+        return text
     numbers = tuple(float(part) for part in text.split("x"))
     return numbers[0] if len(numbers) == 1 else numbers
 
@@ -108,30 +113,50 @@ def parse_penalty(text: str) -> tuple[str, float, dict[str, Option]]:
 
 def _make(what: str, text: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     """factory(**options), with errors that name the setting."""
-    if isinstance(factory, type):
-        kinds = {field.name: str(field.type) for field in dataclasses.fields(factory)}
-        for name in options:
-            if name not in kinds:
-                told = ", ".join(kinds) if kinds else "none"
-                raise SettingsError(f"{what} {text!r} has no option {name!r}: its options are {told}")
-        options = {name: _of_kind(f"{what} {text!r}: {name}", value, kinds[name]) for name, value in options.items()}
+    kinds = _kinds(factory)
+    for name in options:
+        if name not in kinds:
+            told = ", ".join(kinds) if kinds else "none"
+            raise SettingsError(f"{what} {text!r} has no option {name!r}: its options are {told}")
+    options = {name: _of_kind(f"{what} {text!r}: {name}", value, kinds[name]) for name, value in options.items()}
     try:
         return factory(**options)
     except (TypeError, ValueError) as problem:
         raise SettingsError(f"{what} {text!r}: {problem}") from None
 
 
-def _of_kind(told: str, value: Option, kind: str) -> Any:
-    """The value of an option as its field's annotation wants it: numbers come as floats."""
+def _kinds(factory: Any) -> dict[str, str | tuple[str, ...]]:
+    """The options of a dataclass or a term, with what each takes: its annotation, or the words to choose from."""
+    if isinstance(factory, type):
+        return {field.name: str(field.type) for field in dataclasses.fields(factory)}
+    found: dict[str, str | tuple[str, ...]] = {}
+    parameters, hints = inspect.signature(factory.function).parameters, get_type_hints(factory.function)
+    for name in factory.known_options:
+        hint = hints.get(name)
+        if get_origin(hint) is Literal:
+            found[name] = get_args(hint)
+        else:
+            own = name in parameters  # else it is `channel`, one or several
+            found[name] = str(parameters[name].annotation) if own else "Stride"
+    return found
+
+
+def _of_kind(told: str, value: Option, kind: str | tuple[str, ...]) -> Any:
+    """The value of an option as its annotation wants it: numbers come as floats."""
+    if isinstance(kind, tuple):
+        if value not in kind:
+            raise SettingsError(f"{told} is {value}: choose from {', '.join(kind)}")
+        return value
+    kind = kind.removesuffix(" | None")
     several, switch = isinstance(value, tuple), isinstance(value, bool)
-    if switch != (kind == "bool") or (several and kind != "Stride"):
-        expected = {"bool": "true or false", "Stride": "whole numbers"}.get(kind, "a number")
+    if isinstance(value, str) or switch != (kind == "bool") or (several and kind != "Stride"):
+        expected = {"bool": "true or false", "Stride": "whole numbers", "int": "a whole number"}.get(kind, "a number")
         raise SettingsError(f"{told} is {value}: expected {expected}")
     if kind not in ("int", "Stride"):
         return value
     numbers = value if isinstance(value, tuple) else (value,)
     if not all(number.is_integer() for number in map(float, numbers)):
-        raise SettingsError(f"{told} is {value}: expected whole numbers")
+        raise SettingsError(f"{told} is {value}: expected {'whole numbers' if kind == 'Stride' else 'a whole number'}")
     whole = tuple(int(number) for number in numbers)
     return whole if several else whole[0]
 
@@ -149,7 +174,8 @@ class Settings:
     optimizer : with options, such as "adam:lr=0.3" or "gauss-newton"; see `OPTIMIZERS`
     levels : images of the pyramid
     steps : per level, from coarse to fine, joined by x, such as "100x50x10"; one number serves all levels
-    init : "header", "center", "moments", "search" over angles, or a transform file
+    init : "auto" chooses among headers, centres, moments and rotations by trying, for a linear first stage; "header",
+        "center", "moments", "search" over angles, or a transform file
     padding : what moving is outside of its image: "none" counts nothing there, or a name of `PADDINGS`, or a number
     save : what is written, joined by +; see `SAVES`
     seed : of torch's random numbers; threads : of torch, 0 leaves them; device : of torch
@@ -163,7 +189,7 @@ class Settings:
     optimizer: str = "adam:lr=0.3"
     levels: int = 3
     steps: str = "100"
-    init: str = "header"
+    init: str = "auto"
     padding: str = "none"
     save: str = "params+xfm+warped+figures"
     seed: int = 0
@@ -171,11 +197,20 @@ class Settings:
     device: str = "cpu"
 
     @staticmethod
-    def gather(given: Mapping[str, Any], file: Path | None = None) -> Settings:
+    def gather(given: Mapping[str, Any], file: Path | None = None, *, assigned: Sequence[str] = ()) -> Settings:
         """Settings from what was given on the command line (None: not given), a TOML file, and the defaults, in this
-        order of precedence.  Raises SettingsError, with the known names, for an unknown one."""
+        order of precedence.
+
+        assigned : also of the command line, as NAME=VALUE
+        Raises SettingsError, with the known names, for an unknown one, and for one that is given twice."""
         found = {} if file is None else _read(file)
-        found |= {key: value for key, value in given.items() if value is not None}
+        named = {key: value for key, value in given.items() if value is not None}
+        for text in assigned:
+            key, value = _assigned(text)
+            if key in named:
+                raise SettingsError(f"--set {text} gives {key} a second time: give it once")
+            named[key] = value
+        found |= named
         if found.get("preset"):
             name = choose("preset", str(found["preset"]), PRESETS)
             for key in OF_PRESETS:
@@ -206,15 +241,18 @@ class Settings:
             raise SettingsError(f"symmetric goes with {' and '.join(SYMMETRIC)}, and {self.transform!r} has none")
         choose("similarity", parse_spec("similarity", self.similarity)[0], SIMILARITIES)
         if choose("optimizer", parse_spec("optimizer", self.optimizer)[0], OPTIMIZERS) == "gauss-newton" and dense:
-            raise SettingsError(f"gauss-newton goes with few parameters, not with {dense[0]}: choose adam or sgd")
+            raise SettingsError(
+                f"optimizer gauss-newton goes with few parameters, not with {dense[0]}: choose adam, sgd or normalized"
+            )
         for name in self.saves():
             choose("save", name, SAVES)
         if self.levels < 1:
             raise SettingsError(f"levels is {self.levels}: expected at least 1")
         if len(self.counts()) not in (1, self.levels):
             raise SettingsError(f"steps {self.steps!r} has {len(self.counts())} numbers for {self.levels} levels")
-        if self.threads < 0 or self.seed < 0:
-            raise SettingsError(f"threads is {self.threads} and seed {self.seed}: expected 0 or more")
+        for name in ("threads", "seed"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}: expected 0 or more")
         self.outside()
         if self.init not in INITS and "." not in self.init and "/" not in self.init:
             choose("init", self.init, (*INITS, "or a file"))
@@ -276,15 +314,8 @@ class Settings:
         name, options = parse_spec("similarity", self.similarity)
         term = terms.SIMILARITIES[name]
         if options:
-            kinds = {name: str(p.annotation) for name, p in inspect.signature(term.function).parameters.items()}
-            whole = {k for k, v in options.items() if isinstance(v, float) and v.is_integer() and kinds.get(k) == "int"}
-            options = {k: int(v) if k in whole else v for k, v in options.items()}  # type: ignore[arg-type]
             term = _make("similarity", self.similarity, term, options)
-            if options.get("delta", 1.0) <= 0:  # pyright: ignore[reportOperatorIssue]
-                raise SettingsError(f"similarity {self.similarity!r}: delta must be positive")
-            bins: Any = options.get("bins", 32)
-            if isinstance(bins, tuple) or bins < 4 or bins % 1:
-                raise SettingsError(f"similarity {self.similarity!r}: bins must be a whole number of at least 4")
+            _try(f"similarity {self.similarity!r}", term)
         return term
 
     def penalties(self) -> list[Term]:
@@ -311,10 +342,22 @@ class Settings:
         name, options = parse_spec("optimizer", self.optimizer)
         if name == "gauss-newton":
             if self.measure().residuals is None:
-                raise SettingsError(f"gauss-newton minimises squares, {self.similarity} has none: choose mse or ncc")
+                told = f"optimizer gauss-newton minimises squares, {self.similarity} has none: choose mse or ncc"
+                raise SettingsError(told)
             return _make("optimizer", self.optimizer, fnreg.GaussNewton, options)
-        factory = {"adam": fnreg.adam, "sgd": fnreg.sgd}[name]
+        factory = {"adam": fnreg.adam, "sgd": fnreg.sgd, "normalized": fnreg.normalized}[name]
         return fnreg.Descent(_make("optimizer", self.optimizer, factory, options))
+
+
+def _try(told: str, term: Term) -> None:
+    """SettingsError for options that a similarity refuses, which it does when it is called."""
+    import torch
+
+    ramp = torch.arange(16.0).reshape(1, 4, 4)
+    try:
+        term.function(ramp, ramp, **{name: value for name, value in term.options if name in term.own_options})
+    except (TypeError, ValueError) as problem:
+        raise SettingsError(f"{told}: {problem}") from None
 
 
 def _steps(text: str) -> list[int]:
@@ -327,6 +370,22 @@ def _steps(text: str) -> list[int]:
     return counts
 
 
+def _assigned(text: str) -> tuple[str, Any]:
+    """A setting and its value of NAME=VALUE."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not (key and equals):
+        raise SettingsError(f"--set {text}: expected NAME=VALUE, such as levels=2")
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
+    choose("setting in --set:", key, kinds)
+    kind = kinds[key]
+    if kind is bool:
+        return key, choose(f"value in --set {key}:", value, ("true", "false")) == "true"
+    try:
+        return key, kind(value)
+    except ValueError:
+        raise SettingsError(f"--set {text}: expected a whole number for {key}") from None
+
+
 def _read(file: Path) -> dict[str, Any]:
     """The settings in a TOML file, of the right types."""
     try:
@@ -335,16 +394,52 @@ def _read(file: Path) -> dict[str, Any]:
         raise SettingsError(f"settings file {file} cannot be read: {problem.strerror or problem}") from problem
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise SettingsError(f"settings file {file} is not valid TOML: {problem}") from problem
+    lines = lines_of(file)
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
     made: dict[str, Any] = {}
     for key, value in found.items():
-        choose(f"setting in {file}:", key, kinds)
+        place = f"{file}, line {lines[key]}" if key in lines else str(file)
+        choose(f"setting in {place}:", key, kinds)
         if key in ("steps", "penalty") and isinstance(value, list):
             value = {"steps": "x", "penalty": "+"}[key].join(str(part) for part in value)
         if kinds[key] is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         if type(value) is not kinds[key]:
             expected = "text" if kinds[key] is str else "true or false" if kinds[key] is bool else "a number"
-            raise SettingsError(f"{key} in {file} is {value!r}: expected {expected}")
+            raise SettingsError(f"{place}: {key} is {value!r}, expected {expected}")
         made[key] = value
     return made
+
+
+def lines_of(file: Path) -> dict[str, int]:
+    """The line of every key in a TOML file of settings, counted from 1: its parser does not tell.
+
+    Lines within texts and lists of several lines may look like keys: the first line of a name counts.
+    """
+    found: dict[str, int] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if match := re.match(r"""\s*\[?\s*(["']?)([A-Za-z0-9_-]+)\1\s*[]=.]""", line):
+            found.setdefault(match[2], number)
+    return found
+
+
+@contextmanager
+def pointing(file: Path | None, given: Iterable[str]) -> Generator[None]:
+    """Errors of settings within are told with the line of the file that they are about, where it is known.
+
+    given : settings that did not come from the file.  Errors begin with the name of their setting, or with "unknown"
+    and this name; what begins otherwise is a transform, which names itself
+    """
+    try:
+        yield
+    except SettingsError as problem:
+        told = str(problem)
+        found = re.match(r"(?:unknown )?([a-z_]+)\b", told)
+        name = found[1] if found else "transform"
+        known = {field.name for field in dataclasses.fields(Settings)} - set(given)
+        if file is None or told.startswith(str(file)) or name not in known:
+            raise
+        line = lines_of(file).get(name)
+        if line is None:
+            raise
+        raise SettingsError(f"{file}, line {line}: {told}") from None

@@ -14,7 +14,8 @@ from fnreg.pytree import over_batch, tree_detach, tree_flatten, tree_leaves, tre
 from fnreg.transforms.base import Held, Mapping, Params, Transform, single
 from fnreg.transforms.linear import Linear, Translation
 
-Start = Literal["header", "center", "moments"]
+Start = Literal["header", "center", "moments", "auto"]
+STARTS: tuple[Start, ...] = ("header", "center", "moments", "auto")
 
 
 def expand(params: Params, ranks: Any, size: int) -> Params:
@@ -76,8 +77,6 @@ def begin(
     if start == "header":
         identity = over_batch(transform.init, domain=(domain, domain.ranks()))
         return expand(identity, ranks, size), then
-    if start not in ("center", "moments"):
-        raise ValueError(f"unknown start {start!r}: choose header, center or moments")
     able = family(transform)
     if able is None or not able.translates:
         raise ValueError(
@@ -85,15 +84,15 @@ def begin(
         )
     shift = over_batch(
         _center_shift if start == "center" else _moment_shift,
-        fixed=_masked(whole.fixed[0], whole.fixed_masks[0]),
-        moving=_masked(whole.moving[0], whole.moving_masks[0]),
+        fixed=masked(whole.fixed[0], whole.fixed_masks[0]),
+        moving=masked(whole.moving[0], whole.moving_masks[0]),
     )
     shift = shift.expand(size, domain.ndim)
     moved = Mapping({"translation": shift}, domain, Translation())
     return fit(transform, moved, domain, size), then
 
 
-def _masked(image: Image, mask: Tensor | None) -> tuple[Subject, Subject]:
+def masked(image: Image, mask: Tensor | None) -> tuple[Subject, Subject]:
     found = Subject(image, mask)
     return found, found.ranks()
 
@@ -103,18 +102,22 @@ def _center_shift(fixed: Subject, moving: Subject) -> Tensor:
 
 
 def _moment_shift(fixed: Subject, moving: Subject) -> Tensor:
-    return _center_of_mass(moving) - _center_of_mass(fixed)
+    return center_of_mass(moving) - center_of_mass(fixed)
 
 
-def _center_of_mass(known: Subject) -> Tensor:
+def center_of_mass(known: Subject) -> Tensor:
     """World centre of the intensities above their minimum, by the mask; the grid's centre for a constant image."""
-    image = known.image
-    mass = torch.nan_to_num(image.data.to(torch.float64).sum(0).reshape(-1))
-    mass = mass - mass.min()
-    mass = mass if known.mask is None else mass * known.mask.reshape(-1)
+    grid, mass = known.image.grid, mass_of(known)
     total = mass.sum()
-    found = (mass / torch.where(total > 0, total, 1)) @ image.grid.points()
-    return torch.where(total > 0, found, image.grid.center)
+    found = (mass / torch.where(total > 0, total, 1)) @ grid.points()
+    return torch.where(total > 0, found, grid.center)
+
+
+def mass_of(known: Subject) -> Tensor:
+    """Intensities above their minimum times the mask (N,), float64."""
+    mass = torch.nan_to_num(known.image.data.to(torch.float64).sum(0).reshape(-1))
+    mass = mass - mass.min()
+    return mass if known.mask is None else mass * known.mask.reshape(-1)
 
 
 def family(transform: Transform) -> Linear | None:

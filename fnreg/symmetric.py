@@ -7,7 +7,7 @@ is seen through whatever acts after; so neither image is privileged, and the inv
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,15 @@ from fnreg.problem import Level
 from fnreg.pytree import batch_axes, over_batch, tree_map
 from fnreg.transforms.base import Split, split_coords
 
+T = TypeVar("T")
+
 
 def _negative(params: Any) -> Any:
     return tree_map(torch.neg, params)
+
+
+def _mean(there: T, back: T) -> T:
+    return tree_map(lambda a, b: (a + b) / 2, there, back)
 
 
 def mirrored(level: Level) -> Level:
@@ -97,19 +103,20 @@ class BothWays:
 
     def value(self, params: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Value (B,) and each term's, means of both ways."""
-        return tree_map(lambda a, b: (a + b) / 2, self.forward.value(params), self.backward.value(_negative(params)))
+        return _mean(self.forward.value(params), self.backward.value(_negative(params)))
 
-    def gradient(self, params: Any) -> tuple[Any, Tensor]:
-        """Gradient by the step, and the value (B,): what a step adds to the velocity, it takes from its negative."""
-        there, value = self.forward.gradient(params)
-        back, other = self.backward.gradient(_negative(params))
-        return tree_map(lambda a, b: (a - b) / 2, there, back), (value + other) / 2
+    def gradient(self, params: Any) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """Gradient by the step, the value (B,) and each term's: what a step adds to the velocity, it takes from its
+        negative."""
+        there, value, terms = self.forward.gradient(params)
+        back, other, others = self.backward.gradient(_negative(params))
+        return tree_map(lambda a, b: (a - b) / 2, there, back), (value + other) / 2, _mean(terms, others)
 
-    def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Value (B,), J^T r (B, P) and J^T J (B, P, P) of half of both ways' residuals each."""
-        value, slope, normal = self.forward.normal_equations(params)
-        other, back, more = self.backward.normal_equations(_negative(params))
-        return (value + other) / 2, (slope - back) / 2, (normal + more) / 2
+    def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Value (B,), J^T r (B, P) and J^T J (B, P, P) of half of both ways' residuals each, and each term's value."""
+        value, slope, normal, terms = self.forward.normal_equations(params)
+        other, back, more, others = self.backward.normal_equations(_negative(params))
+        return (value + other) / 2, (slope - back) / 2, (normal + more) / 2, _mean(terms, others)
 
     def overlap(self, params: Any) -> Tensor:
         """Share of the fixed voxels that count (B,)."""

@@ -1,8 +1,8 @@
 """Symmetric filters of a few voxels in C: what `filters` and windowed similarities spend their time on.
 
 Composed of one matrix product per axis a filter costs as many multiplications per voxel as an axis is long; here it
-costs as many as the filter is wide, and the image is read and written once.  Forward mode, second order and machines
-without a compiler take the matrices.
+costs as many as the filter is wide, and the image is read and written once.  Forward mode, cotangents that autograd
+batches by itself, and machines without a compiler take the matrices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from fnreg import native
-from fnreg.pytree import constant, fold, forward_asked, leading
+from fnreg.pytree import (
+    beside_transforms,
+    constant,
+    fold,
+    forward_asked,
+    is_differentiated,
+    is_stored,
+    is_transformed,
+    leading,
+)
 
 Taps = tuple[tuple[float, ...], ...]  # weights per axis, x first, from the centre outwards
 
@@ -31,6 +40,9 @@ def windowed(data: Tensor, taps: Taps, *, normalised: bool) -> Tensor:
 
     normalised : weights are divided by the sum of those that lie inside
     """
+    if not is_differentiated(data) and not is_transformed(data):  # also what `constant` makes beside any transform
+        with beside_transforms():
+            return filtered(data, taps, normalised, False)
     return _Windowed.apply(data.unsqueeze(0), taps, normalised, False).squeeze(0)  # type: ignore[no-untyped-call]
 
 
@@ -71,12 +83,31 @@ def filtered(data: Tensor, taps: Taps, normalised: bool, transposed: bool) -> Te
     return found
 
 
+@constant
+def band(n: int, taps: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix (n, n) of weights over distances, zero beyond the last."""
+    weights = torch.tensor(taps, dtype=dtype, device=device)
+    index = torch.arange(n, device=device)
+    distance = (index - index[:, None]).abs()
+    return torch.where(distance < len(taps), weights[distance.clamp(max=len(taps) - 1)], 0)
+
+
+def _multiplied(data: Tensor, taps: Taps, normalised: bool, transposed: bool) -> Tensor:
+    """What `filtered` computes, by one matrix per axis."""
+    for k, weights in enumerate(taps):
+        matrix = band(data.shape[-1 - k], weights, data.dtype, data.device)
+        matrix = matrix / matrix.sum(1, keepdim=True) if normalised else matrix
+        matrix = matrix if transposed else matrix.mT
+        data = (data.movedim(-1 - k, -1) @ matrix).movedim(-1, -1 - k)
+    return data
+
+
 class _Windowed(torch.autograd.Function):
     """`filtered` for data (B, C, *shape), whose pull-back is the transposed filter."""
 
     @staticmethod
     def forward(data: Tensor, taps: Taps, normalised: bool, transposed: bool) -> Tensor:
-        return filtered(data, taps, normalised, transposed)
+        return (filtered if is_stored(data) else _multiplied)(data, taps, normalised, transposed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -392,7 +392,7 @@ def test_a_line_that_should_turn() -> None:
 
 @pytest.mark.parametrize("value", ["centre", "", None, 0])
 def test_an_unknown_start(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"unknown start .*: choose header, center or moments"):
+    with pytest.raises(ValueError, match=r"unknown start .*: choose header, center, moments or auto"):
         register(FIXED, MOVING, Rigid(), start=value, **QUICK)
 
 

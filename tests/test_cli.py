@@ -79,6 +79,8 @@ def test_register_leaves_all_it_promises(folder: Path, capsys: pytest.CaptureFix
     assert record["inputs"]["fixed"]["sha256"] == hashlib.sha256((folder / "fixed.png").read_bytes()).hexdigest()
     assert sorted(record["written"]) == sorted([*figures, *files])
     assert len(record["history"]) == 2 and record["history"][0]["level"] == 1
+    for trace in record["history"]:
+        assert list(trace["terms"]) == ["mse"] and trace["terms"]["mse"] == pytest.approx(trace["value"])
     assert record["seconds"] > 0 and record["peak_mb"] > 0 and record["versions"]["torch"]
 
     # What was written is one and the same map, and it makes the picture that lies beside it.
@@ -108,7 +110,10 @@ def test_the_same_run_gives_the_same_bytes(folder: Path) -> None:
     [
         ["--transform", "translation+rigid+affine", "--similarity", "ncc"],
         ["--similarity", "huber:delta=20", "--optimizer", "adam:lr=0.1,decay=1"],
-        ["--similarity", "nmi:bins=16"],
+        ["--similarity", "nmi:bins=16,samples=500,seed=2"],
+        ["--similarity", "lncc:window=gaussian,radius=3,channel=0"],
+        ["--optimizer", "normalized:lr=0.4,momentum=0.5"],
+        ["--transform", "svffd:stride=8", "--penalty", "bending=1e-2+inverse_consistency=0.1"],
         ["--solver", "gauss-newton", "--padding", "zeros"],
         ["--optimizer", "sgd:lr=1e-3", "--init", "moments", "--padding", "7"],
         ["--transform", "isotropic-scaling", "--seed", "3", "--device", "cpu"],
@@ -404,8 +409,8 @@ def test_bad_inputs(folder: Path, capsys: pytest.CaptureFixture[str], case: str,
 
 
 def test_unknown_suffix_is_told_what_is_known(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put("scan.nii.gz", b"?")
-    refused(capsys, folder, ["register", "scan.nii.gz", "moving.png", "-o", "out"], 3, "readable are .png, .jpg")
+    put("scan.xyz", b"?")
+    refused(capsys, folder, ["register", "scan.xyz", "moving.png", "-o", "out"], 3, "readable are .png, .jpg")
 
 
 USAGE = {
@@ -419,8 +424,8 @@ USAGE = {
     "stride, long": (["--transform", "ffd:stride=40"], "40"),
     "strides for axes": (["--transform", "ffd:stride=4x4x4"], "FFD(stride=(4, 4, 4))"),
     "steps of a flow": (["--transform", "svffd:steps=-1"], "number of squarings"),
-    "half a step": (["--transform", "svf:steps=2.5"], "expected whole numbers"),
-    "two steps": (["--transform", "svf:steps=2x3"], "expected a number"),
+    "half a step": (["--transform", "svf:steps=2.5"], "expected a whole number"),
+    "two steps": (["--transform", "svf:steps=2x3"], "expected a whole number"),
     "smooth": (["--transform", "diffeomorphism:smooth=-1"], "expected gradient and smooth >= 0"),
     "option of a field": (["--transform", "displacement:stride=4"], "no option 'stride': its options are none"),
     "penalty": (["--transform", "ffd", "--penalty", "bendign=1"], "did you mean bending? choose from bending, diff"),
@@ -433,7 +438,10 @@ USAGE = {
     "second penalty": (["--transform", "ffd", "--penalty", "bending=1", "--penalty", "x=1"], "unknown penalty 'x'"),
     "penalty on nothing": (["--transform", "rigid+affine", "--penalty", "bending=1"], "'rigid+affine' has none"),
     "symmetric": (["--transform", "affine+ffd", "--symmetric"], "symmetric goes with svffd and svf"),
-    "squares of a field": (["--transform", "ffd", "--optimizer", "gauss-newton"], "not with ffd: choose adam or sgd"),
+    "squares of a field": (
+        ["--transform", "ffd", "--optimizer", "gauss-newton"],
+        "not with ffd: choose adam",
+    ),
     "center of a field": (["--transform", "ffd", "--init", "center"], "does not begin with a shift"),
     "search of a field": (["--transform", "svf", "--init", "search"], "does not begin with a rotation"),
     "option of a transform": (["--transform", "rigid:stride=4"], "no option 'stride'"),
@@ -442,10 +450,20 @@ USAGE = {
         "unknown similarity 'mutual': choose from mse, mae, huber, charbonnier, ncc",
     ),
     "option of a similarity": (["--similarity", "huber:gamma=1"], "no option 'gamma': its options are delta"),
-    "value of an option": (["--similarity", "huber:delta=-1"], "delta must be positive"),
-    "bins": (["--similarity", "mi:bins=8.5"], "bins must be a whole number of at least 4"),
-    "too few bins": (["--similarity", "cr:bins=3"], "bins must be a whole number of at least 4"),
-    "optimizer": (["--optimizer", "newton"], "choose from adam, sgd, gauss-newton"),
+    "value of an option": (["--similarity", "huber:delta=-1"], "delta is -1.0: it must be positive"),
+    "bins": (["--similarity", "mi:bins=8.5"], "bins is 8.5: expected a whole number"),
+    "a word for a number": (["--similarity", "lncc:radius=big"], "radius is big: expected a whole number"),
+    "another word": (["--similarity", "lncc:window=round"], "window is round: choose from box, gaussian"),
+    "a number for a word": (["--similarity", "lncc:window=2"], "window is 2.0: choose from box, gaussian"),
+    "no switch": (["--similarity", "lncc:squared=2"], "squared is 2.0: expected true or false"),
+    "samples": (["--similarity", "mi:samples=0"], "samples is 0: expected a whole number of at least 1"),
+    "channel": (["--similarity", "mse:channel=0.5"], "channel is 0.5: expected whole numbers"),
+    "penalty without a cheap inverse": (
+        ["--transform", "ffd", "--penalty", "inverse_consistency=1"],
+        "FFD",
+    ),
+    "too few bins": (["--similarity", "cr:bins=3"], "bins is 3: expected a whole number of at least 4"),
+    "optimizer": (["--optimizer", "newton"], "choose from adam, sgd, normalized, gauss-newton"),
     "option of an optimizer": (["--optimizer", "adam:rate=1"], "no option 'rate': its options are lr"),
     "rate": (["--optimizer", "adam:lr=-1"], "it must be positive"),
     "specification": (["--optimizer", "adam:lr"], "expected NAME or NAME:option=number"),
@@ -481,11 +499,20 @@ def test_incomplete(folder: Path, capsys: pytest.CaptureFixture[str], arguments:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("transfrom = 'rigid'", "did you mean transform?"),
-        ("levels = 'three'", "levels in s.toml is 'three': expected a number"),
-        ("levels = ", "is not valid TOML"),
-        ("symmetric = 1", "symmetric in s.toml is 1: expected true or false"),
-        ("transform = 'ffd'\npenalty = ['bending']", "expected NAME=WEIGHT"),
+        ("transfrom = 'rigid'", "unknown setting in s.toml, line 1: 'transfrom': did you mean transform?"),
+        ("levels = 'three'", "s.toml, line 1: levels is 'three', expected a number"),
+        ("seed = 1\nlevels = ", "is not valid TOML: Invalid value (at end of document"),
+        ("seed = 1\nlevels = 2\nlevels = 3", "is not valid TOML: Cannot overwrite a value (at end of document"),
+        ("# note\n\nsymmetric = 1", "s.toml, line 3: symmetric is 1, expected true or false"),
+        ("transform = 'ffd'\npenalty = ['bending']", "s.toml, line 2: penalty 'bending': expected NAME=WEIGHT"),
+        ("seed = 1\n\n[register]\nlevels = 2", "unknown setting in s.toml, line 3: 'register'"),
+        ("seed = 1\ntransform.stride = 2", "s.toml, line 2: transform is {'stride': 2}, expected text"),
+        ("save = 'params'\ntransform = 'rigit'", "s.toml, line 2: unknown transform 'rigit': did you mean rigid?"),
+        ("similarity = 'huber:gamma=1'", "s.toml, line 1: similarity 'huber:gamma=1'"),
+        ("seed = 3\n'transform' = 'ffd:stride=40'", "s.toml, line 2: FFD(stride=40):"),
+        ("transform = 'ffd'\noptimizer = 'gauss-newton'", "s.toml, line 2: optimizer gauss-newton goes with few"),
+        ("levels = 2\nsteps = [3, 2, 1]", "s.toml, line 2: steps '3x2x1' has 3 numbers for 2 levels"),
+        ("threads = 1\nseed = -1", "s.toml, line 2: seed is -1: expected 0 or more"),
         (None, "cannot be read"),
     ],
 )
@@ -494,6 +521,31 @@ def test_bad_settings_file(folder: Path, capsys: pytest.CaptureFixture[str], tex
         Path("s.toml").write_text(text)
     arguments = ["register", "fixed.png", "moving.png", "-o", "out", "--settings", "s.toml"]
     refused(capsys, folder, arguments, 2, told)
+
+
+def test_errors_point_at_the_file_only_where_it_is_to_blame(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("s.toml").write_text("transform = 'rigid'\nlevels = 2\n")
+    base = ["register", "fixed.png", "moving.png", "-o", "out", "--settings", "s.toml"]
+    refused(capsys, folder, [*base, "--transform", "rigit"], 2, "error: unknown transform 'rigit'")
+    refused(capsys, folder, [*base, "--set", "transform=rigit"], 2, "error: unknown transform 'rigit'")
+    refused(capsys, folder, [*base, "--padding", "black"], 2, "error: unknown padding 'black'")
+
+
+def test_settings_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("s.toml").write_text("transform = 'affine'\nlevels = 1\nsave = 'params'\n")
+    more = ["--set", "levels=2", "--set", "steps = 6x3", "--set", "transform=svffd:stride=4", "--set", "symmetric=true"]
+    arguments = ["register", "fixed.png", "moving.png", "-o", "out", "--settings", "s.toml", *more]
+    assert cli.main([*arguments, "--dry-run", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)["settings"]
+    assert (record["levels"], record["steps"], record["symmetric"]) == (2, "6x3", True)
+    assert (record["transform"], record["save"]) == ("svffd:stride=4", "params")
+    base = ["register", "fixed.png", "moving.png", "-o", "out", "--set"]
+    refused(capsys, folder, [*base, "levles=2"], 2, "unknown setting in --set: 'levles': did you mean levels?")
+    refused(capsys, folder, [*base, "levels"], 2, "--set levels: expected NAME=VALUE, such as levels=2")
+    refused(capsys, folder, [*base, "levels=two"], 2, "--set levels=two: expected a whole number for levels")
+    refused(capsys, folder, [*base, "symmetric=1"], 2, "unknown value in --set symmetric: '1': choose from true, false")
+    refused(capsys, folder, [*base, "seed=1", "--seed", "2"], 2, "--set seed=1 gives seed a second time")
+    refused(capsys, folder, [*base, "seed=1", "--set", "seed=2"], 2, "--set seed=2 gives seed a second time")
 
 
 def test_output_in_the_way(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -755,3 +807,24 @@ def test_help_and_import_are_quick() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage: fnreg COMMAND" in done.stdout and fnreg.__version__ in done.stdout
+
+
+def test_the_start_is_chosen_and_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default a picture upside down is turned; the headers alone do not find it."""
+    points = fnreg.Grid((40, 32)).points()
+    spots = ((12.0, 10.0, 3.0), (26.0, 20.0, 5.0), (28.0, 8.0, 2.0))
+    data = sum(torch.exp(-((points[:, 0] - x) ** 2 + (points[:, 1] - y) ** 2) / (2 * s * s)) for x, y, s in spots)
+    picture = 200 * torch.as_tensor(data).reshape(1, 32, 40).float()
+    io.write_image("up.png", fnreg.Image(picture))
+    io.write_image("down.png", fnreg.Image(picture.flip(-1, -2)))
+    base = ["register", "up.png", "down.png", "-n", "40", "--save", "params", "-o"]
+    assert cli.main([*base, "auto"]) == 0
+    assert ", chosen by trying; --init header takes" in capsys.readouterr().out
+    found = json.loads((folder / "auto" / "run.json").read_text())
+    assert found["settings"]["init"] == "auto"
+    assert found["start"] != "header"
+    assert abs(abs(found["rotation_degrees"]) - 180) < 1
+    assert cli.main([*base, "plain", "--init", "header"]) == 0
+    plain = json.loads((folder / "plain" / "run.json").read_text())
+    assert "start" not in plain
+    assert plain["value_after"] > 10 * found["value_after"]

@@ -404,10 +404,10 @@ def level_of(transform: Transform, dimension: int, then: Mapping | None = None, 
 
 def both_ways(level: Level, params: Any) -> None:
     assert level._passes is not None  # pyright: ignore[reportPrivateUsage]
-    gradient, value = level.gradient(params)
-    expected, same = level._over(pair_gradient, params)  # pyright: ignore[reportPrivateUsage]
+    gradient, value, terms = level.gradient(params)
+    expected, same, others = level._over(pair_gradient, params)  # pyright: ignore[reportPrivateUsage]
     close(gradient, expected, atol=1e-12, rtol=1e-9)
-    close(value, same, atol=0, rtol=1e-11)
+    close((value, terms), (same, others), atol=0, rtol=1e-11)
     assert all(float(leaf.abs().max()) > 1e-6 for leaf in tree_leaves(gradient))
 
 

@@ -14,6 +14,8 @@ SMALL: dict[str, list[str]] = {
     "free_form": ["--steps", "5"],
     "diffeomorphic": ["--steps", "5"],
     "landmarks_and_labels": ["--steps", "10"],
+    "multi_modal": ["--steps", "2"],
+    "masks": ["--steps", "10"],
     "circle_to_c": [],
 }
 LONG = {"circle_to_c"}

@@ -139,11 +139,11 @@ def test_info_of_other_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 
-def refused(read: Callable[[Path], Any], path: Path, told: str) -> None:
+def refused(read: Callable[[Path], Any], path: Path, told: str, *, info: int = 3) -> None:
     with pytest.raises(TransformReadError, match=told) as caught:
         read(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-    assert cli.main(["info", str(path)]) == 3
+    assert cli.main(["info", str(path)]) == info
 
 
 @pytest.mark.parametrize("name", ["u.nii", "u.nii.gz"])
@@ -155,11 +155,11 @@ def test_nifti_cut_short_anywhere_is_refused(tmp_path: Path, name: str) -> None:
         if count >= len(whole):
             continue
         path.write_bytes(whole[:count])
-        refused(read_displacement, path, "is not a NIfTI file, or it is damaged")
+        refused(read_displacement, path, "is not a NIfTI file|is damaged")
     path.write_bytes(b"")
     refused(read_displacement, path, "is empty")
     path.write_bytes(b"nothing of the kind" * 100)
-    refused(read_displacement, path, "is not a NIfTI file, or it is damaged")
+    refused(read_displacement, path, "is not a NIfTI file|is damaged")
     path.unlink()
     refused(read_displacement, path, "does not exist")
 
@@ -168,7 +168,7 @@ def test_nifti_without_vectors_is_refused(tmp_path: Path) -> None:
     nibabel: Any = pytest.importorskip("nibabel")
     path = tmp_path / "j.nii"
     io.write_map(path, fnreg.Image(torch.ones(1, 5, 6), oblique(2)))
-    refused(read_displacement, path, r"shape \(6, 5.*expected the vectors of a displacement")
+    refused(read_displacement, path, "shape 6 x 5 .*expected the vectors of a displacement", info=0)  # an image
 
     def write(values: Any, affine: Any = None, intent: int = 1007) -> None:
         image = nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine)
@@ -179,11 +179,11 @@ def test_nifti_without_vectors_is_refused(tmp_path: Path) -> None:
     write(vectors)
     assert read_displacement(path).domain.size == (4, 3, 2)
     write(vectors, intent=0)
-    refused(read_displacement, path, "intent 0: expected the vectors")
+    refused(read_displacement, path, "intent 0: expected the vectors", info=0)
     write(vectors[..., 0, :])
-    refused(read_displacement, path, r"\(4, 3, 2, 3\)")
+    refused(read_displacement, path, "shape 4 x 3 x 2 x 3 ", info=0)
     write(vectors[..., :2])
-    refused(read_displacement, path, "2 components at .*expected one slice")
+    refused(read_displacement, path, "shape 4 x 3 x 2 x 1 x 2 ", info=0)
     write(vectors + np.nan)
     refused(read_displacement, path, "finite numbers")
     write(vectors.astype(np.int16))
@@ -191,12 +191,12 @@ def test_nifti_without_vectors_is_refused(tmp_path: Path) -> None:
     skewed = np.eye(4)
     skewed[0, 1] = 0.1
     write(vectors, skewed)
-    refused(read_displacement, path, "not at right angles")
+    refused(read_displacement, path, "from right angles")
     write(vectors)
     stored = bytearray(path.read_bytes())
     stored[280:328] = bytes(48)  # srow_x, srow_y and srow_z of the header
     path.write_bytes(stored)
-    refused(read_displacement, path, "no valid place in the world")
+    refused(read_displacement, path, "expected positive numbers")
     with pytest.raises(TransformReadError, match=r"ends in \.nii or"):
         read_displacement(tmp_path / "j.png")
 
@@ -221,11 +221,13 @@ def test_damaged_transforms_of_itk_are_refused(tmp_path: Path, name: str) -> Non
 
 def test_other_transforms_of_itk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sitk: Any = pytest.importorskip("SimpleITK")
-    spline = sitk.BSplineTransformInitializer(sitk.Image(16, 16, sitk.sitkFloat32), (4, 4))
+    spline = sitk.BSplineTransformInitializer(sitk.Image(16, 16, sitk.sitkFloat32), (4, 4), 2)
     sitk.WriteTransform(spline, str(tmp_path / "b.tfm"))
-    refused(read_itk, tmp_path / "b.tfm", "BSplineTransform: readable are linear transforms and displacement fields")
-    with pytest.raises(TransformReadError, match=r"ends in \.h5, \.tfm, \.txt"):
-        read_itk(tmp_path / "b.mat")
+    refused(read_itk, tmp_path / "b.tfm", "BSplineTransform of order 2: readable are cubic ones")
+    sitk.WriteTransform(spline, str(tmp_path / "b.h5"))
+    refused(read_itk, tmp_path / "b.h5", "BSplineTransform: readable are linear transforms, cubic B-splines and")
+    with pytest.raises(TransformReadError, match=r"ends in \.h5, \.tfm, \.txt, \.mat"):
+        read_itk(tmp_path / "b.xfm")
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     with pytest.raises(MissingExtraError, match="itk"):
-        read_itk(tmp_path / "b.tfm")
+        read_itk(tmp_path / "b.h5")

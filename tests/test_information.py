@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ import scipy.interpolate
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scenes import few, known_pair, random_mapping, tensor, uniform, voxels_apart
+from scenes import equal_bits, few, known_pair, random_mapping, tensor, uniform, voxels_apart
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, grad_and_value, jacfwd, jacrev, vmap
@@ -23,6 +24,7 @@ import fnreg
 from fnreg import Grid, Image, Mapping, Rigid, native, register
 from fnreg.filters import gaussian
 from fnreg.histogram import PART, joint_histogram
+from fnreg.losses import information
 from fnreg.losses.information import correlation_ratio, mi, nmi
 
 # torch's forward mode compiles its own decompositions with torch.jit on first use.
@@ -587,3 +589,107 @@ def test_a_batch_registers_as_pairs_alone() -> None:
     for number, pair in enumerate(pairs):
         alone = register(*pair, Rigid(), **options)
         assert_close(together.value[number], alone.value, atol=1e-10, rtol=0)
+
+
+# -- samples -------------------------------------------------------------------------------------------------------
+
+SAMPLED = [mi, nmi, correlation_ratio]
+
+
+def alike(count: int = 60_000, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two images (1, 200, count / 200) of which one partly foretells the other."""
+    noise = torch.randn(2, count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return (noise[:1].sin() + 0.3 * noise[1:]).reshape(1, 200, -1), noise[:1].reshape(1, 200, -1)
+
+
+@pytest.mark.parametrize("measure", SAMPLED)
+def test_samples_tend_to_the_whole(measure: Any) -> None:
+    warped, fixed = alike()
+    whole = measure(warped, fixed)
+
+    def error(samples: int) -> float:
+        found = [measure(warped, fixed, samples=samples, seed=seed) for seed in range(8)]
+        return float((torch.stack(found) - whole).square().mean().sqrt())
+
+    errors = [error(samples) for samples in (300, 3_000, 30_000)]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
+    assert errors[2] < 0.01
+    for samples in (60_000, 10**9):
+        assert equal_bits(measure(warped, fixed, samples=samples), whole)
+
+
+def test_places_are_drawn_evenly_and_by_the_seed_alone() -> None:
+    state = torch.get_rng_state()
+    for count, samples in ((10, 10), (10, 7), (1000, 1), (12345, 100)):
+        index = information.drawn(count, samples, 3, torch.device("cpu"))
+        run = torch.arange(samples + 1) * count // samples
+        assert bool((run[:-1] <= index[0]).all() and (index[0] < run[1:]).all())  # each in its own run: none twice
+        with torch.random.fork_rng():
+            torch.manual_seed(99)
+            assert torch.equal(information.drawn.__wrapped__(count, samples, 3, index.device), index)  # pyright: ignore
+    assert torch.equal(torch.get_rng_state(), state)
+    seeds = torch.cat([information.drawn(1000, 100, seed, torch.device("cpu")) for seed in range(200)])
+    assert len({tuple(row.tolist()) for row in seeds}) == 200
+    place = (seeds - torch.arange(0, 1000, 10)).flatten().bincount()  # within a run of ten: 20,000 draws
+    assert place.shape == (10,) and float((place / 2000 - 1).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("measure", SAMPLED)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_samples_are_the_measure_of_what_they_read(measure: Any, weighted: bool) -> None:
+    """With its derivatives, 0 where nothing is read; two channels share the places."""
+    generator = torch.Generator().manual_seed(2)
+    warped, fixed = torch.rand(2, 2, 9, 11, dtype=torch.float64, generator=generator).unbind(0)
+    weights = torch.rand(1, 9, 11, dtype=torch.float64, generator=generator) if weighted else None
+    index = information.drawn(99, 40, 5, torch.device("cpu"))[0]
+
+    def parts(*images: Tensor | None) -> list[Tensor | None]:
+        return [None if image is None else image.flatten(1)[:, index] for image in images]
+
+    def sampled(warped: Tensor) -> Tensor:
+        return measure(warped, fixed, weights, bins=6, samples=40, seed=5)
+
+    assert equal_bits(sampled(warped), measure(*parts(warped, fixed, weights), bins=6))
+    slope = grad(sampled)(warped)
+    few = grad(lambda x: measure(x, *parts(fixed, weights), bins=6))(parts(warped)[0])
+    assert_close(slope.flatten(1)[:, index], few, atol=1e-15, rtol=0.0)
+    assert int((slope != 0).sum()) <= 80
+    assert float(slope.abs().max()) > 1e-4
+    tangent = torch.rand(2, 9, 11, dtype=torch.float64, generator=generator)
+    assert_close(torch.func.jvp(sampled, (warped,), (tangent,))[1], (slope * tangent).sum(), atol=1e-13, rtol=0.0)
+
+
+@pytest.mark.parametrize("measure", SAMPLED)
+def test_pairs_of_a_batch_have_the_samples_that_they_have_alone(measure: Any) -> None:
+    warped, fixed = (torch.stack(images) for images in zip(*(alike(2000, seed) for seed in range(3)), strict=True))
+    function = functools.partial(measure, bins=8, samples=150, seed=1)
+    found = vmap(grad_and_value(function))(warped, fixed)
+    for k in range(3):
+        alone = grad_and_value(function)(warped[k], fixed[k])
+        assert_close((found[0][k], found[1][k]), alone, atol=1e-14, rtol=0.0)
+    shared = vmap(function, (0, None))(warped, fixed[0])
+    assert_close(shared[2], function(warped[2], fixed[0]), atol=1e-14, rtol=0.0)
+
+
+@pytest.mark.parametrize("measure", SAMPLED)
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"samples": 0}, "samples is 0: expected a whole number of at least 1"),
+        ({"samples": 0.5}, "samples is 0.5: expected a whole number of at least 1"),
+        ({"samples": True}, "samples is True: expected a whole number of at least 1"),
+        ({"samples": 10, "seed": -1}, "seed is -1: expected a whole number of at least 0"),
+        ({"samples": 10, "seed": None}, "seed is None: expected a whole number of at least 0"),
+    ],
+)
+def test_bad_samples(measure: Any, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        measure(*alike(1000), **options)
+
+
+def test_a_registration_by_samples_finds_the_shift() -> None:
+    grid = fnreg.Grid((64, 60))
+    smooth = fnreg.Image(torch.randn(1, 60, 64, generator=torch.Generator().manual_seed(4)), grid).gaussian(4.0)
+    fixed, moving = smooth, fnreg.Image(smooth.data.mul(8).exp(), origin=(1.5, -2.0))
+    result = fnreg.register(fixed, moving, fnreg.Translation(), objective=fnreg.mi(samples=800, seed=2), levels=2)
+    assert_close(result.mapping.params["translation"], tensor([1.5, -2.0]), atol=0.2, rtol=0.0)

@@ -156,7 +156,7 @@ BAD: dict[str, tuple[str, Callable[[], bytes] | None, str]] = {
     "colour of 16 bits": ("a.png", png16_in_colour, "colours of 16 bits"),
     "pages": ("a.tif", two_pages, "holds 2 pictures"),
     "64 bits": ("a.tif", lambda: tiff(FLOATS.astype(np.float64), 3), "TIFF of an unsupported kind"),
-    "suffix": ("a.bmp", lambda: b"BM", r"readable are .png, .jpg, .jpeg, .tif, .tiff; other formats will follow"),
+    "suffix": ("a.bmp", lambda: b"BM", r"readable are .png, .jpg, .jpeg, .tif, .tiff, .nii, .nii.gz"),
     "no suffix": ("a", lambda: b"BM", "has no suffix"),
 }
 
@@ -440,7 +440,7 @@ def tampered(mapping: fnreg.Mapping, **changes: Any) -> bytes:
 
     import safetensors.torch
 
-    from fnreg.io import transform as module
+    from fnreg.io import lossless as module
 
     header = {"version": 1, "transform": mapping.transform.to_dict(), "domain": mapping.domain.to_dict()} | changes
     tensors = dict(mapping.params)

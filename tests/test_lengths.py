@@ -76,6 +76,20 @@ def test_what_is_not_finite_stays_so_and_in_its_item(bad: float) -> None:
     assert is_finite(leaf).tolist() == vmap(is_finite)(leaf.unsqueeze(1)).flatten().tolist() == [False, True]
 
 
+@pytest.mark.parametrize("size", (1e-23, 3e-39, 2e19, 3e38))
+def test_tiny_and_huge_entries_are_told_as_they_are(size: float) -> None:
+    leaf = torch.full((2, 5), size)
+    assert equal_bits(largest(-leaf), leaf[:, 0]) or size < 1e-38  # denormal numbers count as zero
+    assert is_finite(leaf).tolist() == [True, True]
+
+
+def test_items_are_scaled_by_a_column() -> None:
+    factors = torch.rand(3, 4, dtype=torch.float64)
+    leaf = torch.ones(3, 5, dtype=torch.float64)
+    scale_(leaf, factors[:, 1])
+    assert equal_bits(leaf, factors[:, 1:2].expand(3, 5))
+
+
 def test_items_are_scaled_in_place() -> None:
     leaf = torch.randn(3, 2, 40000)
     truth = leaf * torch.tensor([2.0, 0.0, -0.5]).reshape(3, 1, 1)

@@ -19,6 +19,7 @@ from torch.func import grad, grad_and_value, vmap
 import fnreg
 from fnreg import native
 from fnreg.filters import gaussian
+from fnreg.losses import local
 from fnreg.losses.local import lncc
 
 SHAPES = [(11,), (9, 7), (6, 5, 7)]
@@ -87,13 +88,67 @@ def test_the_closed_form_is_the_derivative_of_the_equation(shape: tuple[int, ...
     assert float(found.abs().max()) > 1e-4
 
 
+@needs_compiler
+@shapes
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("window", ["box", "gaussian"])
+@pytest.mark.parametrize("flat", [0.1, 0.9])
+def test_the_closed_form_by_the_weights(shape: tuple[int, ...], squared: bool, window: Any, flat: float) -> None:
+    """With voxels and windows without weight, of images that are flat in places; no tape over the equation."""
+    a, b, weights = random(2, *shape), random(2, *shape, seed=1), mask(*shape)
+    a[..., :3], b[..., -3:], weights[..., 3] = 0.5, -1.0, 0.0
+    gradient = grad(lambda a, w: lncc(a, b, w, radius=1, squared=squared, window=window, flat=flat), argnums=(0, 1))
+    with mock.patch.object(local, "_composed", side_effect=AssertionError("took the equation")):
+        found = gradient(a, weights)
+    with without_kernels():
+        expected = gradient(a, weights)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other, atol=1e-11 * (1 + float(other.abs().max())))  # steep where a window hardly varies
+    assert float(found[1].abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "plain"])
+def test_the_first_weight_of_a_voxel_counts(kernel: bool) -> None:
+    """The derivative by a weight of zero is that towards more of it."""
+    a, b, weights = random(1, 6, 7), random(1, 6, 7, seed=1), mask(6, 7)
+    weights[0, 2, 3] = 0.0
+    more = torch.zeros_like(weights)
+    more[0, 2, 3] = 1e-7
+    with mock.patch.object(native, "load", native.load if kernel else lambda: None):
+        slope = grad(lambda w: lncc(a, b, w))(weights)[0, 2, 3]
+        difference = (lncc(a, b, weights + more) - lncc(a, b, weights)) / 1e-7
+    assert abs(float(slope)) > 1e-5
+    assert float(slope) == pytest.approx(float(difference), rel=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("axes", [(0, None, 0), (0, 0, None), (0, None, None)])
+def test_derivatives_by_weights_of_a_batch(axes: tuple[int | None, ...]) -> None:
+    """Alone and shared, by vmap inside grad and outside of it."""
+    images = random(3, 2, 6, 5), random(3, 2, 6, 5, seed=1), torch.stack([mask(6, 5, seed=k) for k in range(3)])
+    a, b, w = (image if axis == 0 else image[0] for image, axis in zip(images, axes, strict=True))
+
+    def pair(k: int) -> Any:
+        of = [image if axis is None else image[k] for image, axis in zip((a, b, w), axes, strict=True)]
+        return grad(lncc, argnums=(0, 2))(*of)
+
+    alone = [pair(k) for k in range(3)]
+    each = vmap(grad(lncc, argnums=(0, 2)), axes)(a, b, w)
+    close(each, tuple(torch.stack([one[k] for one in alone]) for k in range(2)), atol=1e-14)
+    whole = grad(lambda a, w: vmap(lncc, axes)(a, b, w).sum(), argnums=(0, 1))(a, w)
+    close(whole, (each[0], each[1] if axes[2] == 0 else each[1].sum(0)), atol=1e-14)
+
+
 @pytest.mark.parametrize("squared", [True, False])
 def test_every_derivative(squared: bool) -> None:
     given = random(1, 4, 5).requires_grad_(), random(1, 4, 5, seed=1).requires_grad_(), mask(4, 5).requires_grad_()
-    assert gradcheck(lambda a, b, w: lncc(a, b, w, radius=1, squared=squared), given)
+    assert gradcheck(lambda a, b, w: lncc(a, b, w, radius=1, squared=squared), given, check_batched_grad=True)
     assert gradcheck(lambda a: lncc(a, given[1].detach(), radius=1, squared=squared), given[:1])
     assert gradgradcheck(lambda a: lncc(a, given[1].detach(), given[2].detach(), radius=1, squared=squared), given[:1])
     assert gradgradcheck(lambda a, b: lncc(a, b, radius=1, squared=squared), given[:2])
+    by_images = lncc(given[0], given[1].detach(), given[2], radius=1, squared=squared)
+    assert [leaf.requires_grad for leaf in torch.autograd.grad(by_images, given[::2], create_graph=True)] == [True] * 2
+    assert gradgradcheck(lambda a, w: lncc(a, given[1].detach(), w, radius=1, squared=squared), given[::2])
 
 
 @needs_compiler

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from scenes import equal_bits
+from scenes import close, equal_bits
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.testing import assert_close
@@ -158,6 +158,8 @@ def test_a_derivative_that_is_not_asked_for_is_left_out(bent: bool) -> None:
     maps = Maps(torch.eye(3)[None, :2] * 1.01, torch.rand(2, 2, 9, 8) if bent else None, (8, 9))
     without, whole = (squares(moving, fixed, None, maps, by_matrix=asked) for asked in (False, True))
     assert without.by_map.matrix is None and whole.by_map.matrix is not None
+    assert squares(moving, fixed, None, maps, by_shift=False).by_map.shift is None
+    assert equal_bits(squares(moving, fixed, None, maps, by_shift=False)[:2], whole[:2])
     assert equal_bits(
         (without.value, without.weight, without.by_map.shift), (whole.value, whole.weight, whole.by_map.shift)
     )
@@ -223,10 +225,11 @@ def test_gradients_of_a_level_are_those_of_its_parts(
         parts["moving"] = torch.rand(10, 12, dtype=torch.float64)[None]
     level, params = levels(transform, weight, **parts, more=0.3 * ncc if other == "term" else 0)
     assert level._passes is not None  # pyright: ignore[reportPrivateUsage]
-    gradient, value = level.gradient(params)
-    expected, same = level._over(pair_gradient, params)  # pyright: ignore[reportPrivateUsage]
+    gradient, value, terms = level.gradient(params)
+    expected, same, others = level._over(pair_gradient, params)  # pyright: ignore[reportPrivateUsage]
     tree_map(lambda a, b: assert_close(a, b, rtol=1e-11, atol=1e-12), gradient, expected)
-    assert_close(value, same, rtol=1e-12, atol=0)
+    close((value, terms), (same, others), rtol=1e-12, atol=0)
+    assert list(terms) == ["mse", "ncc"][: len(terms)] and len(terms) == (2 if other == "term" else 1)
 
 
 def test_what_needs_more_takes_the_way_through_its_parts() -> None:

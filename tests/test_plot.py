@@ -5,6 +5,7 @@ import io
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -115,6 +116,18 @@ def test_losses_of_a_batch_keep_what_has_ended() -> None:
     shown = drawn(plot.losses(fnreg.Registration(**{**vars(result), "history": (trace,)})))
     assert shown.axes[0].lines[0].get_ydata().tolist() == [3.5, 2.5, 2.0]
     assert "6 pairs" in drawn(plot.losses(result)).axes[0].get_title()
+
+
+def test_losses_of_several_terms_show_each(pair: Any) -> None:
+    objective = [fnreg.mse, fnreg.mse + 0.5 * fnreg.ncc]
+    result = fnreg.register(*pair[:2], fnreg.Rigid(), objective=objective, levels=2, steps=20)
+    figure = drawn(plot.losses(result))
+    assert [axes.get_ylabel() for axes in figure.axes] == ["objective", "mse", "ncc"]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2, 1]
+    shown, ncc = figure.axes[2].lines[0], result.history[1].terms["ncc"]
+    assert shown.get_ydata().tolist() == pytest.approx(ncc[ncc.isfinite()].tolist())
+    assert shown.get_xdata()[0] == int(result.steps[0])
+    assert len(drawn(plot.losses(pair[2])).axes) == 1
 
 
 def test_losses_without_steps(pair: Any) -> None:
@@ -509,3 +522,68 @@ def test_maps_that_cannot_be_drawn() -> None:
         plot.jacobian(torch.ones(8, 8), grid, limit=1.0)
     with pytest.raises(TypeError, match="determinant is list"):
         plot.jacobian([[1.0]], grid)  # type: ignore[arg-type]
+
+
+# -- patients and labels -----------------------------------------------------------------------------------------
+
+
+def letters(axes: Any) -> dict[str, tuple[float, float]]:
+    """World positions of the letters of a panel, by letter."""
+    place = axes.transAxes + axes.transData.inverted()
+    return {text.get_text(): tuple(place.transform(text.get_position())) for text in axes.texts}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_letters_tell_the_sides_of_the_patient(turned: bool) -> None:
+    """World LPS: x leads to the left, y to the back, z to the head; whatever the axes of the grid are."""
+    direction = torch.tensor([[0.0, 0.0, -1.0], [1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]) if turned else torch.eye(3)
+    image = Image(torch.rand(1, 7, 5, 6), Grid((6, 5, 7), spacing=(1.5, 2.0, 1.0), direction=direction))
+    leads = {"R": (0, -1), "L": (0, 1), "A": (1, -1), "P": (1, 1), "I": (2, -1), "S": (2, 1)}  # axis, sign
+    panel = shown(drawn(plot.slices(image, unit="mm")))
+    for axes, both, expected in zip(panel, ((0, 1), (0, 2), (1, 2)), ("RLPA", "RLIS", "APIS"), strict=True):
+        found = letters(axes)
+        assert sorted(found) == sorted(expected)
+        for letter, world in found.items():
+            axis, sign = leads[letter]
+            along = world[both.index(axis)] - float(image.grid.center[axis])
+            assert along * sign > 0.3 * float(image.grid.extent.min())
+        # On the screen the right side is on the left, and the front or the head above.
+        screen = {text.get_text(): axes.transAxes.transform(text.get_position()) for text in axes.texts}
+        assert screen[expected[0]][0] < screen[expected[1]][0] and screen[expected[2]][1] < screen[expected[3]][1]
+    assert not any(axes.texts for axes in shown(plot.slices(image)))  # of another unit there is no patient
+    flat = Image(torch.rand(1, 5, 6))
+    assert not any(axes.texts for axes in shown(plot.difference(flat, flat, unit="mm")))
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_borders_lie_between_pixels_of_different_labels(ndim: int) -> None:
+    turn = torch.linalg.qr(torch.randn(ndim, ndim, generator=torch.Generator().manual_seed(1)).double()).Q
+    direction = torch.eye(3)[[1, 2, 0]] if ndim == 3 else turn
+    grid = Grid((9, 8, 7)[:ndim], spacing=(1.0, 2.0, 3.0)[:ndim], origin=(5.0, -4.0, 2.0)[:ndim], direction=direction)
+    fixed = Image(torch.rand(1, *grid.shape), grid)
+    ours = torch.zeros(1, *grid.shape, dtype=torch.int64)
+    ours[(0, *[slice(2, 5)] * ndim)] = 3
+    ours[(0, *[slice(2, 5)] * (ndim - 1), slice(4, 5))] = 2**40  # numbers that floats confuse
+    ours[(0, *[slice(2, 5)] * (ndim - 1), slice(5, 7))] = 2**40 + 1
+    figure = drawn(plot.labels(fixed, ours, torch.zeros_like(ours), ours, unit="mm", title="labels"))
+    panel = shown(figure)
+    assert len(panel) == 2 * (1 if ndim == 2 else 3)
+    assert [axes.get_title().split(",")[0] for axes in panel] == ["before"] * (len(panel) // 2) + ["after"] * (
+        len(panel) // 2
+    )
+    for number, axes in enumerate(panel):
+        fixed_lines, moving_lines = [c for c in axes.collections if isinstance(c, LineCollection)]
+        segments = torch.as_tensor(np.stack(fixed_lines.get_segments()))
+        assert len(segments) and (len(moving_lines.get_segments()) > 0) == (number >= len(panel) // 2)
+        if ndim == 2:
+            middle = grid.world_to_index(segments.double().mean(1))
+            sides = [((middle + d).round().long(), (middle - d).round().long()) for d in (torch.tensor([0.25, 0.25]),)]
+            for a, b in sides:  # one index is whole, the other halfway between two pixels
+                assert bool((ours[0, a[:, 1], a[:, 0]] != ours[0, b[:, 1], b[:, 0]]).all())
+            assert len(segments) == 3 * 2 + 5 * 2 + 2 * 3
+    if ndim == 3:  # cut through the middle of what is marked
+        assert (
+            panel[0].get_title() == "before, z = " + f"{float(grid.index_to_world(torch.tensor([4.0, 3, 3]))[2]):.4g}"
+        )
+    with pytest.raises(ValueError, match="before has shape"):
+        plot.labels(fixed, ours, ours[0], ours)

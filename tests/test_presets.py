@@ -90,7 +90,7 @@ def test_it_registers_on_the_command_line(tmp_path: Path, capsys: pytest.Capture
     files = [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "-o", str(tmp_path / "out"), "--save", "params"]
     assert cli.main(["register", *files, "--preset", "brain"]) == 0
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    others = {"init": "header", "save": "params", "seed": 0, "threads": 0, "device": "cpu"}
+    others = {"init": "auto", "save": "params", "seed": 0, "threads": 0, "device": "cpu"}
     assert record["settings"] == {"preset": "brain", "transform": PRESETS["brain"], **others}
     for told, stage in zip(record["stages"], presets.brain["transform"], strict=True):
         assert repr(stage.transform) in told and repr(stage.objective) in told
@@ -106,6 +106,22 @@ def test_twice_is_the_same() -> None:
              for stage in presets.brain["transform"]]  # fmt: skip
     first, second = (fnreg.register(fixed, moving, **presets.brain | {"transform": small}) for _ in "ab")
     assert equal_bits(first.mapping.params, second.mapping.params)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lncc:window=gaussian", fnreg.lncc(window="gaussian")),
+        ("mi:samples=5000,seed=7", fnreg.mi(samples=5000, seed=7)),
+        ("mse:channel=2", fnreg.mse(channel=2)),
+        ("ngf:channel=0x2,edge=0.5", fnreg.ngf(channel=(0, 2), edge=0.5)),
+        ("mind:radius=0,dilation=2", fnreg.mind(radius=0, dilation=2)),
+        ("lncc:squared=false", fnreg.lncc(squared=False)),
+    ],
+)
+def test_options_of_a_similarity_on_the_command_line(text: str, expected: fnreg.Term) -> None:
+    made = Settings.gather({"similarity": text}).measure()
+    assert repr(made) == repr(expected) and made.options == expected.options
 
 
 def test_whole_numbers_of_a_similarity_on_the_command_line() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import pickle
 from typing import Any
 
 import pytest
 import torch
+from scenes import equal_bits
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from fnreg.pytree import (
@@ -24,6 +28,7 @@ from fnreg.pytree import (
     same_structure,
     stack,
     static,
+    tree_choose,
     tree_detach,
     tree_flatten,
     tree_leaves,
@@ -151,6 +156,29 @@ def test_where_chooses_per_item() -> None:
     vector, field = tree_where(torch.tensor([True, False, True]), yes, no)
     assert vector.tolist() == [1.0, 0.0, 1.0]
     assert field.sum((1, 2)).tolist() == [4.0, 0.0, 4.0]
+
+
+def test_choosing_gives_the_same_and_copies_nothing_where_all_agree() -> None:
+    yes, no = (torch.ones(3), torch.ones(3, 2)), (torch.zeros(3), torch.zeros(3, 2))
+    for mask in itertools.product((False, True), repeat=3):
+        found, expected = (choose(torch.tensor(mask), yes, no) for choose in (tree_choose, tree_where))
+        assert equal_bits(found, expected)
+        assert (found[0] is yes[0]) == all(mask) and (found[0] is no[0]) == (not any(mask))
+    masks = torch.tensor([[True, True, True], [False, True, False]])
+    assert equal_bits(
+        *(vmap(lambda m, choose=choose: choose(m, yes, no))(masks) for choose in (tree_choose, tree_where))
+    )
+
+
+def test_choosing_can_be_traced() -> None:
+    def choose(mask: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return tree_choose(mask, a, -a)
+
+    mask, a = torch.tensor([True, True]), torch.tensor([1.0, 2.0])
+    graph = make_fx(choose)(mask, a)
+    assert graph(~mask, a).tolist() == [-1.0, -2.0]  # no value of the mask was built in
+    with FakeTensorMode() as mode:
+        assert choose(mode.from_tensor(mask), mode.from_tensor(a)).shape == (2,)
 
 
 def test_take_indexes_batched_leaves_only() -> None:

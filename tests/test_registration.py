@@ -26,6 +26,7 @@ from scenes import (
     tensor,
     voxels_apart,
 )
+from torch import Tensor
 from torch.testing import assert_close
 
 import fnreg
@@ -54,6 +55,7 @@ from fnreg import (
     stack,
     warp,
 )
+from fnreg.losses.terms import objective as as_objective
 
 # -- known maps ----------------------------------------------------------------------------------------------------
 
@@ -216,6 +218,42 @@ def test_a_result_tells_how_it_came_about() -> None:
     assert batch.steps.shape == (4, 2)
     assert batch.value.shape == batch.status.shape == batch.ok.shape == (4,)
     assert batch.history[0].value.shape == (4, 3)
+
+
+def both(warped: Tensor, displacement: Tensor) -> Tensor:
+    """Of the images and of the map at once: by composition."""
+    return warped.square().mean() + 0.01 * displacement.square().mean()
+
+
+SUM = 0.5 * fnreg.mse + 0.1 * fnreg.ncc
+
+
+@pytest.mark.parametrize(
+    ("transform", "objective", "options"),
+    [
+        (Rigid(), SUM, {}),
+        (Rigid(), SUM, {"solver": fnreg.GaussNewton()}),
+        (fnreg.SVFFD(4), 0.2 * fnreg.bending + SUM + 0.01 * fnreg.bending, {}),
+        (fnreg.SVFFD(4), 2 * fnreg.mse + 0.2 * fnreg.bending, {"symmetric": True}),
+        (fnreg.SVFFD(4), 2 * fnreg.mse, {}),
+        (Rigid(), 2 * fnreg.mse + 0.25 * fnreg.mse, {}),
+        (Rigid(), fnreg.term(both) + 0.5 * fnreg.mse, {}),
+    ],
+)
+def test_the_course_of_each_term(transform: Any, objective: Any, options: dict[str, Any]) -> None:
+    """At every step the weighted terms make the value; also of pairs that end early."""
+    fixed, moving = (stack(images) for images in several_pairs())
+    given = {"objective": objective, "levels": 2, "steps": (25, 0), "stop": fnreg.Stop(relative=0.05, every=2)}
+    result = register(fixed, moving, transform, **given, **options)
+    weights = [float(part.weight) for part in as_objective(objective).terms]
+    for trace in result.history:
+        assert list(trace.terms) == list(result.terms) == list(as_objective(objective).names)
+        total = sum(weight * value for weight, value in zip(weights, trace.terms.values(), strict=True))
+        assert_close(total.to(trace.value.dtype), trace.value, atol=1e-12, rtol=0, equal_nan=True)
+    assert result.history[1].terms["mse"].shape == (4, 0)
+    alone = register(several_pairs()[0][1], several_pairs()[1][1], transform, **given, **options)
+    for name, value in alone.history[0].terms.items():
+        assert_close(value, result.history[0].terms[name][1], atol=1e-9, rtol=0, equal_nan=True)
 
 
 def test_warping_and_mapping_are_those_of_the_mapping() -> None:

@@ -362,7 +362,7 @@ def test_the_gradient_is_that_of_the_energy() -> None:
     whole = prepare(fixed, moving, None, levels=1, min_size=4, objectives=[objective])
     level = whole.level(0, Affine(), objective, 1, "border")
     params = {k: v.unsqueeze(0) for k, v in random_params(Affine(), fixed.image.grid, 4, 0.2).items()}
-    gradient, value = level.gradient(params)
+    gradient, value, _ = level.gradient(params)
     assert_close(value, level.value(params)[0])
     for name, slope in gradient.items():
         for place in range(slope[0].numel()):

@@ -43,14 +43,15 @@ class Toy:
     def take(self, index: Tensor) -> Toy:
         return dataclasses.replace(self, data=self.data[index])
 
-    def gradient(self, params: Params) -> tuple[Params, Tensor]:
+    def gradient(self, params: Params) -> tuple[Params, Tensor, dict[str, Tensor]]:
         found = vmap(grad_and_value(lambda x, d: self.residuals(x, d).square().sum()))(params["x"], self.data)
-        return {"x": found[0]}, found[1]
+        return {"x": found[0]}, found[1], {"toy": found[1] / 2}
 
-    def normal_equations(self, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+    def normal_equations(self, params: Params) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         r = vmap(self.residuals)(params["x"], self.data)
         j = vmap(jacrev(self.residuals))(params["x"], self.data)
-        return r.square().sum(1), (j.mT @ r.unsqueeze(2)).squeeze(2), j.mT @ j
+        value = r.square().sum(1)
+        return value, (j.mT @ r.unsqueeze(2)).squeeze(2), j.mT @ j, {"toy": value / 2}
 
     def retract(self, params: Params, step: Params) -> Params:
         return {"x": params["x"] + step["x"]}
@@ -199,7 +200,8 @@ def test_small_steps_are_convergence() -> None:
         toy, toy.start(), Descent(sgd(0.05, decay=1.0)), steps=500, stop=Stop(relative=0, patience=500, step=1e-3)
     )
     assert solved.status.tolist() == [Status.CONVERGED] * 6
-    gradient, _ = toy.gradient(solved.params)
+    torch.testing.assert_close(solved.terms["toy"], solved.history / 2, equal_nan=True, rtol=0, atol=0)
+    gradient, *_ = toy.gradient(solved.params)
     assert bool((0.05 * gradient["x"].abs().amax(1) <= 2e-3).all())
     endless = run(toy, toy.start(), Descent(sgd(0.05)), steps=50, stop=Stop(relative=0, patience=60, step=0))
     assert endless.steps.tolist()[1:] == [50] * 5
@@ -226,6 +228,7 @@ def test_patience_counts_steps_without_a_fall() -> None:
     solved = run(toy, toy.start(), Still(), steps=50, stop=Stop(patience=7, every=50))
     assert solved.steps.tolist() == [4] * 6
     assert solved.status.tolist() == [Status.CONVERGED] * 6
+    assert solved.terms == {}  # a solver need not tell them
     consistent(solved, 50)
 
 
@@ -286,11 +289,11 @@ def test_dropped_pairs_cost_nothing(name: str) -> None:
     widths: list[int] = []
 
     class Watched(Toy):
-        def gradient(self, params: Params) -> tuple[Params, Tensor]:
+        def gradient(self, params: Params) -> tuple[Params, Tensor, dict[str, Tensor]]:
             widths.append(self.size)
             return super().gradient(params)
 
-        def normal_equations(self, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+        def normal_equations(self, params: Params) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
             widths.append(self.size)
             return super().normal_equations(params)
 
@@ -486,9 +489,9 @@ def test_a_problem_without_a_way_down_is_left_where_it_is() -> None:
     """A wrong derivative: every trial is worse, until the damping says that there is no way."""
 
     class Wrong(Toy):
-        def normal_equations(self, params: Params) -> tuple[Tensor, Tensor, Tensor]:
-            value, slope, normal = super().normal_equations(params)
-            return value, -slope, normal
+        def normal_equations(self, params: Params) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+            value, slope, *rest = super().normal_equations(params)
+            return value, -slope, *rest  # type: ignore[return-value]
 
     toy = Wrong(line, bowls().data[1:], 3)
     solved = run(toy, toy.start(), GaussNewton(), steps=60, stop=Stop(patience=100))

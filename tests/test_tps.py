@@ -65,7 +65,8 @@ def oblique(dimension: int) -> Grid:
 def landmarks(grid: Grid, count: int = 9, seed: int = 0, size: float = 1.0) -> tuple[Tensor, Tensor]:
     """Pairs of world points in a grid, apart from each other, the second moved by up to `size` voxels."""
     places = TPS(count).init(grid)["fixed"]
-    apart = torch.pdist(places).min().clamp(max=grid.spacing.min())
+    distances = (places - places[:, None]).square().sum(2) + torch.eye(count) * 1e9
+    apart = distances.min().sqrt().clamp(max=grid.spacing.min())
     fixed = places + 0.2 * apart * uniform(count, grid.ndim, seed=seed)
     return fixed, fixed + size * grid.spacing.min() * uniform(count, grid.ndim, seed=seed + 1)
 

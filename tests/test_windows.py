@@ -14,10 +14,11 @@ from scenes import close, equal_bits, few, without_kernels
 from scipy import ndimage
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import vmap
+from torch.func import grad, vmap
 
 from fnreg import native, windows
 from fnreg.filters import along, gaussian, gaussian_matrix, window_sums
+from fnreg.pytree import constant
 from fnreg.windows import gaussian_taps
 
 needs_compiler = pytest.mark.skipif(native.load() is None, reason="the filters are in C")
@@ -67,13 +68,23 @@ def test_every_derivative(shape: tuple[int, ...]) -> None:
     data = random(2, *shape).requires_grad_()
     taps = ((1.0, 0.5, 0.2),) * len(shape)
     for function in (lambda x: gaussian(x, 0.8), lambda x: window_sums(x, taps)):
-        assert gradcheck(function, (data,))
+        assert gradcheck(function, (data,), check_batched_grad=True)
         assert gradgradcheck(function, (data,))
     tangent = random(2, *shape, seed=1)
     forward = torch.func.jvp(lambda x: gaussian(x, 0.8), (data.detach(),), (tangent,))[1]
     close(forward, gaussian(tangent, 0.8), atol=1e-13)
     pull = torch.func.vjp(lambda x: gaussian(x, 0.8), data.detach())[1]
     close(torch.func.jvp(lambda c: pull(c)[0], (tangent,), (tangent,))[1], pull(tangent)[0], atol=1e-13)
+
+
+@needs_compiler
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_has_no_memory_takes_the_matrices(normalised: bool, transposed: bool) -> None:
+    """Cotangents that autograd batches by itself; taps may reach beyond the image."""
+    data, taps = random(2, 3, 4, 5, 6), ((1.0, 0.5, 0.2), (1.0, 0.3), (1.0,) * 7)
+    filtered = windows.filtered(data, taps, normalised, transposed)
+    close(windows._multiplied(data, taps, normalised, transposed), filtered, atol=1e-13)
 
 
 @needs_compiler
@@ -90,6 +101,30 @@ def test_neither_batch_nor_threads_change_a_bit(monkeypatch: pytest.MonkeyPatch)
 def test_any_layout_and_nested_batches() -> None:
     data = random(3, 4, 2, 5, 6)
     close(vmap(vmap(lambda x: gaussian(x.mT, 1.0)))(data), vmap(vmap(lambda x: gaussian(x, 1.0).mT))(data), atol=1e-14)
+
+
+@needs_compiler
+def test_a_constant_made_within_a_batch() -> None:
+    @constant
+    def sums(n: int) -> Tensor:
+        return window_sums(torch.ones(1, n), ((1.0, 1.0),))
+
+    found = vmap(lambda x: x + sums(5))(torch.zeros(3, 1, 5))
+    assert found[2].tolist() == [[2.0, 3.0, 3.0, 3.0, 2.0]]
+
+
+@pytest.mark.parametrize("smooth", [lambda x: gaussian(x, 1.0), lambda x: window_sums(x, ((1.0, 0.5), (1.0, 0.5)))])
+def test_a_plain_image_beside_what_is_differentiated(smooth: Any) -> None:
+    """It takes no part in the transform, though what is made of it there may have no memory."""
+    image, at = random(1, 9, 8), torch.tensor([2.0, 3.0], dtype=torch.float64)
+    total = smooth(image).sum()
+
+    def cube(s: Tensor) -> Tensor:
+        return (s**3 * smooth(image)).sum()
+
+    close(grad(cube)(at[0]), 12 * total, atol=1e-9)
+    close(vmap(grad(cube))(at), 3 * at**2 * total, atol=1e-9)
+    close(grad(grad(cube))(at[1]), 18 * total, atol=1e-9)
 
 
 @needs_compiler

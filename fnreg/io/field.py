@@ -5,103 +5,119 @@ Their vectors are in LPS and lead from fixed to moving points, as ours.
 
 from __future__ import annotations
 
-import gzip
 import tempfile
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fnreg.extras import require
-from fnreg.grid import Grid
-from fnreg.io.files import PathLike, TransformReadError, read_bytes
-from fnreg.io.itk import DENSE_SUFFIXES
-from fnreg.io.nifti import SUFFIXES, VECTOR
-from fnreg.transforms.base import Mapping, Sequential
-from fnreg.transforms.dense import Displacement
-from fnreg.transforms.linear import linear_mapping
+from fnreg.io.files import ImageReadError, PathLike, TransformReadError, read_bytes
+from fnreg.io.itk import ITK_SUFFIXES
+from fnreg.io.itk_parts import Part, field_mapping, grid_mapping, joined, known, mapping_of
+from fnreg.io.itk_text import parse_mat, parse_text
+from fnreg.io.nifti import SUFFIXES
+from fnreg.io.simpleitk import CHECKS
+from fnreg.io.stored import tell
+from fnreg.io.volume import VECTOR, read_nifti
+from fnreg.transforms.base import Mapping
 
-SKEW = 1e-4  # axes of a header that are less at right angles than this are not of a grid
+VECTOR_SUFFIXES = (".mha", ".nrrd")  # of vector images that SimpleITK reads and writes
 
 
 def read_displacement(path: PathLike) -> Mapping:
-    """The displacement of a NIfTI file as a mapping: vectors (X, Y, Z, 1, D) of 2 or 3 axes, of intent 1007.
+    """The displacement of a vector image as a mapping.
 
-    path : ends in .nii or .nii.gz
-    A 2-D field lies in the plane z = 0 and has one voxel along z.  Raises TransformReadError where the file is missing,
-    damaged, holds no vectors or vectors that are not finite, or axes that are not at right angles.
+    path : ends in .nii or .nii.gz, vectors (X, Y, Z, 1, D) of 2 or 3 axes and of intent 1007, as ITK, ANTs
+        (`1Warp.nii.gz`) and greedy write them; or, with the extra `itk`, in .mha or .nrrd
+
+    A 2-D field in NIfTI lies in the plane z = 0 and has one voxel along z.  Raises TransformReadError where the file is
+    missing, damaged, holds no vectors or vectors that are not finite, or axes that are not at right angles;
+    MissingExtraError without SimpleITK where it is needed.
     """
-    if not str(path).lower().endswith(SUFFIXES):
-        raise TransformReadError(f"{path}: expected a name that ends in .nii or .nii.gz")
-    data = read_bytes(path, TransformReadError)
-    import nibabel  # here, for it takes a while
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-    from nibabel.wrapstruct import WrapStructError
-
-    faults = (OSError, EOFError, ValueError, TypeError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
+    kind = str(path).lower()
+    if kind.endswith(VECTOR_SUFFIXES):
+        return _vector_image(path)
+    if not kind.endswith(SUFFIXES):
+        known_ends = ", ".join((*SUFFIXES, *VECTOR_SUFFIXES))
+        raise TransformReadError(f"{path}: expected a name that ends in .nii or .nii.gz, or any of {known_ends}")
     try:
-        stored = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        image = nibabel.Nifti1Image.from_bytes(stored)
-        values, affine = np.asarray(image.dataobj), np.asarray(image.affine, dtype=float)
-        intent = int(image.header["intent_code"])
-    except faults as problem:
-        told = " ".join(str(problem).split())
-        raise TransformReadError(f"{path} is not a NIfTI file, or it is damaged: {told}") from problem
-    dimension = values.shape[-1]
-    if intent != VECTOR or values.ndim != 5 or values.shape[3] != 1 or dimension not in (2, 3):
+        header, _, values = read_nifti(path)
+    except ImageReadError as problem:
+        raise TransformReadError(str(problem)) from problem
+    grid, intent = header.grid, int(header.fields["intent_code"])
+    if intent != VECTOR or header.colour or values.shape[:2] != (grid.ndim, 1):
+        shape = " x ".join(map(str, values.shape[::-1]))
         raise TransformReadError(
-            f"{path} holds values of shape {values.shape} and intent {intent}: expected the vectors of a displacement, "
-            f"(X, Y, Z, 1, D) with intent {VECTOR}"
+            f"{path} holds values of shape {shape} and intent {intent}: expected the vectors of a displacement, "
+            f"X x Y x Z x 1 x D with intent {VECTOR}"
         )
-    if dimension == 2 and values.shape[2] != 1:
+    tell(header.notes, path)
+    vectors = values[:, 0] if (header.slope, header.inter) == (1, 0) else values[:, 0] * header.slope + header.inter
+    return grid_mapping(path, vectors, grid)
+
+
+def _vector_image(path: PathLike) -> Mapping:
+    try:
+        CHECKS[Path(path).suffix.lower()](path)
+    except ImageReadError as problem:
+        raise TransformReadError(str(problem)) from problem
+    sitk: Any = require("SimpleITK", "itk", f"reading {path}")
+    image = _read(path, "a vector image", sitk.ReadImage, str(path))
+    dimension = image.GetDimension()
+    count = image.GetNumberOfComponentsPerPixel()
+    if count != dimension or dimension not in (2, 3):
         raise TransformReadError(
-            f"{path} holds vectors of 2 components at {values.shape[:3]} voxels: expected one slice"
+            f"{path} holds {count} values at each of {image.GetSize()} voxels: expected the vectors of a displacement, "
+            "one component for each axis"
         )
-    vectors = values[:, :, 0, 0] if dimension == 2 else values[:, :, :, 0]
-    axes = (*range(dimension), 3)
-    lps = (np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)[np.ix_(axes, axes)]
-    vectors = vectors.transpose(range(dimension, -1, -1))  # x first, components last: all the other way round
-    return _mapping(path, vectors, lps[:-1, :-1], lps[:-1, -1])
+    return _of_image(path, image)
+
+
+def _of_image(path: PathLike, image: Any) -> Mapping:
+    import SimpleITK as sitk  # the image is one of its own
+
+    dimension = image.GetDimension()
+    vectors = np.moveaxis(sitk.GetArrayFromImage(image), -1, 0)
+    direction = np.reshape(image.GetDirection(), (dimension, dimension))
+    return field_mapping(path, vectors, direction * image.GetSpacing(), np.array(image.GetOrigin()))
+
+
+def _read(path: PathLike, what: str, read: Callable[[str], Any], name: str) -> Any:
+    try:
+        return read(name)
+    except RuntimeError as problem:
+        told = " ".join(str(problem).replace(name, str(path)).split())[-300:]
+        raise TransformReadError(f"{path} is not {what}, or it is damaged: {told}") from problem
 
 
 def read_itk(path: PathLike) -> Mapping:
-    """ITK's transform as a mapping, with the extra `itk`: linear ones, displacement fields, and compositions of these.
+    """ITK's transform as a mapping: linear ones, cubic B-splines, displacement fields, and compositions of these.
 
-    path : ends in .tfm, .txt or .h5
-    A linear one alone has no domain: that of the mapping is one voxel at its centre.  Raises TransformReadError where
-    the file is missing, damaged, or of another kind; MissingExtraError without SimpleITK.
+    path : ends in .tfm or .txt; .mat, as ANTs names affine ones; .h5, which needs the extra `itk`
+
+    A B-spline becomes `FFD` with ITK's control points; of a composition the part that acts first, ITK's last, comes
+    first.  A linear one alone has no domain: that of the mapping is one voxel at its centre.  Within their regions the
+    maps are those of ITK; beyond them ITK's splines and fields do not move points, while ours go on as at the border.
+
+    Raises TransformReadError where the file is missing, damaged, or of another kind; MissingExtraError without
+    SimpleITK for .h5 and for classes that only ITK knows.
     """
     kind = Path(path).suffix.lower()
-    if kind not in DENSE_SUFFIXES:
-        raise TransformReadError(f"{path}: expected a name that ends in {', '.join(DENSE_SUFFIXES)}")
+    if kind not in ITK_SUFFIXES:
+        raise TransformReadError(f"{path}: expected a name that ends in {', '.join(ITK_SUFFIXES)}")
     data = read_bytes(path, TransformReadError)
-    if kind != ".h5" and _cut_short(data):
-        raise TransformReadError(f"{path} is not a transform of ITK, or it is damaged: its text ends too early")
+    if kind != ".h5":
+        found = (parse_mat if kind == ".mat" else parse_text)(path, data)
+        if kind == ".mat" or all(known(part) for part in found):
+            return joined([mapping_of(path, part) for part in found][::-1])  # ITK's last acts first
     sitk: Any = require("SimpleITK", "itk", f"reading {path}")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder) / f"transform{kind}"
         scratch.write_bytes(data)
-        try:
-            found = sitk.ReadTransform(str(scratch))
-        except RuntimeError as problem:
-            told = " ".join(str(problem).replace(str(scratch), str(path)).split())[-300:]
-            raise TransformReadError(f"{path} is not a transform of ITK, or it is damaged: {told}") from problem
-    parts = [_part(sitk, path, part) for part in _flat(sitk, found)][::-1]  # ITK's last acts first
-    grid = next((part.domain for part in parts if not part.transform.linear), parts[0].domain)
-    mappings = [Mapping(part.params, grid, part.transform) if part.transform.linear else part for part in parts]
-    if len(mappings) == 1:
-        return mappings[0]
-    params, domains, transforms = zip(*((m.params, m.domain, m.transform) for m in mappings), strict=True)
-    return Mapping(params, domains, Sequential(transforms))
-
-
-def _cut_short(text: bytes) -> bool:
-    """Whether a line, or the last one of a transform, is missing: ITK would take zeros in its place."""
-    names = [line.split(b":")[0] for line in text.splitlines() if b"Transform: Composite" not in line]
-    return not text.endswith(b"\n") or names.count(b"Transform") != names.count(b"FixedParameters")
+        whole = _read(path, "a transform of ITK", sitk.ReadTransform, str(scratch))
+    return joined([_part(sitk, path, part) for part in _flat(sitk, whole)][::-1])
 
 
 def _flat(sitk: Any, transform: Any) -> list[Any]:
@@ -114,42 +130,22 @@ def _flat(sitk: Any, transform: Any) -> list[Any]:
 
 
 def _part(sitk: Any, path: PathLike, transform: Any) -> Mapping:
-    dimension = transform.GetDimension()
     if isinstance(transform, sitk.DisplacementFieldTransform):
-        image = transform.GetDisplacementField()
-        vectors = np.moveaxis(sitk.GetArrayFromImage(image), -1, 0)
-        direction = np.reshape(image.GetDirection(), (dimension, dimension))
-        return _mapping(path, vectors, direction * image.GetSpacing(), np.array(image.GetOrigin()))
+        return _of_image(path, transform.GetDisplacementField())
+    dimension, fixed = transform.GetDimension(), np.array(transform.GetFixedParameters())
+    if isinstance(transform, sitk.BSplineTransform) and transform.GetOrder() == 3:
+        return mapping_of(path, Part("BSplineTransform", dimension, np.array(transform.GetParameters()), fixed))
     if not transform.IsLinear():
         raise TransformReadError(
-            f"{path} holds a {transform.GetName()}: readable are linear transforms and displacement fields; sample it "
-            "to a field first, sitk.TransformToDisplacementField"
+            f"{path} holds a {transform.GetName()}: readable are linear transforms, cubic B-splines and displacement "
+            "fields; sample it to a field first, sitk.TransformToDisplacementField"
         )
+    # ITK itself tells what a linear one does to the origin and to the unit vectors.
     origin = np.array(transform.TransformPoint([0.0] * dimension))
     columns = [np.array(transform.TransformPoint(row.tolist())) - origin for row in np.eye(dimension)]
-    center = transform.GetFixedParameters()[:dimension] or (0.0,) * dimension
-    matrix = torch.from_numpy(np.column_stack([*columns, origin]))
-    if not bool(torch.isfinite(matrix).all()):
+    linear = np.column_stack(columns)
+    center = fixed[:dimension] if len(fixed) >= dimension else np.zeros(dimension)
+    parameters = np.concatenate([linear.flatten(), origin - center + linear @ center])
+    if not np.isfinite(parameters).all():
         raise TransformReadError(f"{path} does not hold finite numbers")
-    return linear_mapping(matrix, Grid((1,) * dimension, center=list(center)))
-
-
-def _mapping(path: PathLike, vectors: Any, axes: Any, origin: Any) -> Mapping:
-    """A mapping from vectors (D, [Z,] Y, X) and the world's steps (D, D) from voxel to voxel, in columns."""
-    spacing = np.linalg.norm(axes, axis=0)
-    if vectors.size == 0:
-        raise TransformReadError(f"{path} holds a field without voxels, or it is damaged")
-    if not (np.isfinite(axes).all() and np.isfinite(origin).all() and (spacing > 0).all()):
-        raise TransformReadError(f"{path} has no valid place in the world: its axes are {axes.tolist()}")
-    left, _, right = np.linalg.svd(axes / spacing)
-    direction = left @ right  # a header in single precision is not quite orthogonal
-    if np.abs(direction - axes / spacing).max() > SKEW:
-        raise TransformReadError(f"{path} has axes that are not at right angles, {axes.tolist()}: resample it")
-    if not np.issubdtype(vectors.dtype, np.floating) or not np.isfinite(vectors).all():
-        raise TransformReadError(f"{path} does not hold vectors of finite numbers")
-    native = vectors.astype(vectors.dtype.newbyteorder("="), copy=False)
-    if native.dtype not in (np.float32, np.float64):
-        native = native.astype(np.float64)
-    shape = vectors.shape[1:]
-    grid = Grid(shape=shape, spacing=spacing.tolist(), origin=origin.tolist(), direction=direction.tolist())
-    return Mapping({"displacement": torch.from_numpy(np.ascontiguousarray(native))}, grid, Displacement())
+    return mapping_of(path, Part("AffineTransform", dimension, parameters, center))

@@ -7,12 +7,20 @@ import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
 
 PathLike = str | os.PathLike[str]
+_Bytes = TypeVar("_Bytes", bytes, np.ndarray)
 
 
 class ImageReadError(OSError, ValueError):
     """An image file is missing, damaged, or not of a supported kind."""
+
+
+class PointReadError(OSError, ValueError):
+    """A file of points is missing, damaged, or not of a supported kind."""
 
 
 class TransformReadError(OSError, ValueError):
@@ -25,24 +33,34 @@ class WriteError(OSError):
 
 def read_bytes(path: PathLike, error: Callable[[str], Exception]) -> bytes:
     """All bytes of a file; `error` of one clear line where it is missing, a folder, unreadable or empty."""
+    return _read(path, error, Path.read_bytes)
+
+
+def read_array(path: PathLike, error: Callable[[str], Exception]) -> np.ndarray:
+    """As `read_bytes`, (N,) uint8: memory that may be written to, so that a tensor needs no copy of it."""
+    return _read(path, error, lambda place: np.fromfile(place, np.uint8))
+
+
+def _read(path: PathLike, error: Callable[[str], Exception], how: Callable[[Path], _Bytes]) -> _Bytes:
     place = Path(path)
     if not place.exists():
         raise error(f"{place} does not exist: check the path")
     if place.is_dir():
         raise error(f"{place} is a folder: expected a file")
     try:
-        data = place.read_bytes()
+        data = how(place)
     except OSError as problem:
         raise error(f"{place} cannot be read: {problem.strerror or problem}") from problem
-    if not data:
+    if not len(data):
         raise error(f"{place} is empty: it holds no bytes")
     return data
 
 
-def write_bytes(path: PathLike, data: bytes) -> None:
+def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
     """Write a file so that under its name there is all of it or what was there before, even if the process dies.
 
-    The bytes go to a temporary name in the same folder and to the disk, then take the name.  Raises WriteError.
+    The bytes, one part after the other, go to a temporary name in the same folder and to the disk, then take the name.
+    Raises WriteError.
     """
     place = Path(path)
     if place.is_dir():
@@ -55,7 +73,8 @@ def write_bytes(path: PathLike, data: bytes) -> None:
         try:
             descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
+                for part in parts:
+                    stream.write(part)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(scratch, place)

@@ -9,104 +9,73 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from fnreg.extras import require
-from fnreg.grid import Grid
 from fnreg.io.files import PathLike, WriteError, write_bytes
-from fnreg.transforms.base import Mapping, Sequential, first_domain
+from fnreg.io.itk_parts import Part, stored
+from fnreg.io.itk_parts import parts as parts
+from fnreg.io.itk_text import mat_of, text_of
+from fnreg.transforms.base import Mapping, first_domain
 
-DENSE_SUFFIXES = (".h5", ".tfm", ".txt")
+ITK_SUFFIXES = (".h5", ".tfm", ".txt", ".mat")
 
 
 def write_itk(path: PathLike, mapping: Mapping) -> None:
     """Write a mapping as a transform of ITK; all of the file or nothing.
 
-    A linear one becomes an affine transform in text, usually `.tfm`: T(p) = A (p - c) + c + t with the middle of the
-    domain as centre c; 17 digits, so no bit is lost.  Any other one needs the extra `itk` and becomes a displacement
-    field of float64 at the voxels of its domain, `.h5` or, larger, `.tfm`; parts that are linear stay so, in a
-    composite transform.  ITK interpolates the field linearly and knows no displacement outside of it.
+    path : ends in .tfm or .txt, text; .mat, for linear mappings, as ANTs names them; .h5, which needs the extra `itk`
+
+    A linear mapping becomes an affine transform: T(p) = A (p - c) + c + t with the middle of the domain as centre c.
+    `FFD` becomes ITK's cubic B-spline with our control points, and one more on each side.  Any other one becomes a
+    displacement field of float64 at the voxels of its domain.  Parts of a composition stay parts, in a composite
+    transform.  Text has 17 digits, so no bit is lost.
+
+    ITK interpolates a field linearly, as `Displacement` does; beyond the domain ITK's fields and splines do not move
+    points, while ours go on as at the border.
 
     Raises ValueError for a batch and for what is not finite, WriteError where the file cannot be written,
-    MissingExtraError without SimpleITK.
+    MissingExtraError without SimpleITK for .h5.
     """
-    if mapping.transform.linear:
-        write_bytes(path, _text(mapping).encode("ascii"))
-        return
-    if not str(path).lower().endswith(DENSE_SUFFIXES):
-        raise WriteError(f"{path}: expected a name that ends in .h5 or .tfm")
+    kind = Path(path).suffix.lower()
+    if kind == ".mat" and not mapping.transform.linear:
+        raise WriteError(f"{path}: .mat holds linear transforms, not {mapping.transform}: name it .tfm or .h5")
+    if kind not in ITK_SUFFIXES:
+        raise WriteError(f"{path}: expected a name that ends in .h5 or .tfm, or .mat for linear transforms")
+    made = stored(mapping)[::-1]  # ITK's last acts first
+    if kind == ".h5":
+        write_bytes(path, _hdf5(path, made, first_domain(mapping.domain).center.tolist()))
+    else:
+        write_bytes(path, mat_of(made[0]) if kind == ".mat" else text_of(made))
+
+
+def _hdf5(path: PathLike, made: list[Part], point: list[float]) -> bytes:
+    """The bytes that ITK writes, after reading them back."""
     sitk: Any = require("SimpleITK", "itk", f"writing {path}")
-    made = [_field(sitk, part) if not part.transform.linear else _affine_of(sitk, part) for part in parts(mapping)]
-    whole = made[0] if len(made) == 1 else sitk.CompositeTransform(made[::-1])  # ITK's last acts first
+    each = [_transform(sitk, part) for part in made]
+    whole = each[0] if len(each) == 1 else sitk.CompositeTransform(each)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            scratch = Path(folder) / f"transform{Path(path).suffix.lower()}"
+            scratch = Path(folder) / "transform.h5"
             sitk.WriteTransform(whole, str(scratch))
-            stored = scratch.read_bytes()
-            point = first_domain(mapping.domain).center.tolist()
             if sitk.ReadTransform(str(scratch)).TransformPoint(point) != whole.TransformPoint(point):
                 raise WriteError(f"{path} cannot be written: what was written does not read back")
+            return scratch.read_bytes()
     except (OSError, RuntimeError) as problem:
         raise WriteError(f"{path} cannot be written: {' '.join(str(problem).split())}") from problem
-    write_bytes(path, stored)
 
 
-def parts(mapping: Mapping) -> list[Mapping]:
-    """The mappings of which a composition consists, the one that acts first at the front."""
-    if not isinstance(mapping.transform, Sequential):
-        return [mapping]
-    transforms = mapping.transform.transforms
-    domains = (mapping.domain,) * len(transforms) if isinstance(mapping.domain, Grid) else mapping.domain
-    each = zip(mapping.params, domains, transforms, strict=True)
-    return [part for params, domain, transform in each for part in parts(Mapping(params, domain, transform))]
-
-
-def _affine_of(sitk: Any, mapping: Mapping) -> Any:
-    parameters, center = _affine(mapping)
-    made = sitk.AffineTransform(len(center))
-    made.SetFixedParameters(center)
-    made.SetParameters(parameters)
+def _transform(sitk: Any, part: Part) -> Any:
+    """SimpleITK's object."""
+    d = part.dimension
+    if part.kind == "DisplacementFieldTransform":
+        size = part.fixed[:d].astype(int).tolist()
+        image = sitk.GetImageFromArray(part.parameters.reshape(*size[::-1], d), isVector=True)
+        image.SetOrigin(part.fixed[d : 2 * d].tolist())
+        image.SetSpacing(part.fixed[2 * d : 3 * d].tolist())
+        image.SetDirection(part.fixed[3 * d :].tolist())
+        return sitk.DisplacementFieldTransform(image)
+    made = sitk.AffineTransform(d) if part.kind == "AffineTransform" else sitk.BSplineTransform(d, 3)
+    made.SetFixedParameters(part.fixed.tolist())
+    made.SetParameters(np.ascontiguousarray(part.parameters).tolist())
     return made
-
-
-def _field(sitk: Any, mapping: Mapping) -> Any:
-    """The displacement at the voxels of the domain as ITK's transform."""
-    grid = first_domain(mapping.domain)
-    field = mapping.displacement().detach().cpu().to(torch.float64)
-    if field.ndim != grid.ndim + 1 or grid.ndim not in (2, 3):
-        raise ValueError(f"the displacement has shape {tuple(field.shape)}: ITK holds one map of 2 or 3 axes")
-    if not bool(torch.isfinite(field).all()):
-        raise ValueError("the displacement is not finite: ITK could not use it")
-    image = sitk.GetImageFromArray(field.movedim(0, -1).contiguous().numpy(), isVector=True)
-    image.SetOrigin(grid.origin.tolist())
-    image.SetSpacing(grid.spacing.tolist())
-    image.SetDirection(grid.direction.flatten().tolist())
-    return sitk.DisplacementFieldTransform(image)
-
-
-def _affine(mapping: Mapping) -> tuple[list[float], list[float]]:
-    """ITK's parameters of a linear mapping, and the centre."""
-    matrix = mapping.matrix().detach().cpu()
-    dimension = first_domain(mapping.domain).ndim
-    if matrix.ndim != 2 or dimension not in (2, 3):
-        raise ValueError(
-            f"the mapping's matrix has shape {tuple(matrix.shape)}: ITK's text holds one map of 2 or 3 axes"
-        )
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("the mapping's matrix is not finite: ITK could not read it")
-    center = first_domain(mapping.domain).center.detach().cpu()
-    linear, offset = matrix[:-1, :-1], matrix[:-1, -1]
-    translation = offset - center + linear @ center
-    return [*linear.flatten().tolist(), *translation.tolist()], center.tolist()
-
-
-def _text(mapping: Mapping) -> str:
-    parameters, center = _affine(mapping)
-    lines = [
-        "#Insight Transform File V1.0",
-        "#Transform 0",
-        f"Transform: AffineTransform_double_{len(center)}_{len(center)}",
-        "Parameters: " + " ".join(repr(value) for value in parameters),
-        "FixedParameters: " + " ".join(repr(value) for value in center),
-    ]
-    return "\n".join(lines) + "\n"

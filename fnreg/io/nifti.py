@@ -6,18 +6,15 @@ NIfTI's world is RAS, ours and ITK's is LPS: the affine is turned.  Vectors are 
 
 from __future__ import annotations
 
-import gzip
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from fnreg.grid import Grid
 from fnreg.image import Image
-from fnreg.io.files import PathLike, WriteError, write_bytes
+from fnreg.io.files import PathLike
+from fnreg.io.volume import VECTOR, write_nifti
 from fnreg.transforms.base import Mapping, first_domain
 
-VECTOR = 1007  # NIFTI_INTENT_VECTOR: ITK takes components as they are; of 1006 it would turn them
 SUFFIXES = (".nii", ".nii.gz")
 
 
@@ -34,6 +31,12 @@ def write_displacement(
     and greedy a warp; they know no displacement outside of the grid.  Raises ValueError for a batch and for values
     that are not finite, WriteError where the file cannot be written.
     """
+    where, field = first_domain(mapping.domain) if grid is None else grid, finite_displacement(mapping, grid)
+    _write(path, field if dtype is None else field.to(dtype), where, VECTOR)
+
+
+def finite_displacement(mapping: Mapping, grid: Grid | None) -> Tensor:
+    """T(p) - p at the voxels of a grid, (D, [Z,] Y, X); ValueError for a batch and for what is not finite."""
     where = first_domain(mapping.domain) if grid is None else grid
     field = mapping.displacement(grid)
     if field.ndim != where.ndim + 1:
@@ -42,7 +45,7 @@ def write_displacement(
         )
     if not bool(torch.isfinite(field).all()):
         raise ValueError("the displacement is not finite: other programs could not use it")
-    _write(path, field if dtype is None else field.to(dtype), where, VECTOR)
+    return field
 
 
 def write_map(path: PathLike, image: Image) -> None:
@@ -54,36 +57,4 @@ def write_map(path: PathLike, image: Image) -> None:
 
 def _write(path: PathLike, data: Tensor, grid: Grid, intent: int) -> None:
     """Data (C, [Z,] Y, X) with the grid in the header."""
-    told = str(path).lower()
-    if not told.endswith(SUFFIXES):
-        raise WriteError(f"{path}: expected a name that ends in .nii or .nii.gz")
-    if grid.ndim not in (2, 3):
-        raise ValueError(f"the grid has {grid.ndim} axes: NIfTI holds 2 or 3")
-    import nibabel  # here, for it takes a while
-
-    values = data.detach().cpu().numpy()
-    values = values.transpose(*range(grid.ndim, 0, -1), 0)  # x first, components last
-    if intent != VECTOR:
-        values = values[..., 0]
-    elif grid.ndim == 3:
-        values = values[:, :, :, None]
-    else:
-        values = values[:, :, None, None]
-    image = nibabel.Nifti1Image(np.ascontiguousarray(values), None)
-    affine = _ras(grid)
-    image.set_sform(affine, 1)
-    image.set_qform(affine, 1)
-    image.header.set_xyzt_units("mm")
-    if intent:
-        image.header.set_intent(intent)
-    stored: bytes = image.to_bytes()
-    write_bytes(path, gzip.compress(stored, mtime=0) if told.endswith(".gz") else stored)
-
-
-def _ras(grid: Grid) -> np.ndarray:
-    """From voxel index to RAS (4, 4): x and y are turned, a 2-D grid lies in the plane z = 0."""
-    affine = np.eye(4)
-    found = grid.affine.detach().cpu().numpy()
-    axes = (*range(grid.ndim), 3)
-    affine[np.ix_(axes, axes)] = found
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    write_nifti(path, data.detach().cpu().contiguous().numpy(), grid, intent=intent)

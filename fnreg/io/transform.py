@@ -1,147 +1,109 @@
-"""Mappings to and from files, without loss and without code: safetensors with a JSON header.
-
-The header, under the key "fnreg", holds a schema version, the transform as `Transform.to_dict` gives it, and the
-domain's grids, and a check sum of everything; the tensors are the parameters by their path, such as `rotation` or
-`0.matrix`.
-"""
+"""Mappings to and from files of any kind, by the suffix of the name and a look at the content."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import json
-import pkgutil
-import re
-from typing import Any
+from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor
 
-from fnreg import transforms
 from fnreg.grid import Grid
-from fnreg.io.files import PathLike, TransformReadError, read_bytes, write_bytes
-from fnreg.pytree import tree_flatten, tree_paths, tree_unflatten
-from fnreg.transforms.base import Domain, Mapping, Transform, single
+from fnreg.io.elastix import is_elastix, read_elastix
+from fnreg.io.field import VECTOR_SUFFIXES, read_displacement, read_itk
+from fnreg.io.files import PathLike, TransformReadError, WriteError, read_bytes
+from fnreg.io.image import suffix
+from fnreg.io.itk import ITK_SUFFIXES, write_itk
+from fnreg.io.itk_text import TITLE
+from fnreg.io.lossless import read_lossless, write_lossless
+from fnreg.io.nifti import SUFFIXES, write_displacement
+from fnreg.io.vectors import write_vectors
+from fnreg.transforms.base import Mapping
 
-VERSION = 1
-_NAME = re.compile(r"[A-Za-z0-9_]+")
-
-
-def _names(params: Any) -> list[str]:
-    """The path of each leaf: `0.rotation` for what torch calls [0]['rotation']; `params` for a single tensor."""
-    return [".".join(_NAME.findall(path)) or "params" for path in tree_paths(params)]
-
-
-def _domain_to_plain(domain: Domain) -> Any:
-    if not isinstance(domain, Grid):
-        return [_domain_to_plain(part) for part in domain]
-    return domain.to_dict() | ({} if domain.base is None else {"base": list(domain.base)})
-
-
-def _domain_from_plain(data: Any) -> Domain:
-    if isinstance(data, list):
-        return tuple(_domain_from_plain(part) for part in data)
-    grid = Grid.from_dict({name: value for name, value in data.items() if name != "base"})
-    if "base" not in data:
-        return grid
-    level = Grid(data["base"]).level(grid.size)  # remembers its base; the leaves are those of the file
-    return tree_unflatten(tree_flatten(grid)[0], tree_flatten(level)[1])
-
-
-def write_transform(path: PathLike, mapping: Mapping) -> None:
-    """Write a mapping without loss, as `.safetensors`; all of the file or nothing.
-
-    A batch is written as one.  The same mapping gives the same bytes.  Raises WriteError.
-
-    >>> import fnreg, os, tempfile
-    >>> mapping = fnreg.Mapping(fnreg.Rigid().init(fnreg.Grid((4, 3))), fnreg.Grid((4, 3)), fnreg.Rigid())
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     fnreg.io.write_transform(os.path.join(folder, "a.safetensors"), mapping)
-    ...     fnreg.io.read_transform(os.path.join(folder, "a.safetensors")).transform
-    Rigid()
-    """
-    header: dict[str, Any] = {
-        "version": VERSION,
-        "transform": mapping.transform.to_dict(),
-        "domain": _domain_to_plain(mapping.domain),
-    }
-    leaves: list[Tensor] = tree_flatten(mapping.params)[0]
-    named = zip(_names(mapping.params), leaves, strict=True)
-    tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in named}
-    header["sha256"] = _digest(header, tensors)
-    write_bytes(path, safetensors.torch.save(tensors, {"fnreg": json.dumps(header, sort_keys=True, allow_nan=False)}))
+LOSSLESS = ".safetensors"
+TRANSFORM_SUFFIXES = (LOSSLESS, *ITK_SUFFIXES, *SUFFIXES, *VECTOR_SUFFIXES)
 
 
 def read_transform(path: PathLike) -> Mapping:
-    """The mapping that `write_transform` wrote, on the CPU.
+    """A mapping from fixed to moving points from a file, on the CPU.
 
-    Raises TransformReadError where the file is missing, damaged, not such a file, or of a later version.
+    path : its suffix says how it is read
+        .safetensors, without loss, what `write_transform` wrote;
+        .tfm, .txt, .mat, .h5, a transform of ITK or ANTs: see `read_itk`;
+        .txt, parameters of elastix: see `read_elastix`;
+        .nii, .nii.gz, .mha, .nrrd, a displacement: see `read_displacement`
+
+    .h5, .mha and .nrrd need the extra `itk`.  No file can run code.  Raises TransformReadError where the file is
+    missing, damaged, of another kind than its name says, or holds what is no such map; MissingExtraError without
+    SimpleITK where it is needed.
+
+    >>> import fnreg, tempfile
+    >>> grid = fnreg.Grid((4, 3))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fnreg.io.write_transform(f"{folder}/a.tfm", fnreg.Mapping(fnreg.Rigid().init(grid), grid, fnreg.Rigid()))
+    ...     fnreg.io.read_transform(f"{folder}/a.tfm").matrix().diag().tolist()
+    [1.0, 1.0, 1.0]
     """
+    kind = suffix(path)
+    if kind not in TRANSFORM_SUFFIXES:
+        raise TransformReadError(f"{path}: expected a name that ends in {', '.join(TRANSFORM_SUFFIXES)}")
+    held = _held(path)
+    if held is not None and kind not in held:
+        raise TransformReadError(f"{path} is named {kind} but holds what ends in {held[0]}: rename it")
+    if kind == LOSSLESS:
+        return read_lossless(path)
+    if kind in ITK_SUFFIXES:
+        return read_elastix(path) if held == (".txt",) else read_itk(path)
+    return read_displacement(path)
+
+
+def _held(path: PathLike) -> tuple[str, ...] | None:
+    """The suffixes that go with the content, the usual one first; None where the first bytes do not tell."""
     data = read_bytes(path, TransformReadError)
-    try:
-        header = _header(data)
-        tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, UnicodeError) as problem:
-        raise TransformReadError(f"{path} is not a transform of fnreg, or it is damaged: {problem}") from problem
-    version = header.get("version")
-    if version != VERSION:
-        raise TransformReadError(f"{path} has version {version!r}: this fnreg reads version {VERSION}, update it")
-    if header.pop("sha256", None) != _digest(header, tensors):
-        raise TransformReadError(f"{path} is damaged: its content does not agree with its check sum")
-    _load_transforms()
-    try:
-        transform = Transform.from_dict(header["transform"])
-        domain = _domain_from_plain(header["domain"])
-        params = _params(transform, domain, tensors)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as problem:
-        raise TransformReadError(f"{path} does not hold a valid transform: {problem}") from problem
-    return Mapping(params, domain, transform)
+    if data.startswith(b"\x89HDF\r\n\x1a\n"):
+        return (".h5",)
+    if data.startswith(TITLE):
+        return (".tfm", ".txt")
+    if data.startswith(b"\x1f\x8b") or data[344:347] in (b"n+1", b"n+2"):
+        return (".nii.gz", ".nii")
+    if data.startswith(b"NRRD000"):
+        return (".nrrd",)
+    if data.startswith((b"ObjectType", b"NDims")):
+        return (".mha",)
+    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data):
+        return (LOSSLESS,)
+    return (".txt",) if is_elastix(data[: 2**16]) else None
 
 
-def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the header and the parameters: safetensors itself has no check sum."""
-    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        leaf = tensors[name]
-        found.update(f"{name} {leaf.dtype} {tuple(leaf.shape)}".encode())
-        found.update(leaf.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+def write_transform(
+    path: PathLike, mapping: Mapping, *, grid: Grid | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write a mapping; all of the file or nothing.
 
+    path : its suffix says what becomes of it
+        .safetensors, transform, parameters and grids without loss, a batch as one; the same bytes for the same mapping;
+        .tfm, .txt, .h5, a transform of ITK, and .mat, a linear one, as ANTs has it: see `write_itk`;
+        .nii, .nii.gz, .mha, .nrrd, its displacement at the voxels of a grid: see `write_displacement`
+    grid : of displacements only; default the mapping's own domain
+    dtype : of displacements only; default that of the displacement
 
-def _header(data: bytes) -> dict[str, Any]:
-    """Our part of the header: its length in 8 bytes, then JSON."""
-    length = int.from_bytes(data[:8], "little")
-    if not 2 <= length <= len(data) - 8:
-        raise ValueError("it does not begin as a safetensors file")
-    whole = json.loads(data[8 : 8 + length])
-    told = whole.get("__metadata__", {}).get("fnreg") if isinstance(whole, dict) else None
-    if not isinstance(told, str):
-        raise ValueError("it has no header of fnreg")
-    header = json.loads(told)
-    if not isinstance(header, dict):
-        raise ValueError("its header is not a table")
-    return header
+    .h5, .mha and .nrrd need the extra `itk`.  Raises WriteError where the file cannot be written, ValueError for what
+    the format cannot hold, MissingExtraError without SimpleITK where it is needed.
 
-
-def _load_transforms() -> None:
-    """Import every module of transforms: each makes its classes known by name."""
-    for module in pkgutil.iter_modules(transforms.__path__):
-        importlib.import_module(f"{transforms.__name__}.{module.name}")
-
-
-def _params(transform: Transform, domain: Domain, tensors: dict[str, Tensor]) -> Any:
-    """The tensors in the structure that the transform's parameters have; ValueError where they do not fit."""
-    expected = transform.init(single(domain))
-    names = _names(expected)
-    if set(names) != set(tensors):
-        raise ValueError(f"its parameters are {sorted(tensors)} but {transform} has {sorted(names)}")
-    leaves, spec = tree_flatten(expected)
-    for name, leaf in zip(names, leaves, strict=True):
-        shape = tensors[name].shape
-        if leaf.shape not in (shape, shape[1:]):
-            raise ValueError(f"parameter {name} has shape {tuple(shape)}: expected {tuple(leaf.shape)}")
-        if not tensors[name].dtype.is_floating_point or not bool(torch.isfinite(tensors[name]).all()):
-            raise ValueError(f"parameter {name} is not made of finite numbers")
-    return tree_unflatten([tensors[name] for name in names], spec)
+    >>> import fnreg, tempfile
+    >>> mapping = fnreg.Mapping(fnreg.Rigid().init(fnreg.Grid((4, 3))), fnreg.Grid((4, 3)), fnreg.Rigid())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fnreg.io.write_transform(f"{folder}/a.safetensors", mapping)
+    ...     fnreg.io.read_transform(f"{folder}/a.safetensors").transform
+    Rigid()
+    """
+    kind = suffix(path)
+    if kind in SUFFIXES:
+        write_displacement(path, mapping, grid=grid, dtype=dtype)
+        return
+    if kind in VECTOR_SUFFIXES:
+        write_vectors(path, mapping, grid=grid, dtype=dtype)
+        return
+    if kind not in TRANSFORM_SUFFIXES:
+        raise WriteError(f"{Path(path)}: expected a name that ends in {', '.join(TRANSFORM_SUFFIXES)}")
+    if grid is not None or dtype is not None:
+        raise ValueError(f"{path} is no displacement, so it takes no grid and no dtype: name it .nii.gz, or leave both")
+    (write_lossless if kind == LOSSLESS else write_itk)(path, mapping)

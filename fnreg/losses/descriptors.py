@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fnreg.filters import along
+from fnreg.filters import window_sums
 from fnreg.grid import Grid
 from fnreg.losses.functional import mean
 from fnreg.pytree import constant
@@ -56,6 +56,19 @@ def ngf(
     >>> ngf(2 - 3 * ramp, ramp), ngf(ramp.mT, ramp)  # e is as long as the gradient, so <n, n> is 1/2
     (tensor(0.7500), tensor(1.))
     """
+    normals = ngf_statistics(fixed, weights, grid=grid, noise=noise, edge=edge)
+    return ngf_from(normals, warped, fixed, weights, grid=grid, noise=noise, edge=edge)
+
+
+def ngf_statistics(
+    fixed: Tensor,
+    weights: Tensor | None = None,
+    *,
+    grid: Grid | None = None,
+    noise: float = 1.0,
+    edge: float | None = None,
+) -> Tensor:
+    """What `ngf` makes of the fixed image and the weights alone, n(fixed) (D, C, [Z,] Y, X), for `ngf_from`."""
     if not (noise if edge is None else edge) > 0:
         raise ValueError(f"noise is {noise} and edge {edge}: below it an edge is noise, so it must be positive")
     shape = (1, *fixed.shape[1:])
@@ -64,8 +77,23 @@ def ngf(
         weights = weights.reshape(shape)
         seen = (weights > 0).to(fixed.dtype)
     spacing = fixed.new_ones(fixed.ndim - 1) if grid is None else grid.spacing.to(fixed.dtype)
-    normals = [_normals(image, seen, weights, spacing, noise, edge) for image in (warped, fixed)]
-    return mean(1 - (normals[0] * normals[1]).sum(0).square(), weights)
+    return _normals(fixed, seen, weights, spacing, noise, edge)
+
+
+def ngf_from(
+    normals: Tensor,
+    warped: Tensor,
+    fixed: Tensor,
+    weights: Tensor | None = None,
+    *,
+    grid: Grid | None = None,
+    noise: float = 1.0,
+    edge: float | None = None,
+) -> Tensor:
+    """`ngf` with what `ngf_statistics` gave for the same fixed image, weights and options."""
+    other = ngf_statistics(warped, weights, grid=grid, noise=noise, edge=edge)
+    share = None if weights is None else weights.reshape(1, *fixed.shape[1:])
+    return mean(1 - (other * normals).sum(0).square(), share)
 
 
 def _normals(
@@ -121,11 +149,31 @@ def mind(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, radius
     0 for equal images and for those whose contrast differs by an affine change a I + b with a != 0, inverted or not.
     Entries whose patches see nothing do not count.  See `self_similarity`.
     """
-    channels = fixed.shape[0]
-    context, known = self_similarity(torch.cat([warped, fixed]), weights, radius=radius, dilation=dilation)
-    away = (context[:channels] - context[channels:]).square()  # (C, E, [Z,] Y, X)
+    context = mind_statistics(fixed, weights, radius=radius, dilation=dilation)
+    return mind_from(context, warped, fixed, weights, radius=radius, dilation=dilation)
+
+
+def mind_statistics(
+    fixed: Tensor, weights: Tensor | None = None, *, radius: int = 1, dilation: int = 1
+) -> tuple[Tensor, Tensor]:
+    """What `mind` makes of the fixed image and the weights alone, its `self_similarity`, for `mind_from`."""
+    return self_similarity(fixed, weights, radius=radius, dilation=dilation)
+
+
+def mind_from(
+    context: tuple[Tensor, Tensor],
+    warped: Tensor,
+    fixed: Tensor,
+    weights: Tensor | None = None,
+    *,
+    radius: int = 1,
+    dilation: int = 1,
+) -> Tensor:
+    """`mind` with what `mind_statistics` gave for the same fixed image, weights and options."""
+    expected, known = context
+    away = (self_similarity(warped, weights, radius=radius, dilation=dilation)[0] - expected).square()  # (C, E, ...)
     share = known if weights is None else known * weights.reshape(1, *fixed.shape[1:])
-    total = share.sum() * channels
+    total = share.sum() * len(fixed)
     return (away * share).sum() / torch.where(total > 0, total, 1)
 
 
@@ -238,8 +286,7 @@ def _patch_sums(parts: list[Tensor], shape: tuple[int, ...], radius: int, dilati
             ends += [before, shape[-1 - k] + 2 * dilation - before - part.shape[-1 - k]]
         wide.append(pad(part, ends))
     found = torch.stack(wide, 1)  # (C, P, ...)
-    boxes = [_box(n, radius, found.dtype, found.device) for n in found.shape[:1:-1]]
-    sums = along(found.flatten(0, 1), boxes).reshape(found.shape)
+    sums = window_sums(found.flatten(0, 1), ((1.0,) * (radius + 1),) * len(shape)).reshape(found.shape)
     looks: list[Tensor] = []
     for number, pair in enumerate(pairs):
         for start in pair.starts:
@@ -255,10 +302,3 @@ def _counts(shape: tuple[int, ...], radius: int, dilation: int, dtype: torch.dty
     """How many differences each patch has where every voxel is seen, (E, [Z,] Y, X)."""
     seen = torch.ones((1, *shape), dtype=dtype, device=device)
     return _patch_sums(_products(seen, dilation), shape, radius, dilation).squeeze(0)
-
-
-@constant
-def _box(n: int, radius: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix (n, n) of sums over 2 radius + 1 neighbours."""
-    index = torch.arange(n, device=device)
-    return ((index - index[:, None]).abs() <= radius).to(dtype)

@@ -40,7 +40,7 @@ def huber(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, delta
 
     delta : where the square turns into a straight line, in units of intensity
     """
-    if delta <= 0:
+    if not delta > 0:
         raise ValueError(f"delta is {delta}: it must be positive")
     away = (warped - fixed).abs()
     return mean(torch.where(away <= delta, away.square() / 2, delta * (away - delta / 2)), weights)

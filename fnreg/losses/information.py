@@ -13,6 +13,12 @@ Intensities are counted in bins over the range of each image, channel by channel
 count; of the moving image, that is the range of what is seen of it.  So scale and offset of either image make no
 difference.  See `histogram` for how the range is found, and that it is a constant in differentiation.  An image without
 contrast foretells nothing: the value is the worst, the derivative 0, and so it is without any weight.
+
+With `samples` only so many voxels are read, one drawn at random from each of as many runs of equal length in memory.
+Which ones depends on `seed` and the number of voxels alone.  So they are the same at every step, for the value and the
+gradient, and for every pair, alone or in a batch.  An image of no more voxels is read whole, as on coarse levels.  A
+voxel that is not read pulls at nothing: this goes with maps of few parameters.  Voxels are drawn without a look at the
+weights: where a mask shows a small part of the image, as small a part of them counts.
 """
 
 from __future__ import annotations
@@ -24,17 +30,28 @@ from torch import Tensor
 
 from fnreg.histogram import LEAST, joint_histogram
 from fnreg.native import REALS
+from fnreg.pytree import constant
 
+MOST = 4096  # bins: a histogram has their square, for each channel and pair
 VARIANCE = 1e-9  # in bins; less is rounding
 
 
-def mi(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, bins: int = 32) -> Tensor:
+def mi(
+    warped: Tensor,
+    fixed: Tensor,
+    weights: Tensor | None = None,
+    *,
+    bins: int = 32,
+    samples: int | None = None,
+    seed: int = 0,
+) -> Tensor:
     """Minus the mutual information, -(H(warped) + H(fixed) - H(warped, fixed)) in nats, in [-log bins, 0].
 
     H = -sum p log p of the joint histogram and of its sums along rows and columns.  Viola and Wells 1997,
     doi 10.1023/A:1007958904918; Maes et al. 1997, doi 10.1109/42.563664.
 
     bins : of the histogram, at least 4
+    samples : voxels that are read, drawn by `seed`, see above; None reads all
 
     >>> import torch
     >>> from fnreg.losses.information import mi
@@ -42,25 +59,42 @@ def mi(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, bins: in
     >>> mi((6 * ramp).sin(), ramp) < mi(torch.zeros(1, 1000), ramp)
     tensor(True)
     """
-    found = _entropies(_joint(warped, fixed, weights, bins))
+    found = _entropies(_joint(warped, fixed, weights, bins, samples, seed))
     return -(found.warped + found.fixed - found.joint).mean().to(warped.dtype)
 
 
-def nmi(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, bins: int = 32) -> Tensor:
+def nmi(
+    warped: Tensor,
+    fixed: Tensor,
+    weights: Tensor | None = None,
+    *,
+    bins: int = 32,
+    samples: int | None = None,
+    seed: int = 0,
+) -> Tensor:
     """Minus the normalised mutual information, -(H(warped) + H(fixed)) / H(warped, fixed), in [-2, -1].
 
     It depends less than `mi` on how much the images overlap.  Studholme, Hill and Hawkes 1999,
     doi 10.1016/S0031-3203(98)00091-0.
 
     bins : of the histogram, at least 4
+    samples : voxels that are read, drawn by `seed`, see above; None reads all
     """
-    found = _entropies(_joint(warped, fixed, weights, bins))
+    found = _entropies(_joint(warped, fixed, weights, bins, samples, seed))
     ratio = (found.warped + found.fixed) / torch.where(found.joint == 0, 1, found.joint)
     # A window alone has an entropy, so only without any weight there is none.
     return -torch.where(found.joint == 0, 1, ratio).mean().to(warped.dtype)
 
 
-def correlation_ratio(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, bins: int = 32) -> Tensor:
+def correlation_ratio(
+    warped: Tensor,
+    fixed: Tensor,
+    weights: Tensor | None = None,
+    *,
+    bins: int = 32,
+    samples: int | None = None,
+    seed: int = 0,
+) -> Tensor:
     """One minus the correlation ratio, E[Var(warped | fixed)] / Var(warped), in [0, 1].
 
     The share of the variance of the warped image that its mean in each bin of the fixed image leaves: small where
@@ -68,8 +102,9 @@ def correlation_ratio(warped: Tensor, fixed: Tensor, weights: Tensor | None = No
     1998, doi 10.1007/BFb0056301.
 
     bins : of the histogram, at least 4
+    samples : voxels that are read, drawn by `seed`, see above; None reads all
     """
-    joint = _joint(warped, fixed, weights, bins)  # (C, bins of warped, bins of fixed)
+    joint = _joint(warped, fixed, weights, bins, samples, seed)  # (C, bins of warped, bins of fixed)
     # Moments in bins: cubic windows keep the mean, and add their own variance of 1/3.
     place = torch.arange(bins, dtype=joint.dtype, device=joint.device).unsqueeze(1) - (bins - 1) / 2
     count = joint.sum(1)  # (C, bins of fixed)
@@ -104,10 +139,13 @@ def _or_one(counts: Tensor) -> Tensor:
     return torch.where(counts <= 0, 1, counts)
 
 
-def _joint(warped: Tensor, fixed: Tensor, weights: Tensor | None, bins: int) -> Tensor:
+def _joint(warped: Tensor, fixed: Tensor, weights: Tensor | None, bins: int, samples: int | None, seed: int) -> Tensor:
     """The checked images' histogram (C, bins, bins)."""
-    if isinstance(bins, bool) or not isinstance(bins, (int, float)) or not (bins >= LEAST and bins % 1 == 0):
-        raise ValueError(f"bins is {bins}: expected a whole number of at least {LEAST}, for a window covers {LEAST}")
+    if isinstance(bins, bool) or not isinstance(bins, (int, float)) or not (LEAST <= bins <= MOST and bins % 1 == 0):
+        raise ValueError(
+            f"bins is {bins}: expected a whole number of at least {LEAST}, for a window covers {LEAST}, "
+            f"and at most {MOST}"
+        )
     if warped.shape != fixed.shape or warped.ndim < 2 or not warped.numel():
         raise ValueError(
             f"warped has shape {tuple(warped.shape)} and fixed {tuple(fixed.shape)}: "
@@ -120,6 +158,30 @@ def _joint(warped: Tensor, fixed: Tensor, weights: Tensor | None, bins: int) -> 
             f"weights have shape {tuple(weights.shape)} beside images {tuple(fixed.shape)}: "
             f"expected {(1, *fixed.shape[1:])}, one weight for each voxel"
         )
+    for name, value, least in (("samples", samples, 1), ("seed", seed, 0)):
+        whole = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+        if not (whole or (name == "samples" and value is None)):
+            raise ValueError(f"{name} is {value!r}: expected a whole number of at least {least}, and below 2^63")
     kind = warped.dtype if warped.dtype in REALS else torch.float32  # half precision has no room for a histogram
-    share = None if weights is None else weights.reshape(1, -1).to(kind)
-    return joint_histogram(warped.flatten(1).to(kind), fixed.flatten(1).to(kind), share, bins=int(bins))
+    share = None if weights is None else weights.reshape(1, -1)
+    images = warped.flatten(1), fixed.flatten(1)
+    count = images[0].shape[1]
+    if samples is not None and samples < count:
+        index = drawn(count, samples, seed, warped.device)
+        images = tuple(image.gather(1, index.expand(len(image), -1)) for image in images)
+        share = None if share is None else share.gather(1, index)
+    share = None if share is None else share.to(kind)
+    return joint_histogram(images[0].to(kind), images[1].to(kind), share, bins=int(bins))
+
+
+@constant
+def drawn(count: int, samples: int, seed: int, device: torch.device) -> Tensor:
+    """Places (1, samples) among so many: one of each of `samples` runs, all places of a run alike.
+
+    By a generator of its own on the CPU, so that no other random number changes and every device draws the same.
+    """
+    bounds = torch.arange(samples + 1, device="cpu") * count // samples
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    share = torch.rand(samples, dtype=torch.float64, device="cpu", generator=generator)
+    width = bounds.diff()
+    return (bounds[:-1] + (share * width).long().clamp(max=width - 1)).unsqueeze(0).to(device)

@@ -2,14 +2,14 @@
 
 With weights w and a window of weights g around each voxel i, the moments of a window are those of its voxels that
 count, E_i[x] = sum_j g_ij w_j x_j / sum_j g_ij w_j.  The correlation needs five such sums; its derivative by the warped
-image three more of the same kind.  In C both take a handful of passes over the images, where a tape keeps and reads
-some thirty intermediate ones.
+image three more of the same kind, that by the weights another three.  In C all take a handful of passes over the
+images, where a tape keeps and reads some thirty intermediate ones.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from fnreg import native
 from fnreg.filters import window_sums
 from fnreg.native import CHUNK
-from fnreg.pytree import constant, fold, forward_asked, leading
+from fnreg.pytree import constant, fold, forward_asked, is_differentiated, leading
 from fnreg.windows import Taps, filtered, serves
 
 Window = Literal["box", "gaussian"]
@@ -59,9 +59,9 @@ def lncc(
     alike = all(t.dtype == warped.dtype and t.device == warped.device for t in (fixed, weights) if t is not None)
     if not (alike and serves(warped)):
         return _composed(warped, fixed, weights, taps, squared, flat)
-    shape = (1, *fixed.shape[1:])
-    counted = weights if weights is None else weights.reshape(shape).unsqueeze(0)
-    found = _Lncc.apply(warped.unsqueeze(0), fixed.unsqueeze(0), counted, taps, squared, flat)  # type: ignore[no-untyped-call]
+    options = _Options(taps, squared, flat, weights is not None and is_differentiated(weights))
+    counted = None if weights is None else weights.reshape(1, 1, *fixed.shape[1:])
+    found = _Lncc.apply(warped.unsqueeze(0), fixed.unsqueeze(0), counted, options)  # type: ignore[no-untyped-call]
     return found[0].squeeze(0)
 
 
@@ -120,13 +120,14 @@ def _composed(warped: Tensor, fixed: Tensor, weights: Tensor | None, taps: Taps,
         means.append(mean)
         away.append(deviation)
     covariance = window_sums(share * away[0] * away[1], taps) * unit - means[0] * means[1]
-    counts = torch.where(varies[1] & seen, share, 0)
+    tells = varies[1] & seen
+    counts = torch.where(tells, share, 0)
     if squared:  # never a product of variances, which float32 might not hold
         correlation = (covariance / variances[0]) * (covariance / variances[1])
     else:
         correlation = covariance / variances[0].sqrt() / variances[1].sqrt()
     total = counts.sum(axes)
-    correlation = (torch.where(counts > 0, correlation, 0) * counts).sum(axes)
+    correlation = (torch.where(tells, correlation, 0) * counts).sum(axes)
     return (1 - correlation / torch.where(total > 0, total, 1)).mean()
 
 
@@ -150,7 +151,7 @@ class _Passes:
         native.call(kernel, self.dtype, None, arguments, tasks, each=each)
 
     def levels(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean, and the variance below which a window is flat, of each image (items,) float64."""
+        """Weighted mean, and the variance below which a window is flat, of each image (B, C) float64."""
         items = images.shape[0] * images.shape[1]
         sums = torch.empty(items, self.chunks, 3, dtype=torch.float64)
         given = (images, self.weights, sums, self.n, self.channels, self.weight_items, CHUNK)
@@ -158,7 +159,8 @@ class _Passes:
         total, first, second = sums.sum(1).unbind(1)
         total = torch.where(total > 0, total, 1)
         center = first / total
-        return center, self.flat**2 * (second / total - center.square()).clamp(min=0)
+        floor = self.flat**2 * (second / total - center.square()).clamp(min=0)
+        return center.reshape(images.shape[:2]), floor.reshape(images.shape[:2])
 
     def sums(self, images: Tensor, center: Tensor, fixed: Tensor | None = None, low: Tensor | None = None) -> Tensor:
         """Window sums of w b, w b^2 and, with a fixed image a, w a b of deviations, (B, C, 2 or 3, *shape)."""
@@ -170,53 +172,75 @@ class _Passes:
         return filtered(planes, self.taps, False, False)
 
 
+class _Options(NamedTuple):
+    """Of `_Lncc`."""
+
+    taps: Taps
+    squared: bool
+    flat: float
+    by_weights: bool  # whether the derivative by the weights is asked
+
+
 class _Lncc(torch.autograd.Function):
-    """(B,) values of images (B, C, *shape); the second output is the derivative by `warped`, only for backward."""
+    """(B,) values of images (B, C, *shape).  The rest is the derivatives by warped and weights, for `backward`."""
 
     @staticmethod
     def forward(
-        warped: Tensor, fixed: Tensor, weights: Tensor | None, taps: Taps, squared: bool, flat: float
-    ) -> tuple[Tensor, Tensor]:
+        warped: Tensor, fixed: Tensor, weights: Tensor | None, options: _Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        taps, squared, flat, by_weights = options
         warped, fixed = warped.contiguous(), fixed.contiguous()
         passes = _Passes(warped, weights, taps, flat)
         n, channels, items = passes.n, passes.channels, warped.shape[0] * warped.shape[1]
-        fixed_items = fixed.shape[0] * channels
         weights = passes.weights
+        if fixed.shape[0] == 1 and passes.weight_items > 1:  # its sums depend on the weights of each pair
+            fixed = fixed.expand_as(warped).contiguous()
         if weights is None:
             count = _count(tuple(warped.shape[:1:-1]), taps, warped.dtype)
         else:
             count = filtered(weights, taps, False, False)
-        if fixed.shape[0] == 1 and passes.weight_items > 1:  # its sums depend on the weights of each pair
-            fixed, fixed_items = fixed.expand_as(warped).contiguous(), items
+        fixed_items = fixed.shape[0] * channels
         (low, floor), (center, least) = passes.levels(fixed), passes.levels(warped)
         of_fixed = passes.sums(fixed, low)
         of_both = passes.sums(warped, center, fixed, low)
         sums = torch.empty(items, passes.chunks, 2, dtype=torch.float64)
-        given = (of_both, of_fixed, count, weights, least, floor, sums, not squared, n, channels, fixed_items)
-        options = (passes.weight_items, count.shape[0], CHUNK, _rounding(warped.dtype))
-        passes.call("_correlation", (*given, *options), items * passes.chunks, CHUNK)
+        more = torch.empty_like(of_both) if by_weights else None
+        local = torch.empty_like(warped) if by_weights else None
+        given = (of_both, of_fixed, count, weights, least, floor, sums, more, local, not squared, n, channels)
+        sizes = (fixed_items, passes.weight_items, count.shape[0], CHUNK, _rounding(warped.dtype))
+        passes.call("_correlation", (*given, *sizes), items * passes.chunks, CHUNK)
         value, total = sums.sum(1).unbind(1)
         total = torch.where(total > 0, total, 1)
         by_sums = filtered(of_both, taps, False, False)
         del of_both
-        by_warped = torch.empty_like(warped)
-        given = (by_sums, warped, fixed, weights, center, low, -1 / (total * channels), by_warped, n, channels)
+        by_warped, factor = torch.empty_like(warped), -1 / (total * channels)
+        given = (by_sums, warped, fixed, weights, center, low, factor, by_warped, n, channels)
         passes.call("_combine", (*given, fixed_items, passes.weight_items), items * n)
-        return (1 - value / total).reshape(-1, channels).mean(1).to(warped.dtype), by_warped
+        found = warped.new_empty(warped.shape[0], 0)
+        if more is not None:
+            more, each = filtered(more, taps, False, False), torch.empty_like(warped)
+            given = (by_sums, more, local, warped, fixed, center, low, value / total, factor, each, n, fixed_items)
+            passes.call("_by_weights", given, items * n)
+            found = each.sum(1, keepdim=True)
+        return (1 - value / total).reshape(-1, channels).mean(1).to(warped.dtype), by_warped, found
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs[:3], output[1])
-        ctx.options = inputs[3:]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:3], *output[1:])
+        ctx.options = inputs[3]
 
     @staticmethod
-    def backward(ctx: Any, by_value: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        warped, fixed, weights, by_warped = ctx.saved_tensors
-        if not (any(ctx.needs_input_grad[1:3]) or forward_asked()):
-            found = _Scaled.apply(by_value, by_warped, warped, fixed, weights, ctx.options)  # type: ignore[no-untyped-call]
-            return found, None, None, None, None, None
-        return *_pull_back(by_value, warped, fixed, weights, ctx.options), None, None, None
+    def backward(ctx: Any, by_value: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        warped, fixed, weights, by_warped, by_weights = ctx.saved_tensors
+        _, of_fixed, of_weights = ctx.needs_input_grad[:3]
+        if of_fixed or (of_weights and not ctx.options.by_weights) or forward_asked():
+            return *_pull_back(by_value, warped, fixed, weights, ctx.options), None
+        found = _Scaled.apply(by_value, by_warped, by_weights, warped, fixed, weights, ctx.options)  # type: ignore[no-untyped-call]
+        more = None
+        if of_weights:
+            more = found[1] if len(weights) == len(found[1]) else found[1].sum(0, keepdim=True)
+        return found[0], None, more, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -225,52 +249,60 @@ class _Lncc(torch.autograd.Function):
             fold(info.batch_size, dim, t, lead, shared=number > 0)
             for number, (t, dim) in enumerate(zip(args[:3], in_dims[:3], strict=True))
         ]
-        found = _Lncc.apply(*folded, *args[3:])  # type: ignore[no-untyped-call]
-        return tuple(part.unflatten(0, (info.batch_size, -1)) for part in found), (0, 0)
+        found = _Lncc.apply(*folded, args[3])  # type: ignore[no-untyped-call]
+        return tuple(part.unflatten(0, (info.batch_size, -1)) for part in found), (0, 0, 0)
 
 
 class _Scaled(torch.autograd.Function):
-    """The derivative by `warped` times the cotangent (B,); its own derivatives are those of the composition."""
+    """The derivatives by warped and weights times the cotangent (B,); their own are those of the composition."""
 
     @staticmethod
     def forward(
-        by_value: Tensor, by_warped: Tensor, warped: Tensor, fixed: Tensor, weights: Tensor | None, options: Any
-    ) -> Tensor:
-        return by_warped * by_value.reshape(-1, *(1,) * (by_warped.ndim - 1))
+        by_value: Tensor,
+        by_warped: Tensor,
+        by_weights: Tensor,
+        warped: Tensor,
+        fixed: Tensor,
+        weights: Tensor | None,
+        options: _Options,
+    ) -> tuple[Tensor, Tensor]:
+        factor = by_value.reshape(-1, *(1,) * (by_warped.ndim - 1))
+        return by_warped * factor, by_weights * (factor if options.by_weights else 1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        by_value, _, *images, ctx.options = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        by_value, _, _, *images, ctx.options = inputs
         ctx.save_for_backward(by_value, *images)
 
     @staticmethod
-    def backward(ctx: Any, by_found: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *by_found: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         by_value, warped, fixed, weights = ctx.saved_tensors
         given = [t for t in (by_value, warped, fixed, weights) if t is not None]
+        asked = 2 if ctx.options.by_weights else 1
 
-        def first(by_value: Tensor, warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
-            return _pull_back(by_value, warped, fixed, weights, ctx.options)[0]
+        def first(by_value: Tensor, warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Any:
+            return _pull_back(by_value, warped, fixed, weights, ctx.options)[::2][:asked]
 
         made: Any = torch.func.vjp(first, *given)
-        by_value, *by_images = made[1](by_found)
-        return by_value, None, *by_images, *((None,) if weights is None else ()), None
+        by_value, *by_images = made[1](tuple(by_found[:asked]))
+        return by_value, None, None, *by_images, *((None,) if weights is None else ()), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         size, lead = info.batch_size, leading(args[1], in_dims[1])
         folded = [
-            fold(size, dim, t, lead, shared=number > 2)
-            for number, (t, dim) in enumerate(zip(args[:5], in_dims[:5], strict=True))
+            fold(size, dim, t, lead, shared=number > 3)
+            for number, (t, dim) in enumerate(zip(args[:6], in_dims[:6], strict=True))
         ]
-        return _Scaled.apply(*folded, args[5]).unflatten(0, (size, -1)), 0  # type: ignore[no-untyped-call]
+        found = _Scaled.apply(*folded, args[6])  # type: ignore[no-untyped-call]
+        return tuple(part.unflatten(0, (size, lead)) for part in found), (0, 0)
 
 
-def _pull_back(by_value: Tensor, warped: Tensor, fixed: Tensor, weights: Tensor | None, options: Any) -> Any:
+def _pull_back(by_value: Tensor, warped: Tensor, fixed: Tensor, weights: Tensor | None, options: _Options) -> Any:
     """Derivatives by warped, fixed and weights times the cotangent, by the composition."""
-    taps, squared, flat = options
 
     def one(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
-        return _composed(warped, fixed, weights, taps, squared, flat)
+        return _composed(warped, fixed, weights, options.taps, options.squared, options.flat)
 
     images = [warped, fixed.expand_as(warped)]
     images += [] if weights is None else [weights.expand(len(warped), *weights.shape[1:])]

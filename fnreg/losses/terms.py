@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,12 +66,21 @@ class Term:
         """The names it asks for."""
         return _needs(self.function)
 
+    @property
+    def own_options(self) -> tuple[str, ...]:
+        """The options of its function."""
+        return tuple(name for name in inspect.signature(self.function).parameters if name not in NAMES)
+
+    @property
+    def known_options(self) -> tuple[str, ...]:
+        """The options that it takes."""
+        return (*self.own_options, *(("channel",) if self._has_channel else ()))
+
     def __call__(self, **options: Any) -> Term:
         """The same term with other options."""
-        known = [name for name in inspect.signature(self.function).parameters if name not in NAMES]
         if self._has_channel and "channel" in options:
             _check_channel(self.name, options["channel"])
-        known += ["channel"] if self._has_channel else []
+        known = self.known_options
         for name in options:
             if name not in known:
                 told = ", ".join(known) if known else "none"
@@ -116,9 +125,21 @@ class Term:
         if self.function is local.lncc:
             local.check_window(size, **{k: v for k, v in self.options if k in ("radius", "window")})
 
-    def value(self, found: Mapping[str, Any]) -> Tensor:
-        """The unweighted value from what was found under the names."""
-        return self.function(**self.arguments(found))
+    def statistics(self, fixed: Tensor, weights: Tensor | None, grid: Any) -> Any:
+        """What its function makes of these alone, whatever is warped; () where it makes nothing of note."""
+        of = _statistics_of(self.function)
+        if of is None:
+            return ()
+        given = self.arguments({"warped": fixed, "fixed": fixed, "weights": weights, "grid": grid})
+        del given["warped"]
+        return of.of_fixed(**given)
+
+    def value(self, found: Mapping[str, Any], statistics: Any = ()) -> Tensor:
+        """The unweighted value from what was found under the names, and what `statistics` gave for them if it did."""
+        of = _statistics_of(self.function)
+        if of is None or (isinstance(statistics, tuple) and not statistics):
+            return self.function(**self.arguments(found))
+        return of.value(statistics, **self.arguments(found))
 
     def ranks(self) -> Term:
         """The rank that each leaf has for one pair."""
@@ -173,19 +194,31 @@ class Objective:
         """All names that its terms ask for."""
         return frozenset(name for term in self.terms for name in term.needs)
 
-    def value(self, found: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and each term's own unweighted value by name."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its terms are called, one name each."""
+        found: list[str] = []
+        for term in self.terms:
+            name, number = term.name, 1
+            while name in found:
+                number += 1
+                name = f"{term.name}_{number}"
+            found.append(name)
+        return tuple(found)
+
+    def value(self, found: Mapping[str, Any], statistics: Sequence[Any] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, and each term's own unweighted value by name.
+
+        statistics : per term what `Term.statistics` gave for the same fixed image and weights; none where not known
+        """
         total: Tensor | None = None
         values: dict[str, Tensor] = {}
-        for term in self.terms:
-            value = term.value(found)
+        known_of = statistics or ((),) * len(self.terms)
+        for name, term, known in zip(self.names, self.terms, known_of, strict=True):
+            value = term.value(found, known)
             if not isinstance(value, Tensor) or value.ndim != 0:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{term.name} returned {shape}: an objective returns a scalar tensor")
-            name, number = term.name, 1
-            while name in values:
-                number += 1
-                name = f"{term.name}_{number}"
             values[name] = value
             weighted = term.weight.to(value.dtype) * value
             total = weighted if total is None else total + weighted
@@ -224,13 +257,19 @@ class Objective:
 
     def residuals(self, found: Mapping[str, Any]) -> Tensor:
         """Residuals (R,) whose squares sum to the weighted sum; see `check_squares`."""
+        return self.squares(found)[0]
+
+    def squares(self, found: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`residuals`, and each term's own unweighted value by name."""
         self.check_squares()
         parts: list[Tensor] = []
-        for term in self.terms:
+        values: dict[str, Tensor] = {}
+        for name, term in zip(self.names, self.terms, strict=True):
             assert term.residuals is not None
-            part = term.residuals(**term.arguments(found))
-            parts.append(part.reshape(-1) * term.weight.to(part.dtype).sqrt())
-        return torch.cat(parts)
+            part = term.residuals(**term.arguments(found)).reshape(-1)
+            values[name] = part.detach() @ part.detach()
+            parts.append(part * term.weight.to(part.dtype).sqrt())
+        return torch.cat(parts), values
 
     def ranks(self) -> Objective:
         """The rank that each leaf has for one pair."""
@@ -331,6 +370,30 @@ charbonnier = term(functional.charbonnier)
 ngf = term(descriptors.ngf)
 mind = term(descriptors.mind)
 
+
+class Statistics(NamedTuple):
+    """How a function of images is computed in two parts, of which the first is the same at every step of a level.
+
+    of_fixed : a tree of tensors from the arguments of the function but `warped`
+    value : the function's value from that and all its arguments
+    """
+
+    of_fixed: Callable[..., Any]
+    value: Callable[..., Tensor]
+
+
+# Where it pays, see docs/design.md.
+STATISTICS: dict[Callable[..., Tensor], Statistics] = {
+    descriptors.ngf: Statistics(descriptors.ngf_statistics, descriptors.ngf_from),
+    descriptors.mind: Statistics(descriptors.mind_statistics, descriptors.mind_from),
+}
+
+
+def _statistics_of(function: Callable[..., Tensor]) -> Statistics | None:
+    """By identity, for not every callable has a hash."""
+    return next((of for known, of in STATISTICS.items() if known is function), None)
+
+
 SIMILARITIES: dict[str, Term] = {
     "mse": mse,
     "mae": mae,
@@ -371,4 +434,5 @@ PENALTIES: dict[str, Term] = {
     "total_variation": total_variation,
     "folding": folding,
     "log_jacobian": log_jacobian,
+    "inverse_consistency": inverse_consistency,
 }

@@ -206,6 +206,23 @@ def frame(axes: Axes, cut: Cut, title: str, unit: str, *, box: Box | None = None
     axes.set_xlabel(f"{cut.names[0]} ({unit})")
     axes.set_ylabel(f"{cut.names[1]} ({unit})")
     axes.locator_params(nbins=5)
+    if cut.place and unit == "mm":
+        _letters(axes, cut)
+
+
+def _letters(axes: Axes, cut: Cut) -> None:
+    """The sides of the patient at the edges of a panel: the world is LPS, x leads to the left and y to the back."""
+    sides = {"x": "RL", "y": "AP", "z": "IS"}  # lowest, highest
+    across, upright = sides[cut.names[0]], sides[cut.names[1]]
+    below, above = upright[::-1] if cut.names[1] == "y" else upright
+    edges = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"),
+             (0.5, 0.02, "center", "bottom"), (0.5, 0.98, "center", "top"))  # fmt: skip
+    halo = need("patheffects").withStroke(linewidth=2.2, foreground="black")
+    for letter, (x, y, horizontal, vertical) in zip((*across, below, above), edges, strict=True):
+        axes.text(
+            x, y, letter, transform=axes.transAxes, ha=horizontal, va=vertical, color="white", fontsize=10,
+            fontweight="bold", path_effects=[halo],
+        )  # fmt: skip
 
 
 def show(axes: Axes, cut: Cut, image: Image, title: str, unit: str, window: Window, colours: str = GREY) -> Any:

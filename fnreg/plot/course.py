@@ -18,43 +18,57 @@ if TYPE_CHECKING:
 def losses(result: Registration, *, objective: str = "objective") -> Figure:
     """The course of the objective, one curve per level, coarse to fine, stage after stage.
 
-    For a batch: the median of the pairs and the band that holds the middle 80 % of them; a pair that has ended keeps
-    its last value.
+    Where it has several terms, each is shown below, without its weight.  For a batch: the median of the pairs and the
+    band that holds the middle 80 % of them; a pair that has ended keeps its last value.
 
     objective : what the vertical axis is called
     """
-    figure = new_figure(7.5, 4.2)
-    axes = figure.subplots()
+    names = list(dict.fromkeys(name for trace in result.history for name in trace.terms))
+    names = names if len(names) > 1 else []
+    figure = new_figure(7.5, 4.2 + 2.2 * len(names))
+    heights = [4.2, *(2.2 for _ in names)]
+    several = figure.subplots(1 + len(names), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    many = result.status.ndim > 0
+    if _curves(several[0], result, None):
+        several[0].legend()
+    several[0].set(
+        ylabel=objective,
+        title=f"Course of {len(result.status)} pairs: median and middle 80 %" if many else "Course of the registration",
+    )
+    for axes, name in zip(several[1:], names, strict=True):
+        _curves(axes, result, name)
+        axes.set(ylabel=name)
+    several[-1].set(xlabel="step")
+    return figure
+
+
+def _curves(axes: Any, result: Registration, term: str | None) -> bool:
+    """The course of the objective, or of one of its terms; whether there was any."""
     stages = len({trace.stage for trace in result.history})
-    begin = 0
-    lowest = float("inf")
+    begin, lowest = 0, float("inf")
     for number, trace in enumerate(result.history):
-        values = trace.value.detach().cpu().to(torch.float64)
-        values = values if values.ndim == 2 else values.unsqueeze(0)  # (B, steps)
-        ran = torch.isfinite(values).any(0)
+        found = trace.value.detach().cpu().to(torch.float64)
+        whole = found if found.ndim == 2 else found.unsqueeze(0)  # (B, steps)
+        ran = torch.isfinite(whole).any(0)
         if not bool(ran.any()):
             continue
-        values = _kept(values[:, : int(ran.nonzero().max()) + 1])
+        steps = torch.arange(begin, begin + int(ran.nonzero().max()) + 1)
+        begin += len(steps)
+        values = whole if term is None else trace.terms.get(term)
+        if values is None:  # another stage or level has it
+            continue
+        values = _kept(values.detach().cpu().to(torch.float64).reshape(whole.shape)[:, : len(steps)])
         middle, low, high = (torch.nanquantile(values, q, dim=0) for q in (0.5, 0.1, 0.9))
-        steps = torch.arange(begin, begin + values.shape[1])
         name = f"level {trace.level}" + {0: ", full resolution"}.get(trace.level, f", 1/{2**trace.level}")
         name = name if stages == 1 else f"stage {trace.stage + 1}, {name}"
         axes.plot(steps, middle, color=f"C{number}", label=name, linewidth=1.8)
         if len(values) > 1:
             axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
-        begin += values.shape[1]
         lowest = min(lowest, float(low.nan_to_num(torch.inf).min()))
-    many = result.status.ndim > 0
     if 0 < lowest < float("inf"):
         axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel=objective)
-    axes.set_title(
-        f"Course of {len(result.status)} pairs: median and middle 80 %" if many else "Course of the registration"
-    )
     axes.grid(alpha=0.3, which="both")
-    if begin:
-        axes.legend()
-    return figure
+    return begin > 0
 
 
 def _kept(values: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def _overview_axes(looks: list[Cut], moving: Cut) -> tuple[Figure, dict[str, lis
     boxes = [box_of(look.grid) for look in looks]
     widest = max(box[1][0] - box[0][0] for box in boxes)
     heights = [min(2.0, max(0.25, (box[1][1] - box[0][1]) / widest)) for box in boxes]
-    figure = new_figure(14, 2.0 + sum(2.2 * height + 0.6 for height in heights))
+    figure = new_figure(14, 2.0 + sum(2.2 * height + 0.75 for height in heights))
     grid = figure.subplots(len(looks), 5, gridspec_kw={"height_ratios": heights})
     names = ("fixed", "moving", "warped", "before", "after")
     sides = [grid[:, :3].ravel().tolist(), grid[:, 3:].ravel().tolist()]

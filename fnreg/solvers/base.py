@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fnreg import lengths
-from fnreg.pytree import same_structure, tree_leaves, tree_map, tree_take, tree_where
+from fnreg.pytree import same_structure, tree_choose, tree_leaves, tree_map, tree_take
 
 _NOT_FINITE = "{} holds NaN or infinity: exclude these voxels by a mask, Subject(image, mask=isfinite)"
 _CONSTANT = "{} is constant where it counts: there is nothing to align; check the file, channel and mask"
@@ -147,6 +147,7 @@ class Taken(NamedTuple):
     at: Any  # the parameters with this value
     moved: Tensor  # (B,) voxels, the largest change of a parameter
     settled: Tensor  # (B,) bool: the solver itself sees no way down
+    terms: dict[str, Tensor] = {}  # (B,) each, the unweighted terms of the value  # noqa: RUF012
 
 
 class Solved(NamedTuple):
@@ -156,6 +157,7 @@ class Solved(NamedTuple):
     steps: Tensor  # (B,) steps taken
     status: Tensor  # (B,) Status
     history: Tensor  # (B, steps) value at every step, NaN after the last
+    terms: dict[str, Tensor]  # (B, steps) each, likewise, of the terms that the solver told
 
 
 Progress = Callable[[int, int, int, float], None]  # step, steps, active pairs, mean value
@@ -184,8 +186,9 @@ def run(
     status = torch.where(running, Status.STEPS.value, Status.DIVERGED.value)
     taken_steps = torch.zeros(total, dtype=torch.int64, device=device)
     if steps == 0:
-        return Solved(params, taken_steps, status, torch.empty(total, 0, device=device))
+        return Solved(params, taken_steps, status, torch.empty(total, 0, device=device), {})
     rows: list[Tensor] = []
+    rows_of: dict[str, list[Tensor]] = {}
     shown = float("nan")
     # From here on all is of the pairs `index` only, once some are dropped; `final` holds what the dropped ones reached.
     index: Tensor | None = None
@@ -199,9 +202,11 @@ def run(
         for leaf in tree_leaves(taken.params):
             finite = finite & lengths.is_finite(leaf)
         lost, going = now.running & ~finite, now.running & finite
-        after = tree_where(going, taken.params, tree_where(lost, now.previous, now.params))
+        after = tree_choose(going, taken.params, tree_choose(lost, now.previous, now.params))
         row = torch.where(going, taken.value, torch.nan)
-        rows.append(row if index is None else row.new_full((total,), torch.nan).index_copy(0, index, row))
+        rows.append(_row(total, index, row))
+        for name, value in taken.terms.items():
+            rows_of.setdefault(name, []).append(_row(total, index, value.detach()))
         taken_steps = _add(taken_steps, index, now.running.to(torch.int64))
         ended = torch.where(lost, Status.DIVERGED.value, -1)
         if stop is not None and marks is not None:
@@ -233,10 +238,10 @@ def run(
         last = solver.step(problem, now.params, now.carry, 1.0, marks.length)
         marks = marks.lower(last, now.running & torch.isfinite(last.value))
     final = _put(final, index, now.params if marks is None else marks.best_params)
-    history = torch.stack(rows, 1)
-    if history.shape[1] < steps:
-        history = torch.cat([history, history.new_full((total, steps - history.shape[1]), torch.nan)], 1)
-    return Solved(final, taken_steps, status, history)
+    history = _course(rows, steps)
+    unknown = torch.isnan(history)
+    terms = {name: torch.where(unknown, torch.nan, _course(each, steps)) for name, each in rows_of.items()}
+    return Solved(final, taken_steps, status, history, terms)
 
 
 class _Now(NamedTuple):
@@ -266,7 +271,7 @@ class _Marks(NamedTuple):
         """With the best values and parameters after a look at `taken`, of the pairs in `going`."""
         value = taken.value.detach().to(self.best.dtype)
         lower = going & (value < self.best)
-        params = tree_where(lower, taken.at, self.best_params)
+        params = tree_choose(lower, taken.at, self.best_params)
         return self._replace(best=torch.where(lower, value, self.best), best_params=params)
 
     def update(self, taken: Taken, after: Any, going: Tensor, stop: Stop, scales: bool) -> tuple[_Marks, Any, Tensor]:
@@ -282,8 +287,19 @@ class _Marks(NamedTuple):
         short = length < stop.shortest if scales else stuck
         done = going & ((stuck & short) | (taken.moved <= stop.step) | taken.settled)
         if scales:
-            after = tree_where(going & stuck, best_params, after)
+            after = tree_choose(going & stuck, best_params, after)
         return _Marks(best, best_params, mark, torch.where(stuck, 0, stall), length), after, done
+
+
+def _row(total: int, index: Tensor | None, part: Tensor) -> Tensor:
+    """Values of all pairs, of which only those at `index` are known."""
+    return part if index is None else part.new_full((total,), torch.nan).index_copy(0, index, part)
+
+
+def _course(rows: list[Tensor], steps: int) -> Tensor:
+    """Rows (B,) side by side, (B, steps), NaN after the last."""
+    found = torch.stack(rows, 1)
+    return torch.cat([found, found.new_full((len(found), steps - len(rows)), torch.nan)], 1)
 
 
 def _add(whole: Tensor, index: Tensor | None, part: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Descent:
     def step(self, problem: Any, params: Any, carry: Any, progress: float, length: Tensor | None) -> Taken:
         """One update of every pair; the value is that before it."""
         optimizer: Optimizer = self.optimizer
-        gradient, value = problem.gradient(params)
+        gradient, value, terms = problem.gradient(params)
         step, carry = optimizer.update(gradient, carry, progress)
         check_step(gradient, step, type(optimizer).__name__)
         if length is not None:
@@ -48,4 +48,4 @@ class Descent:
             step = tree_map(lambda leaf: leaf.clamp(-self.limit, self.limit), step)  # type: ignore[operator]
         moved = largest(step)
         settled = torch.zeros_like(moved, dtype=torch.bool)
-        return Taken(problem.retract(params, step), carry, value, params, moved, settled)
+        return Taken(problem.retract(params, step), carry, value, params, moved, settled, terms)

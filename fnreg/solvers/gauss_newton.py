@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fnreg.pytree import tree_flatten, tree_unflatten, tree_where
+from fnreg.pytree import tree_choose, tree_flatten, tree_unflatten
 from fnreg.solvers.base import Taken, largest
 
 
@@ -17,6 +17,7 @@ class _Carry(NamedTuple):
     value: Tensor  # (B,) |r|^2
     slope: Tensor  # (B, P) J^T r
     normal: Tensor  # (B, P, P) J^T J
+    terms: dict[str, Tensor]  # (B,) each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,8 @@ class GaussNewton:
 
     def init(self, problem: Any, params: Any) -> _Carry:
         """The normal equations where the level starts."""
-        value, slope, normal = problem.normal_equations(params)
-        return _Carry(torch.full_like(value, self.damping), value, slope, normal)
+        value, slope, normal, terms = problem.normal_equations(params)
+        return _Carry(torch.full_like(value, self.damping), value, slope, normal, terms)
 
     def step(self, problem: Any, params: Any, carry: _Carry, progress: float, length: Tensor | None) -> Taken:
         """One trial step of every pair; the value is that after it."""
@@ -56,14 +57,14 @@ class GaussNewton:
         flat = flat * (self.limit / size.clamp(min=self.limit))
         step = _split(flat, problem.zero_step())
         trial = problem.retract(params, step)
-        value, slope, normal = problem.normal_equations(trial)
+        value, slope, normal, terms = problem.normal_equations(trial)
         better = (value <= carry.value) & torch.isfinite(flat).all(-1)
         damping = torch.where(better, carry.damping / self.factor, carry.damping * self.factor).clamp(1e-12, 1e12)
-        fresh = _Carry(damping, value, slope, normal)
-        kept = tree_where(better, fresh, carry._replace(damping=damping))
+        fresh = _Carry(damping, value, slope, normal, terms)
+        kept = tree_choose(better, fresh, carry._replace(damping=damping))
         moved = torch.where(better, largest(step), torch.inf)
-        found = tree_where(better, trial, params)
-        return Taken(found, kept, kept.value, found, moved, damping >= 1e8)
+        found = tree_choose(better, trial, params)
+        return Taken(found, kept, kept.value, found, moved, damping >= 1e8, kept.terms)
 
 
 def _split(flat: Tensor, zero: Any) -> Any:

@@ -17,6 +17,8 @@ from torch import Tensor
 from fnreg.grid import Grid, apply_matrix, index_points
 from fnreg.image import Image, Subject
 from fnreg.pytree import (
+    Axes,
+    batch_axes,
     first_pair,
     over_batch,
     pytree_dataclass,
@@ -99,7 +101,11 @@ class Transform:
 
     def split_after(self, params: Params, step: Step, domain: Domain) -> Split:
         """`split` after `perturb`, the shift in voxels: a step is often cheaper to add there than to the parameters."""
-        return self.split(self.perturb(params, step, domain), domain)
+        found = self.split(self.perturb(params, step, domain), domain)
+        if found.shift is None or found.frame is None:
+            return found
+        flat = found.frame.to(found.shift.dtype) @ found.shift.flatten(1)
+        return Split(flat.reshape(found.shift.shape), found.matrix)
 
     def step_of_shift(self, by_shift: Tensor) -> Step | None:
         """The gradient by the step from that by the shift in voxels, where a step adds to this as it is."""
@@ -203,6 +209,11 @@ def first_domain(domain: Domain) -> Grid:
 def domain_ranks(domain: Domain) -> Any:
     """The rank that each leaf of a domain has for one pair."""
     return domain.ranks() if isinstance(domain, Grid) else tuple(domain_ranks(part) for part in domain)
+
+
+def domain_axes(domain: Domain) -> Axes:
+    """Per leaf of a domain, 0 where it has a batch axis and None where it is shared."""
+    return batch_axes("domain", domain, domain_ranks(domain))[0]
 
 
 def single(domain: Domain) -> Domain:

@@ -1,0 +1,191 @@
+"""What is known of a pair beside its images, labels and landmarks, and how well both sides agree by it.
+
+A registration need not see them: they judge it.  What is told has the names of columns: dice_LABEL and dice_mean, the
+overlap 2 |A and B| / (|A| + |B|) of the classes of the fixed labels with the moving ones, warped by nearest neighbours
+to the fixed grid (Dice 1945, doi 10.2307/1932409); tre_mean, tre_p95 and tre_max, the distance |T(p) - q| of
+landmarks p of the fixed and q of the moving image (Fitzpatrick and West 2001, doi 10.1109/42.952729).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fnreg import io
+from fnreg.grid import Grid
+from fnreg.image import Image, Subject
+from fnreg.io.files import ImageReadError, PointReadError
+from fnreg.settings import SettingsError
+from fnreg.transforms.base import Mapping, warp
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """Files of labels and points, (fixed, moving); space : "LPS", "RAS" or "voxel", of points that do not say it."""
+
+    labels: tuple[Path | None, Path | None] = (None, None)
+    points: tuple[Path | None, Path | None] = (None, None)
+    space: str | None = None
+
+    def named(self) -> dict[str, Path]:
+        """Those that are given, by the names of the options."""
+        sides = {"labels": self.labels, "points": self.points}
+        each = {f"{side}_{what}": path for what, pair in sides.items() for side, path in zip(SIDES, pair, strict=True)}
+        return {name: path for name, path in each.items() if path is not None}
+
+
+SIDES = ("fixed", "moving")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Known:
+    """Of one pair: labels (1, [Z,] Y, X) of each side that has some, and landmarks (N, D) of both, row by row."""
+
+    labels: tuple[Tensor | None, Tensor | None] = (None, None)
+    points: tuple[Tensor, Tensor] | None = None
+    notes: tuple[str, ...] = ()
+
+    def of(self, side: int, image: Image, mask: Tensor | None) -> Subject:
+        """The image of a side, 0 or 1, with all that is known about it, on its device."""
+        device = image.data.device
+        points = None if self.points is None else self.points[side]
+        mask, labels, points = (None if t is None else t.to(device) for t in (mask, self.labels[side], points))
+        return Subject(image, mask, labels, points)
+
+
+def read(paths: Paths, files: tuple[Path, Path], images: tuple[Image, Image]) -> Known:
+    """Labels and points, checked against the images of these files.
+
+    Raises ImageReadError and PointReadError for what cannot be read or does not fit, SettingsError where points of one
+    side alone are given.
+    """
+    labels = [_labels(*each) for each in zip(paths.labels, files, images, strict=True)]
+    if (paths.points[0] is None) != (paths.points[1] is None):
+        given, other = ("fixed", "moving") if paths.points[1] is None else ("moving", "fixed")
+        raise SettingsError(f"--{given}-points are given without --{other}-points: landmarks are compared in pairs")
+    if paths.points[0] is None or paths.points[1] is None:
+        return Known((labels[0], labels[1]))
+    sides = [_landmarks(*each, paths.space) for each in zip(paths.points, files, images, strict=True)]
+    points, notes = _paired(paths.points[0], paths.points[1], sides[0], sides[1])
+    return Known((labels[0], labels[1]), points, notes)
+
+
+def _labels(path: Path | None, of: Path, image: Image) -> Tensor | None:
+    if path is None:
+        return None
+    data, grid = io.read_labels(path)
+    if grid.size != image.grid.size:
+        sizes = [" x ".join(map(str, each.size)) for each in (grid, image.grid)]
+        raise ImageReadError(f"labels {path} have {sizes[0]} voxels but {of} has {sizes[1]}: give labels of its size")
+    if not grid.same_as(image.grid, 0.1):
+        raise ImageReadError(f"labels {path} lie elsewhere than {of}: {grid} but {image.grid}; resample them")
+    if not bool(data.any()):
+        raise ImageReadError(f"labels {path} are 0 everywhere, which is the background: there is no class to compare")
+    return data
+
+
+def _landmarks(path: Path | None, of: Path, image: Image, space: str | None) -> io.Landmarks:
+    assert path is not None
+    try:
+        found = io.read_points(path, space=space, grid=image.grid if space == "voxel" else None)  # type: ignore[arg-type]
+    except PointReadError as problem:
+        if "does not say the space" in str(problem):  # in words of the command line
+            raise PointReadError(
+                f"{path} does not say the space of its points: give --space LPS, RAS or voxel"
+            ) from None
+        raise
+    count, axes = found.points.shape[1], image.grid.ndim
+    if count != axes:
+        raise PointReadError(f"{path} has points of {count} coordinates but {of} has {axes} axes")
+    return found
+
+
+def _paired(
+    fixed: Path, moving: Path, here: io.Landmarks, there: io.Landmarks
+) -> tuple[tuple[Tensor, Tensor], tuple[str, ...]]:
+    """Points that belong together: those of one name, or of one row where the names do not tell.
+
+    Names tell where each side has its own for every point, and at least one of them is on both.
+    """
+    common = [name for name in here.names if name in set(there.names)]
+    distinct = all(
+        side.names and "" not in side.names and len(set(side.names)) == len(side.names) for side in (here, there)
+    )
+    if common and distinct:
+        rows = [torch.tensor([side.names.index(name) for name in common]) for side in (here, there)]
+        pairs = here.points[rows[0]], there.points[rows[1]]
+        alone = sorted((set(here.names) | set(there.names)) - set(common))
+        if not alone:
+            return pairs, ()
+        told = f"{', '.join(alone[:4])}{' and others' if len(alone) > 4 else ''}"
+        return pairs, (f"landmarks in one of {fixed} and {moving} only were left out: {told}",)
+    if len(here.points) != len(there.points):
+        raise PointReadError(
+            f"{fixed} has {len(here.points)} points but {moving} has {len(there.points)}, and no names tell which "
+            "belong together: give as many, in one order"
+        )
+    return (here.points, there.points), ()
+
+
+def agreement(
+    known: Known, mapping: Mapping, fixed: Grid, moving: Image
+) -> tuple[dict[str, float | None], Tensor | None]:
+    """How well both sides agree under a mapping, by names; and the moving labels on the fixed grid, where there are
+    some.  None stands for what is no number: a point that was not mapped."""
+    told: dict[str, float | None] = {}
+    warped: Tensor | None = None
+    ours, theirs = known.labels
+    if theirs is not None:
+        device = moving.data.device
+        warped = warp(Subject(moving, labels=theirs.to(device)), mapping, fixed).labels
+        assert warped is not None
+        warped = warped.cpu()
+        if ours is not None:
+            told |= _overlaps(ours, warped)
+    if known.points is not None:
+        here, there = (points.to(fixed.center.device) for points in known.points)
+        away = (mapping.map_points(here) - there).norm(dim=-1)
+        told |= {
+            "tre_mean": _number(away.mean()),
+            "tre_p95": _number(torch.quantile(away, 0.95)),
+            "tre_max": _number(away.max()),
+        }
+    return told, warped
+
+
+def worse(before: dict[str, float | None], after: dict[str, float | None]) -> list[str]:
+    """What a user should know: where a registration took both sides further apart, beyond what nearest voxels do."""
+    notes: list[str] = []
+    for name, sign, what in (
+        ("dice_mean", -1, "the mean overlap of labels fell"),
+        ("tre_mean", 1, "the mean distance of landmarks rose"),
+    ):
+        was, is_now = before.get(name), after.get(name)
+        if was is not None and is_now is not None and sign * (is_now - was) > 0.02 * was:
+            notes.append(f"{what} from {was:.3g} to {is_now:.3g}: look at the figures")
+    return notes
+
+
+def _overlaps(ours: Tensor, warped: Tensor) -> dict[str, float | None]:
+    """Dice of every class of the fixed labels, and the mean over these."""
+    ours, warped = (values.reshape(-1).to(torch.int64) for values in (ours, warped))
+    low, high = min(int(ours.min()), int(warped.min())), max(int(ours.max()), int(warped.max()))
+    if high - low < 2**20:  # counting needs no sorting then
+        numbers, here, there = torch.arange(low, high + 1), ours - low, warped - low
+    else:
+        numbers, at = torch.unique(torch.cat([ours, warped]), return_inverse=True)
+        here, there = at[: len(ours)], at[len(ours) :]
+    count = len(numbers)
+    both = torch.bincount(here[here == there], minlength=count)
+    in_ours = torch.bincount(here, minlength=count)
+    sizes = in_ours + torch.bincount(there, minlength=count)
+    classes = [k for k in in_ours.nonzero().flatten().tolist() if int(numbers[k]) != 0]
+    each = {f"dice_{int(numbers[k])}": 2 * int(both[k]) / int(sizes[k]) for k in classes}
+    return {"dice_mean": sum(each.values()) / len(each), **each}
+
+
+def _number(value: Tensor) -> float | None:
+    return float(value) if bool(torch.isfinite(value)) else None

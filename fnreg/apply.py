@@ -1,0 +1,190 @@
+"""An image, labels or points through transforms from files: what `fnreg apply` and `fnreg points` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fnreg import io
+from fnreg.chains import grid_of, read_chain, told
+from fnreg.grid import Grid
+from fnreg.image import Image
+from fnreg.io.files import ImageReadError
+from fnreg.io.image import suffix
+from fnreg.io.points import Space
+from fnreg.results import window_of
+from fnreg.sampling import Padding, interpolate
+from fnreg.transforms.base import Mapping, moving_coords, warp
+
+Interp = Literal["linear", "nearest", "cubic", "multilabel"]
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")  # files that know no integers but bytes, and no world
+
+
+def apply_image(
+    image: Path,
+    transforms: Sequence[Path],
+    output: Path,
+    *,
+    like: Path | None = None,
+    inverse: bool = False,
+    interp: Interp = "linear",
+    padding: Padding = "zeros",
+) -> dict[str, Any]:
+    """Resample an image through transforms and write it; returns a record of what was done.
+
+    image : what is sampled, the moving image; with `inverse` the fixed one
+    transforms : see `fnreg.chains.read_chain`
+    like : image whose grid the result has; default the grid of the transform
+    interp : "nearest" and "multilabel" keep labels the integers that they are
+
+    Raises ImageReadError, TransformReadError, WriteError, and ValueError for axes that differ.
+    """
+    mapping = read_chain(transforms, inverse=inverse)
+    labels = read_labels(image) if interp == "multilabel" else None
+    source = io.read_image(image) if labels is None else None
+    place = labels[1] if labels is not None else source.grid if source is not None else None
+    assert place is not None
+    grid = grid_of(mapping, like)
+    if place.ndim != grid.ndim:
+        raise ValueError(f"{image} has {place.ndim} axes but the transform has {grid.ndim}")
+    if source is not None and interp == "nearest" and _whole(source.data):
+        labels = source.data.to(torch.int64), source.grid
+    if labels is not None and labels[0].shape[0] == 1:
+        warped = warp_labels(labels[0], labels[1], mapping, grid, interp=interp, padding=padding)
+        write_labels(output, warped, grid)
+    else:
+        assert source is not None and interp != "multilabel"
+        made = warp(source, mapping, grid, mode=interp, padding=padding)
+        options: dict[str, Any] = {"window": window_of(source)} if suffix(output) == ".png" else {}
+        io.write_image(output, made, **options)
+    return {
+        "image": str(image),
+        "transforms": [str(path) for path in transforms],
+        "map": told(mapping),
+        "direction": direction(inverse),
+        "grid": repr(grid),
+        "interp": interp,
+        "output": str(output),
+    }
+
+
+def direction(inverse: bool) -> str:
+    """What a chain does to points, in words."""
+    return "moving points to fixed points" if inverse else "fixed points to moving points"
+
+
+def _whole(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all()) and bool((values == values.round()).all())
+
+
+# -- labels --------------------------------------------------------------------------------------------------------
+
+
+def warp_labels(
+    labels: Tensor, source: Grid, mapping: Mapping, grid: Grid, *, interp: Interp = "multilabel", padding: Padding = 0.0
+) -> Tensor:
+    """Labels seen through a mapping, (1, *grid.shape), the integers that they are.
+
+    labels : (1, [Z,] Y, X) integers on the grid `source`
+    interp : "nearest" takes the label of the nearest voxel; "multilabel" interpolates each class linearly and takes the
+        one with the largest share, the lowest number of several: its borders are smooth
+    padding : outside of the labels; 0 and "zeros" are background
+
+    No label appears that was not there, but for the padding.  Raises ValueError for another `interp`.
+
+    >>> import torch, fnreg
+    >>> from fnreg.apply import warp_labels
+    >>> grid = fnreg.Grid((4, 1))
+    >>> move = fnreg.linear_mapping(torch.tensor([[1.0, 0.0, 0.6], [0.0, 1.0, 0.0]]), grid)
+    >>> warp_labels(torch.tensor([[[7, 7, 2, 2]]]), grid, move, grid).tolist()
+    [[[7, 2, 2, 0]]]
+    """
+    coords = moving_coords(mapping, grid, source, torch.float64)
+    if interp == "nearest":
+        return interpolate(labels, coords, mode="nearest", padding=padding).reshape(-1, *grid.shape)
+    if interp != "multilabel":
+        raise ValueError(f"labels are not mixed: interp is {interp!r}, choose nearest or multilabel")
+    constant = not isinstance(padding, str) or padding == "zeros"
+    outside = 0.0 if isinstance(padding, str) else float(padding)
+    if not outside.is_integer():
+        raise ValueError(f"padding is {padding}: outside of labels give a whole number")
+    best = largest = None
+    numbers = {*torch.unique(labels).tolist(), *([int(outside)] if constant else [])}
+    for number in sorted(numbers):
+        beyond: Padding = float(number == outside) if constant else padding
+        share = interpolate((labels == number).to(torch.float64), coords, padding=beyond)
+        if best is None or largest is None:
+            best, largest = torch.full_like(share, number, dtype=labels.dtype), share
+            continue
+        more = share > largest + 1e-9  # of shares that are equal but for rounding the first counts
+        best, largest = torch.where(more, number, best), torch.where(more, share, largest)
+    assert best is not None
+    return best.reshape(1, *grid.shape)
+
+
+def read_labels(path: Path) -> tuple[Tensor, Grid]:
+    """Labels (1, [Z,] Y, X) int64 with their grid; ImageReadError where values are no whole numbers."""
+    if suffix(path) not in PICTURES:
+        data, grid = io.read_labels(path)
+        return data.to(torch.int64), grid
+    image = io.read_image(path)
+    if image.channels != 1 or not _whole(image.data):
+        raise ImageReadError(f"{path} holds no labels: expected one channel of whole numbers, one for each class")
+    return image.data.to(torch.int64), image.grid
+
+
+def write_labels(path: Path, labels: Tensor, grid: Grid) -> None:
+    """Write labels as they are; ValueError for a PNG where they are no bytes."""
+    if suffix(path) not in PICTURES:
+        io.write_labels(path, io.Labels(labels, grid))
+        return
+    options: dict[str, Any] = {}
+    if suffix(path) == ".png":
+        if int(labels.min()) < 0 or int(labels.max()) > 255:
+            raise ValueError(f"{path} would have 8 bits, but labels are up to {int(labels.max())}: name it .tif")
+        options["window"] = (0.0, 255.0)
+    io.write_image(path, Image(labels, grid), **options)
+
+
+# -- points --------------------------------------------------------------------------------------------------------
+
+
+def apply_points(
+    file: Path,
+    transforms: Sequence[Path],
+    output: Path,
+    *,
+    inverse: bool = False,
+    space: Space | None = None,
+    like: Path | None = None,
+) -> dict[str, Any]:
+    """Map points of a file and write them with their names; returns a record of what was done.
+
+    inverse : points of the moving image to the fixed one, instead of the other way
+    space, like : of points in a file that does not say where they are, see `fnreg.io.read_points`; voxels are those of
+        the image `like`
+
+    Raises TransformReadError, WriteError, and ValueError for axes that differ or points that are not finite.
+    """
+    mapping = read_chain(transforms, inverse=inverse)
+    found = io.read_points(file, space=space, grid=None if like is None else io.read_image(like).grid)
+    points = found.points
+    moved = mapping.map_points(points)
+    if not bool(torch.isfinite(moved).all()):
+        raise ValueError(f"points of {file} are mapped to what is not finite: look at the transform")
+    io.write_points(output, found._replace(points=moved), space="RAS" if space == "RAS" else "LPS")
+    distance = (moved - points).norm(dim=-1)
+    return {
+        "file": str(file),
+        "transforms": [str(path) for path in transforms],
+        "map": told(mapping),
+        "direction": direction(inverse),
+        "points": len(points),
+        "mean distance": float(distance.mean()),
+        "largest distance": float(distance.max()),
+        "output": str(output),
+    }

@@ -1,0 +1,106 @@
+"""Transforms from files to other files: what `fnreg invert`, `compose`, `convert` and `jacobian` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fnreg import fields, io
+from fnreg.chains import DISPLACEMENTS, grid_of, product, read_chain, told, write_chain
+from fnreg.image import Image
+from fnreg.io.itk import ITK_SUFFIXES
+from fnreg.io.itk_parts import parts
+from fnreg.output import check_file
+from fnreg.results import residual
+from fnreg.settings import SettingsError
+from fnreg.transforms.base import Mapping
+
+ENDINGS = {"itk": ITK_SUFFIXES, "fnreg": (".safetensors",), "displacement": DISPLACEMENTS}
+LEAST = 1e-6  # determinant, in logarithms
+
+
+def invert(transform: Path, output: Path, *, like: Path | None = None) -> dict[str, Any]:
+    """Write the inverse; the record tells its residual, |S(T(p)) - p| in voxels at most, 0 for linear maps.
+
+    Raises ValueError where the map has no inverse, and what reading and writing raise.
+    """
+    mapping = read_chain([transform])
+    inverse = mapping.inverse()
+    write_chain(output, inverse, like=like)
+    left = 0.0 if mapping.transform.linear else residual(mapping, inverse)
+    return {"transform": str(transform), "map": told(mapping), "residual in voxels": left, "output": str(output)}
+
+
+def compose(transforms: Sequence[Path], output: Path, *, like: Path | None = None) -> dict[str, Any]:
+    """Write transforms one after another as one, in the order of `fnreg.chains.read_chain`."""
+    mapping = read_chain(transforms)
+    write_chain(output, mapping, like=like)
+    return {"transforms": [str(path) for path in transforms], "map": told(mapping), "output": str(output)}
+
+
+def convert(
+    transform: Path, output: Path, *, to: str, like: Path | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write a transform in another form.
+
+    to : "itk", "fnreg" or "displacement", whose names end in one of `ENDINGS`; "ants" writes `OUTPUT0GenericAffine.mat`
+        and `OUTPUT1Warp.nii.gz`, those of them that are needed
+    like : image on whose grid a displacement is written; default the grid of the transform
+
+    Raises SettingsError for a name that does not go with `to`, OutputError where a file is in the way.
+    """
+    if to != "ants" and not str(output).lower().endswith(ENDINGS[to]):
+        raise SettingsError(f"{output} is no name for --to {to}: it ends in {', '.join(ENDINGS[to])}")
+    mapping = read_chain([transform])
+    record = {"transform": str(transform), "map": told(mapping)}
+    if to != "ants":
+        write_chain(output, mapping, like=like)
+        return record | {"output": str(output)}
+    written = _ants(mapping, output, like=like, overwrite=overwrite)
+    arguments = " ".join(f"-t {name}" for name in written)
+    return record | {"output": ", ".join(written), "for ANTs": f"antsApplyTransforms {arguments}"}
+
+
+def _ants(mapping: Mapping, output: Path, *, like: Path | None, overwrite: bool) -> list[str]:
+    """The names of a warp and of the affine map after it, in the order in which antsApplyTransforms takes them."""
+    warp, affine = (output.with_name(output.name + end) for end in ("1Warp.nii.gz", "0GenericAffine.mat"))
+    first, *rest = parts(mapping)
+    split = not first.transform.linear and bool(rest) and all(part.transform.linear for part in rest)
+    bent = first if split else mapping
+    linear = product(rest) if split else mapping if mapping.transform.linear else None
+    files = [*([] if bent.transform.linear else [warp]), *([] if linear is None else [affine])]
+    grid = None if bent.transform.linear else grid_of(bent, like)
+    for file in files:
+        check_file(file, overwrite=overwrite)
+    if grid is not None:
+        io.write_displacement(warp, bent, grid=grid)
+    if linear is not None:
+        io.write_itk(affine, linear)
+    return [str(file) for file in files]
+
+
+def jacobian(
+    transforms: Sequence[Path], output: Path, *, log: bool = False, like: Path | None = None
+) -> dict[str, Any]:
+    """Write the determinant of the map's derivative at the voxels of a grid as NIfTI; the record tells its range.
+
+    log : its natural logarithm instead; where the map folds that of `LEAST`, for readers of NIfTI take NaN for 0
+    """
+    mapping = read_chain(transforms)
+    grid = grid_of(mapping, like)
+    field = mapping.displacement(grid)
+    found = fields.determinant(field, grid)
+    values = found.clamp(min=LEAST).log() if log else found
+    io.write_map(output, Image(values.unsqueeze(0), grid))
+    statistics = fields.statistics(field, grid)
+    return {
+        "transforms": [str(path) for path in transforms],
+        "map": told(mapping),
+        "folds at voxels": int(fields.folds(field, grid)),
+        "folds in cells between": int(fields.folded_cells(field, grid)),
+        "jac_min": float(statistics.min_determinant),
+        "jac_max": float(statistics.max_determinant),
+        "sdlogj": float(statistics.sd_log_determinant),
+        "output": str(output),
+    }

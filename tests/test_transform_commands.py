@@ -1,0 +1,485 @@
+"""The commands on transforms: what they write is what the library computes and what SimpleITK does with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scenes import intensity, orientation, random_params, smooth_mapping, tensor, uniform
+from torch import Tensor
+from torch.testing import assert_close
+
+import fnreg
+from fnreg import SVFFD, Affine, Displacement, Grid, Image, Mapping, Rigid, cli, fields, io, metrics
+from fnreg.apply import warp_labels
+
+pytest.importorskip("PIL")
+sitk: Any = pytest.importorskip("SimpleITK")
+
+EXTENT = 24.0
+
+
+def volume_grid(**changes: Any) -> Grid:
+    options: dict[str, Any] = {
+        "spacing": (1.2, 1.5, 2.0),
+        "center": (30.0, -20.0, 10.0),
+        "direction": orientation(3, tensor([0.4, -0.3, 0.6])),
+    }
+    return Grid(changes.pop("size", (14, 13, 9)), **(options | changes))
+
+
+def save(path: Path | str, data: Tensor, grid: Grid) -> None:
+    """By SimpleITK, so that reading is another's business too."""
+    made = sitk.GetImageFromArray(data[0].numpy())
+    made.SetOrigin(grid.origin.tolist())
+    made.SetSpacing(grid.spacing.tolist())
+    made.SetDirection(grid.direction.flatten().tolist())
+    sitk.WriteImage(made, str(path))
+
+
+def load(path: Path | str) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def save_points(path: Path | str, landmarks: Any, **_: Any) -> None:
+    rows = [
+        ",".join([*map(repr, row), name]) for row, name in zip(landmarks.points.tolist(), landmarks.names, strict=True)
+    ]
+    axes = ",".join("xyz"[: landmarks.points.shape[1]])
+    Path(path).write_text("\n".join(["# space = LPS", f"{axes},name", *rows]) + "\n")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with volumes, pictures and transforms."""
+    monkeypatch.chdir(tmp_path)
+    direction = orientation(3, tensor([0.1, 0, 0.2]))
+    fixed, moving = volume_grid(), volume_grid(size=(24, 23, 17), spacing=(1.1, 1.3, 1.9), direction=direction)
+    for name, grid in (("fixed", fixed), ("moving", moving)):
+        values = intensity(grid.points() - grid.center, EXTENT).reshape(1, *grid.shape)
+        save(f"{name}.mha", values, grid)
+        save(f"{name}_labels.mha", regions(grid).to(torch.int16), grid)
+    io.write_transform("affine.mat", Mapping(random_params(Affine(), fixed, 1, 0.4), fixed, Affine()))
+    bent = smooth_mapping(SVFFD(4), fixed, 2, 1.0, 2.0)
+    io.write_transform("bent.safetensors", bent)
+    io.write_transform("bent.nii.gz", bent)
+    return tmp_path
+
+
+def regions(grid: Grid, mapping: Mapping | None = None) -> Tensor:
+    """Labels with a formula, (1, Z, Y, X): two balls of 3 and 300 in a background of 0."""
+    points = grid.points() if mapping is None else mapping.map_points(grid.points())
+    away = points - tensor([30.0, -20.0, 10.0])
+    first = (away - tensor([3.0, 0.0, 0.0])).norm(dim=1) < 4
+    second = (away + tensor([3.0, 1.0, 0.0])).norm(dim=1) < 3.5
+    return torch.where(second, 300, torch.where(first, 3, 0)).reshape(1, *grid.shape)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """The record of a command that ends well."""
+    assert cli.main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def theirs(names: Sequence[str]) -> Any:
+    """SimpleITK's composition in the order of antsApplyTransforms: the first acts first on fixed points."""
+    made: list[Any] = []
+    for name in names:
+        if name.endswith("nii.gz"):
+            image = sitk.Cast(sitk.ReadImage(name), sitk.sitkVectorFloat64)
+            made.append(sitk.DisplacementFieldTransform(image))
+        else:
+            made.append(sitk.ReadTransform(name))
+    return sitk.CompositeTransform(made[::-1])  # ITK's last acts first
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, arguments: Sequence[str], code: int, told: str) -> None:
+    """The command ends with this code and one clear line, and the folder is as it was."""
+    before = {name: (folder / name).read_bytes() for name in listing(folder) if (folder / name).is_file()}
+    assert cli.main(list(arguments)) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("fnreg: error: ") and err.count("\n") == 1
+    assert told in err
+    assert {name: (folder / name).read_bytes() for name in listing(folder) if (folder / name).is_file()} == before
+
+
+# -- apply ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [["affine.mat"], ["bent.nii.gz"], ["bent.nii.gz", "affine.mat"]], ids=" ".join)
+def test_apply_is_what_simpleitk_does(folder: Path, capsys: pytest.CaptureFixture[str], names: list[str]) -> None:
+    record = run(capsys, "apply", "moving.mha", *names, "--like", "fixed.mha", "-o", "w.mha")
+    assert record["transforms"] == names and record["direction"] == "fixed points to moving points"
+    fixed, moving = sitk.ReadImage("fixed.mha"), sitk.ReadImage("moving.mha")
+    expected = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, theirs(names), sitk.sitkLinear, 0.0))
+    found, plain = load("w.mha"), load("fixed.mha")
+    inner = (slice(2, -2),) * 3
+    assert np.abs(found - expected)[inner].max() < 1e-4 * np.ptp(plain)
+    assert np.abs(found - plain)[inner].max() > 0.05 * np.ptp(plain)
+    assert sitk.ReadImage("w.mha").GetDirection() == pytest.approx(fixed.GetDirection())
+
+
+def test_the_order_of_transforms_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["bent.safetensors", "affine.mat"]
+    pictures: list[np.ndarray] = []
+    for count, order in enumerate((names, names[::-1])):
+        run(capsys, "apply", "moving.mha", *order, "--like", "fixed.mha", "-o", f"{count}.mha")
+        pictures.append(load(f"{count}.mha"))
+        bent, affine = (io.read_transform(name) for name in names)
+        mapping = affine @ bent if count == 0 else bent @ affine
+        image = io.read_image(Path("moving.mha"))
+        expected = fnreg.warp(image, mapping, volume_grid()).data[0]
+        np.testing.assert_allclose(pictures[count], expected, atol=1e-6)
+    assert np.abs(pictures[0] - pictures[1]).max() > 1e-3
+
+
+def test_apply_the_inverse(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["bent.safetensors", "affine.mat"]
+    record = run(capsys, "apply", "fixed.mha", *names, "--inverse", "--like", "moving.mha", "-o", "w.mha")
+    assert record["direction"] == "moving points to fixed points"
+    whole = io.read_transform("affine.mat") @ io.read_transform("bent.safetensors")
+    image, like = io.read_image(Path("fixed.mha")), io.read_image(Path("moving.mha"))
+    np.testing.assert_allclose(load("w.mha"), fnreg.warp(image, whole.inverse(), like.grid).data[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [["--interp", "cubic"], ["--padding", "border"], ["--padding", "-5"]], ids=" ".join)
+def test_interpolation_and_padding(folder: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    run(capsys, "apply", "moving.mha", "bent.safetensors", "-o", "w.mha", *options)  # on the grid of the transform
+    mode, padding = "linear", "zeros"
+    if options[0] == "--interp":
+        mode = options[1]
+    else:
+        padding = -5.0 if options[1] == "-5" else options[1]
+    made: dict[str, Any] = {"mode": mode, "padding": padding}
+    mapping = io.read_transform("bent.safetensors")
+    expected = fnreg.warp(io.read_image(Path("moving.mha")), mapping, mapping.domain, **made).data[0]
+    np.testing.assert_allclose(load("w.mha"), expected, atol=1e-6)
+
+
+def test_pictures_look_as_they_did(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, image in zip(("fixed.png", "moving.png"), fnreg.data.digits(9), strict=True):
+        io.write_image(Path(name), image, window=(0, 1))
+    grid = Grid((28, 28))
+    io.write_transform("t.tfm", Mapping(Rigid().init(grid), grid, Rigid()))
+    for options in ([], ["--interp", "nearest"]):
+        run(capsys, "apply", "moving.png", "t.tfm", "--like", "fixed.png", "-o", "w.png", "--overwrite", *options)
+        assert torch.equal(io.read_image(Path("w.png")).data, io.read_image(Path("moving.png")).data)
+
+
+@pytest.mark.parametrize("interp", ["nearest", "multilabel"])
+def test_labels_stay_what_they_are(folder: Path, capsys: pytest.CaptureFixture[str], interp: str) -> None:
+    names = ["bent.nii.gz", "affine.mat"]
+    run(capsys, "apply", "moving_labels.mha", *names, "--like", "fixed.mha", "-o", "w.mha", "--interp", interp)
+    found = load("w.mha")
+    assert set(np.unique(found).tolist()) == {0, 3, 300}
+    assert np.issubdtype(found.dtype, np.integer)
+    if interp == "nearest":
+        image, like = sitk.ReadImage("moving_labels.mha"), sitk.ReadImage("fixed.mha")
+        expected = sitk.GetArrayFromImage(sitk.Resample(image, like, theirs(names), sitk.sitkNearestNeighbor, 0))
+        inner = (slice(2, -2),) * 3
+        assert (found != expected)[inner].mean() < 1e-3  # halves may round the other way
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_largest_share_is_nearer_the_truth_than_the_nearest_voxel(seed: int) -> None:
+    fixed, moving = volume_grid(), volume_grid(spacing=(1.1, 1.3, 1.9))
+    mapping = smooth_mapping(SVFFD(4), fixed, seed, 1.0, 2.0)
+    labels, truth = regions(moving), regions(fixed, mapping)
+    near, shared = (warp_labels(labels, moving, mapping, fixed, interp=name) for name in ("nearest", "multilabel"))
+    assert near.dtype == shared.dtype == labels.dtype
+    for made in (near, shared):
+        assert set(made.unique().tolist()) <= set(labels.unique().tolist())
+    assert float(metrics.dice(shared, truth).mean()) >= float(metrics.dice(near, truth).mean()) > 0.7
+
+
+def test_shares_of_labels_at_a_border_and_in_ties() -> None:
+    grid = Grid((4, 1))
+    labels = torch.tensor([[[9, 9, 4, 4]]])
+
+    def moved(by: float, **options: Any) -> list[int]:
+        move = fnreg.linear_mapping(tensor([[1, 0, by], [0, 1, 0]]), grid)
+        return warp_labels(labels, grid, move, grid, **options)[0, 0].tolist()
+
+    assert moved(0.4) == [9, 9, 4, 4] and moved(0.6) == [9, 4, 4, 0]
+    assert moved(0.5) == [9, 4, 4, 0]  # the lower number of a tie, the background before all
+    assert moved(0.6, padding="border") == [9, 4, 4, 4] and moved(0.6, padding=7.0) == [9, 4, 4, 7]
+    assert moved(-2.0, padding="reflection") == [4, 9, 9, 9]
+    with pytest.raises(ValueError, match="choose nearest or multilabel"):
+        moved(0.0, interp="linear")
+    with pytest.raises(ValueError, match=r"padding is 0\.5: outside of labels give a whole number"):
+        moved(0.0, padding=0.5)
+
+
+# -- points --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_points_go_with_the_map(folder: Path, capsys: pytest.CaptureFixture[str], inverse: bool) -> None:
+    names, grid = ["bent.nii.gz", "affine.mat"], volume_grid()
+    there = grid.center + 3 * uniform(6, 3, seed=1)
+    beyond = tensor([theirs(names).TransformPoint(point) for point in there.tolist()])
+    save_points("a.csv", io.Landmarks(beyond if inverse else there, tuple("abcdef")))
+    record = run(capsys, "points", "a.csv", *names, "-o", "b.csv", *(["--inverse"] if inverse else []))
+    assert record["direction"] == ("moving points to fixed points" if inverse else "fixed points to moving points")
+    found = io.read_points(Path("b.csv"))  # type: ignore[attr-defined]
+    assert tuple(found.names) == tuple("abcdef")
+    assert_close(found.points, there if inverse else beyond, atol=0.02 if inverse else 1e-5, rtol=0)
+    assert record["points"] == 6 and record["mean distance"] == pytest.approx(
+        float((beyond - there).norm(dim=1).mean()), abs=0.02
+    )
+    assert cli.main(["points", "a.csv", *names, "-o", "c.csv"]) == 0
+    assert "direction         fixed points to moving points" in capsys.readouterr().out
+
+
+# -- from transforms to transforms ---------------------------------------------------------------------------------
+
+
+def inner_points(count: int = 30) -> Tensor:
+    grid = volume_grid()
+    return grid.index_to_world(grid.index_center + 0.3 * tensor(grid.size) * uniform(count, 3, seed=4))
+
+
+def test_invert_tells_its_residual(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = inner_points()
+    for name, out in (("bent.safetensors", "i.safetensors"), ("bent.nii.gz", "i.nii.gz"), ("affine.mat", "i.mat")):
+        record = run(capsys, "invert", name, "-o", out)
+        there, back = io.read_transform(name), io.read_transform(out)
+        missed = (back.map_points(there.map_points(points)) - points).norm(dim=1) / volume_grid().spacing.min()
+        left = record["residual in voxels"]
+        assert float(missed.max()) <= 2 * left + 1e-5
+        assert left == 0 if name == "affine.mat" else 0 < left < 0.3
+
+
+def test_compose_is_one_after_the_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = inner_points()
+    affine, bent = io.read_transform("affine.mat"), io.read_transform("bent.safetensors")
+    for names, expected in (
+        (["bent.safetensors", "affine.mat"], affine.map_points(bent.map_points(points))),
+        (["affine.mat", "bent.safetensors"], bent.map_points(affine.map_points(points))),
+        (["affine.mat", "affine.mat"], affine.map_points(affine.map_points(points))),
+        (["affine.mat", "bent.safetensors", "affine.mat", "affine.mat"],
+         affine.map_points(affine.map_points(bent.map_points(affine.map_points(points))))),
+    ):  # fmt: skip
+        for out in ("c.safetensors", "c.tfm"):
+            run(capsys, "compose", *names, "-o", out, "--overwrite")
+            assert_close(io.read_transform(out).map_points(points), expected, atol=1e-8, rtol=0)
+    run(capsys, "compose", "affine.mat", "affine.mat", "-o", "c.mat")
+    assert_close(io.read_transform("c.mat").matrix(), affine.matrix() @ affine.matrix(), atol=1e-10, rtol=0)
+
+
+def test_convert_to_every_form(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = inner_points()
+    for name in ("bent.safetensors", "affine.mat"):
+        expected = io.read_transform(name).map_points(points)
+        forms = [("itk", "t.tfm"), ("itk", "t.h5"), ("fnreg", "t.safetensors")]
+        forms += [("displacement", f"u.{end}") for end in ("nii", "nii.gz", "mha", "nrrd")]
+        for form, out in forms:
+            like = ["--like", "fixed.mha"] if form == "displacement" else []
+            record = run(capsys, "convert", name, "--to", form, "-o", out, "--overwrite", *like)
+            assert record["output"] == out
+            assert_close(io.read_transform(out).map_points(points), expected, atol=1e-4, rtol=0)
+
+
+def test_convert_for_ants(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = inner_points()
+    bent, affine = io.read_transform("bent.safetensors"), io.read_transform("affine.mat")
+    cases = {
+        "both": (affine @ bent, ["both1Warp.nii.gz", "both0GenericAffine.mat"]),
+        "linear": (affine, ["linear0GenericAffine.mat"]),
+        "bent": (bent, ["bent1Warp.nii.gz"]),
+        "other": (bent @ fnreg.linear_mapping(affine.matrix(), bent.domain), ["other1Warp.nii.gz"]),
+    }
+    for name, (mapping, files) in cases.items():
+        io.write_transform(f"{name}.safetensors", mapping)
+        record = run(capsys, "convert", f"{name}.safetensors", "--to", "ants", "-o", name)
+        assert record["output"] == ", ".join(files)
+        assert record["for ANTs"] == "antsApplyTransforms " + " ".join(f"-t {file}" for file in files)
+        found = tensor([theirs(files).TransformPoint(point) for point in points.tolist()])
+        expected = mapping.map_points(points)
+        if name == "other":  # one field of the whole, linear between its voxels
+            field = {"displacement": mapping.displacement(bent.domain)}
+            expected = Mapping(field, bent.domain, Displacement()).map_points(points)
+        assert_close(found, expected, atol=1e-4, rtol=0)
+    refused(
+        capsys, folder, ["convert", "both.safetensors", "--to", "ants", "-o", "both"], 3, "exists: give another name"
+    )
+
+
+def test_jacobian(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mapping = io.read_transform("bent.safetensors")
+    expected = fields.determinant(mapping.displacement(), mapping.domain)
+    record = run(capsys, "jacobian", "bent.safetensors", "-o", "j.nii.gz")
+    np.testing.assert_allclose(load("j.nii.gz"), expected, atol=1e-6)
+    assert record["jac_min"] == pytest.approx(float(expected.min())) and record["folds at voxels"] == 0
+    assert record["jac_max"] == pytest.approx(float(expected.max()))
+    assert record["sdlogj"] == pytest.approx(float(expected.log().std(correction=0)))
+    run(capsys, "jacobian", "bent.safetensors", "-o", "l.nii.gz", "--log")
+    np.testing.assert_allclose(load("l.nii.gz"), expected.log(), atol=1e-6)
+    run(capsys, "jacobian", "affine.mat", "-o", "a.nii.gz", "--like", "moving.mha")
+    scale = float(torch.linalg.det(io.read_transform("affine.mat").matrix()))
+    np.testing.assert_allclose(load("a.nii.gz"), scale, atol=1e-6)
+    fold = Mapping({"displacement": 60 * mapping.displacement()}, mapping.domain, Displacement())
+    io.write_transform("fold.safetensors", fold)
+    told = run(capsys, "jacobian", "fold.safetensors", "-o", "f.nii.gz", "--log")
+    assert told["folds at voxels"] == int((load("f.nii.gz") < np.log(1.01e-6)).sum()) > 0 > told["jac_min"]
+
+
+# -- evaluate and presets ------------------------------------------------------------------------------------------
+
+
+def test_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed, moving = volume_grid(), io.read_image(Path("moving.mha")).grid
+    mapping = io.read_transform("affine.mat") @ io.read_transform("bent.safetensors")
+    save("fixed_labels.mha", regions(fixed, mapping).to(torch.int16), fixed)  # the truth
+    points = inner_points()
+    away = 0.1 * uniform(30, 3, seed=7)
+    save_points("f.csv", io.Landmarks(points, ("p",) * 30))
+    save_points("m.csv", io.Landmarks(mapping.map_points(points) + away, ("p",) * 30))
+    transforms = ["bent.safetensors", "affine.mat"]
+    sides = ["--fixed-labels", "fixed_labels.mha", "--moving-labels", "moving_labels.mha"]
+    sides += ["--fixed-points", "f.csv", "--moving-points", "m.csv"]
+    found = run(capsys, "evaluate", *transforms, *sides)
+    before, after = found["before"], found["after"]
+
+    warped = load_nearest(moving, fixed, mapping)
+    truth = regions(fixed, mapping)
+    expected = metrics.dice(truth, warped, numbers=(3, 300))
+    assert [after["dice_3"], after["dice_300"]] == pytest.approx(expected.tolist())
+    assert (
+        after["dice_mean"] == pytest.approx(float(expected.mean())) and after["dice_mean"] > before["dice_mean"] + 0.02
+    )
+    assert after["jaccard_mean"] == pytest.approx(float((expected / (2 - expected)).mean()))
+    lengths = away.norm(dim=1)
+    assert after["tre_mean"] == pytest.approx(float(lengths.mean()), abs=1e-6)
+    assert after["tre_max"] == pytest.approx(float(lengths.max()), abs=1e-6)
+    assert after["tre_p95"] == pytest.approx(float(np.percentile(lengths, 95)), abs=1e-6)
+    assert before["tre_mean"] > 5 * after["tre_mean"]
+    determinant = fields.determinant(mapping.displacement(fixed), fixed)
+    assert after["jac_min"] == pytest.approx(float(determinant.min()), abs=1e-6) and after["folds"] == 0
+    assert after["sdlogj"] == pytest.approx(float(determinant.log().std(correction=0)), abs=1e-6)
+    assert "jac_min" not in before
+    assert set(run(capsys, "evaluate", *sides)) == {"before"}
+    shared = run(capsys, "evaluate", *transforms, *sides, "--interp", "multilabel")["after"]
+    assert shared["dice_mean"] >= after["dice_mean"]
+    assert cli.main(["evaluate", *transforms, *sides]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["before", "after"]
+    assert table[1].split() == ["dice_3", f"{before['dice_3']:.4g}", f"{after['dice_3']:.4g}"]
+    assert "jac_min" not in run(capsys, "evaluate", "affine.mat", *sides)["after"]
+
+
+def load_nearest(moving: Grid, fixed: Grid, mapping: Mapping) -> Tensor:
+    """The moving labels by rounding voxel indices, halves up."""
+    index = (moving.world_to_index(mapping.map_points(fixed.points())) + 0.5).floor().long()
+    inside = ((index >= 0) & (index < torch.tensor(moving.size))).all(-1)
+    x, y, z = torch.where(inside[:, None], index, 0).unbind(-1)
+    return torch.where(inside, regions(moving)[0, z, y, x], 0).reshape(1, *fixed.shape)
+
+
+def test_presets(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    assert run(capsys, "presets") == {"brain": "affine+diffeomorphism", "brain_fast": "affine+diffeomorphism"}
+    assert cli.main(["presets", "show", "brain"]) == 0
+    out = capsys.readouterr().out
+    assert "Diffeomorphism(gradient=0.75" in out and "padding    'zeros'" in out
+    refused(capsys, folder, ["presets", "show", "brian"], 2, "did you mean brain?")
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+APPLY = ["apply", "moving.mha", "bent.safetensors", "-o", "w.mha"]
+REFUSED = {
+    "interp": ([*APPLY, "--interp", "nearset"], 2, "unknown interp 'nearset': did you mean nearest?"),
+    "padding": ([*APPLY, "--padding", "zeroes"], 2, "did you mean zeros?"),
+    "no transform": (["apply", "moving.mha", "-o", "w.mha"], 2, "no transform is given"),
+    "no output": (["apply", "moving.mha", "affine.mat"], 2, "--output"),
+    "no such transform": (["apply", "moving.mha", "none.h5", "-o", "w.mha"], 3, "none.h5 does not exist"),
+    "no such image": (["apply", "none.mha", "affine.mat", "-o", "w.mha", "--like", "fixed.mha"], 3, "none.mha"),
+    "no grid": (["apply", "moving.mha", "affine.mat", "-o", "w.mha"], 3, "give an image with --like"),
+    "axes of the image": ([*APPLY[:1], "flat.png", *APPLY[2:]], 3, "flat.png has 2 axes but the transform has 3"),
+    "axes of the grid": ([*APPLY, "--like", "flat.png"], 3, "flat.png has 2 axes but the transform has 3"),
+    "axes of transforms": (
+        ["compose", "affine.mat", "flat.tfm", "-o", "c.tfm"], 3,
+        "flat.tfm is a transform of 2 axes but affine.mat has 3",
+    ),
+    "a batch": (["compose", "batch.safetensors", "-o", "c.tfm"], 3, "holds a batch of maps"),
+    "no labels": (
+        ["apply", "moving.mha", "bent.nii.gz", "-o", "w.mha", "--interp", "multilabel"], 3, "moving.mha",
+    ),
+    "labels of a PNG": (
+        ["apply", "flat.tif", "flat.tfm", "--like", "flat.png", "-o", "w.png", "--interp", "nearest"], 3,
+        "name it .tif",
+    ),
+    "output is there": (["apply", "moving.mha", "bent.nii.gz", "-o", "fixed.mha"], 3, "exists: give another name"),
+    "output is a folder": (["invert", "affine.mat", "-o", "."], 3, "is a folder"),
+    "no folder": (["invert", "affine.mat", "-o", "none/i.mat"], 3, "none/i.mat cannot be written: none does not exist"),
+    "a file as folder": (["compose", "affine.mat", "-o", "affine.mat/i.mat"], 3, "affine.mat is not a folder"),
+    "no such form": (["convert", "affine.mat", "--to", "antz", "-o", "c"], 2, "did you mean ants?"),
+    "name and form": (["convert", "affine.mat", "--to", "itk", "-o", "c.nii"], 2, "c.nii is no name for --to itk"),
+    "bent as .mat": (["convert", "bent.safetensors", "--to", "itk", "-o", "c.mat"], 3, ".mat holds linear transforms"),
+    "ending": (["compose", "affine.mat", "-o", "c.xfm"], 3, "expected a name that ends in .safetensors"),
+    "like without need": (["compose", "affine.mat", "-o", "c.tfm", "--like", "fixed.mha"], 3, "leave it out"),
+    "no inverse": (["invert", "fold.safetensors", "-o", "i.h5"], 3, "use a stronger penalty, or a diffeomorphism"),
+    "no grid of a field": (["convert", "affine.mat", "--to", "displacement", "-o", "u.nii"], 3, "with --like"),
+    "jacobian as picture": (["jacobian", "bent.nii.gz", "-o", "j.png"], 3, "ends in .nii or .nii.gz"),
+    "nothing to evaluate": (["evaluate"], 2, "nothing to evaluate"),
+    "one side": (["evaluate", "--fixed-points", "p.csv"], 2, "give --fixed-points and --moving-points"),
+    "labels of other axes": (
+        ["evaluate", "affine.mat", "--fixed-labels", "flat.png", "--moving-labels", "flat.png"], 3,
+        "flat.png has 2 axes but the transform has 3",
+    ),
+    "no class": (
+        ["evaluate", "--fixed-labels", "zero.png", "--moving-labels", "zero.png"], 3, "there is no class to compare",
+    ),
+    "spaces": (["points", "p.csv", "affine.mat", "-o", "q.csv", "--space", "LSP"], 2, "choose from LPS, RAS, voxel"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(folder: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    arguments, code, told = REFUSED[case]
+    flat = Grid((8, 6))
+    io.write_image(Path("flat.png"), Image(torch.arange(48.0).reshape(1, 6, 8), flat))
+    io.write_image(Path("flat.tif"), Image(300 + torch.arange(48.0).reshape(1, 6, 8), flat))
+    io.write_image(Path("zero.png"), Image(torch.zeros(1, 6, 8), flat))
+    io.write_transform("flat.tfm", Mapping(Rigid().init(flat), flat, Rigid()))
+    one = io.read_transform("bent.safetensors")
+    io.write_transform("batch.safetensors", fnreg.stack([one, one]))
+    fold = Mapping({"displacement": 60 * one.displacement()}, one.domain, Displacement())
+    io.write_transform("fold.safetensors", fold)
+    refused(capsys, folder, arguments, code, told)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_to(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "locked").mkdir(mode=0o500)
+    refused(capsys, folder, ["invert", "affine.mat", "-o", "locked/i.mat"], 3, "locked cannot be written to")
+
+
+def test_a_fault_while_writing_leaves_what_was_there(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    Path("i.mat").write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", full)
+    refused(capsys, folder, ["invert", "affine.mat", "-o", "i.mat", "--overwrite"], 3, "No space left")
+    assert Path("i.mat").read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("name", ["bent.safetensors", "bent.nii.gz", "affine.mat"])
+def test_damaged_transforms_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    data = Path(name).read_bytes()
+    Path(f"cut_{name}").write_bytes(data[: len(data) // 2])
+    arguments = ["apply", "moving.mha", f"cut_{name}", "--like", "fixed.mha", "-o", "w.mha"]
+    refused(capsys, folder, arguments, 3, f"cut_{name}")
