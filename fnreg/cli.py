@@ -146,11 +146,12 @@ def register(
         choose("space", space, SPACES)
     from fnreg import results, run
     from fnreg.agreement import Paths
+    from fnreg.loading import Files
     from fnreg.output import OutputFolder
     from fnreg.progress import Bars
 
     known = Paths((fixed_labels, moving_labels), (fixed_points, moving_points), space)
-    files = run.Files(fixed, moving, output, fixed_mask, moving_mask, known)
+    files = Files(fixed, moving, output, fixed_mask, moving_mask, known)
     folder = OutputFolder(output, overwrite=overwrite, known=results.KNOWN)
     folder.check()
     with pointing(settings, here):
@@ -293,8 +294,8 @@ def _code(error: BaseException) -> int | None:
 
     if isinstance(error, MissingExtraError):
         return ENVIRONMENT
+    from fnreg.loading import DeviceError
     from fnreg.registration import RegistrationError
-    from fnreg.run import DeviceError
 
     if isinstance(error, DeviceError):
         return ENVIRONMENT

@@ -18,6 +18,7 @@ from fnreg.image import Image
 from fnreg.io.image import PICTURES, suffix
 from fnreg.io.itk import parts
 from fnreg.registration import Registration
+from fnreg.settings import Settings
 from fnreg.solvers.base import Status
 from fnreg.transforms.base import Mapping, first_domain
 from fnreg.transforms.linear import decompose
@@ -101,6 +102,28 @@ def _dense(result: Registration) -> dict[str, Any]:
         "max_displacement": _number(float(told.max_displacement)),
         "linear_parts": [part.matrix().tolist() for part in parts(result.mapping) if part.transform.linear],
     }
+
+
+def remarks(before: float, after: float, folds: float | None, settings: Settings) -> list[str]:
+    """What a user should know of a pair that was registered: the objective at the start and at the end, and the share
+    of folded voxels."""
+    told: list[str] = []
+    if after > before:
+        told.append(f"the objective rose from {before:.4g} to {after:.4g}: look at the figures")
+    if folds:
+        told.append(_of_folds(folds, before, settings))
+    return told
+
+
+def _of_folds(share: float, before: float, settings: Settings) -> str:
+    told = f"the map folds at {100 * share:.3g} % of the pixels: give "
+    if settings.preset:
+        return f"{told}a transform, similarity and penalty of its own in place of preset {settings.preset}"
+    if settings.penalty:
+        return f"{told}a larger weight than {settings.penalty}, or use svffd"
+    # Bending is below 1 for smooth maps: so it weighs less than what there is to gain, whatever the intensities.
+    gain = abs(before) if before and math.isfinite(before) else 1
+    return f"{told}a penalty, such as --penalty bending={gain:.0e}, or use svffd"
 
 
 class Inverse(NamedTuple):

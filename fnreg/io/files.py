@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +15,8 @@ import numpy as np
 
 PathLike = str | os.PathLike[str]
 _Bytes = TypeVar("_Bytes", bytes, np.ndarray)
+Print = tuple[int, int, str]  # of a file: its size, when it was changed, in ns, and the SHA-256 of its content
+_prints: ContextVar[dict[str, Print] | None] = ContextVar("prints", default=None)
 
 
 class ImageReadError(OSError, ValueError):
@@ -47,13 +51,29 @@ def _read(path: PathLike, error: Callable[[str], Exception], how: Callable[[Path
         raise error(f"{place} does not exist: check the path")
     if place.is_dir():
         raise error(f"{place} is a folder: expected a file")
+    seen = _prints.get()
     try:
+        changed = 0 if seen is None else place.stat().st_mtime_ns
         data = how(place)
     except OSError as problem:
         raise error(f"{place} cannot be read: {problem.strerror or problem}") from problem
+    if seen is not None:
+        seen[str(place)] = (len(data), changed, hashlib.sha256(data).hexdigest())  # type: ignore[arg-type]
     if not len(data):
         raise error(f"{place} is empty: it holds no bytes")
     return data
+
+
+@contextmanager
+def fingerprints() -> Generator[dict[str, Print]]:
+    """A dictionary to which goes, by path, what tells a file from another of each that this thread reads: of the bytes
+    that were read, not of those that may be there later."""
+    seen: dict[str, Print] = {}
+    before = _prints.set(seen)
+    try:
+        yield seen
+    finally:
+        _prints.reset(before)
 
 
 def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
