@@ -13,11 +13,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fnreg.cohort.ledger import FOLDER, Ledger, LedgerError, read_ledger, read_records
+from fnreg.cohort.ledger import FOLDER, Attempts, Ledger, LedgerError, read_attempts, read_ledger, read_records
 
 
 def record(name: str, **more: object) -> dict[str, object]:
     return {"pair_id": name, **more}
+
+
+def records_of(study: Path) -> list[dict[str, object]]:
+    """All records without their time."""
+    found = [dict(one) for one in read_records(study)]
+    assert all(isinstance(one.pop("time", 0.0), float) for one in found)
+    return found
 
 
 def test_the_last_record_of_a_pair_holds_over_all_shards(tmp_path: Path) -> None:
@@ -40,11 +47,11 @@ def test_a_cut_ledger_keeps_what_was_whole(cut: int, more: bool, tmp_path_factor
     path.write_bytes(whole[:cut])
     kept = sum(1 for end in range(len(whole)) if whole[end : end + 1] == b"\n" and end <= cut)
     expected = records[:kept]
-    assert list(read_records(study)) == expected
+    assert records_of(study) == expected
     if more:
         with Ledger(study) as ledger:
             ledger.append([record("new")])
-        assert list(read_records(study)) == [*expected, record("new")]
+        assert records_of(study) == [*expected, record("new")]
 
 
 def test_a_writer_that_is_killed_leaves_whole_records_and_no_lock(tmp_path: Path) -> None:
@@ -95,3 +102,26 @@ def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
     lines = ['{"pair_id": "a"}', "[1]", '{"pair_id": 3}', '{"other": 1}', "nonsense", json.dumps(record("b"))]
     (tmp_path / FOLDER / "shard-0000.jsonl").write_text("\n".join(lines))
     assert list(read_ledger(tmp_path)) == ["a", "b"]
+
+
+def test_attempts_are_counted_and_deaths_told_apart(tmp_path: Path) -> None:
+    def begun(name: str, alone: bool = False) -> dict[str, object]:
+        return record(name, status="begun", alone=alone)
+
+    with Ledger(tmp_path) as ledger:
+        for name in "abcd":
+            ledger.append([begun(name)])
+        ledger.append([record("a", status="ok"), record("d", status="released")])
+    with Ledger(tmp_path, 1) as ledger:
+        ledger.append([begun("b", alone=True), begun("c", alone=True), begun("c", alone=True)])
+        ledger.append([record("b", status="failed"), begun("b")])
+    assert read_attempts(tmp_path) == {"a": Attempts(1), "b": Attempts(3, 1), "c": Attempts(3, 1, 2), "d": Attempts(0)}
+    assert {name: one["status"] for name, one in read_ledger(tmp_path).items()} == {"a": "ok", "b": "failed"}
+
+
+def test_of_two_shards_the_later_record_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard, now in ((3, 1.0), (0, 2.0)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        with Ledger(tmp_path, shard) as ledger:
+            ledger.append([record("a", shard=shard)])
+    assert read_ledger(tmp_path)["a"]["shard"] == 0

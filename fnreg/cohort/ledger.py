@@ -2,18 +2,25 @@
 
 A record is on disk before the next batch begins.  A process that dies while it writes leaves a torn last line, which
 the next reader skips and the next writer closes.  Where a pair has several records the last one holds.
+
+Two kinds of records are of the work, not of its outcome: a pair is `BEGUN` before its files are read, and `RELEASED`
+where a run ended in order before its turn.  What was begun and is neither finished nor released was in a process that
+died.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 FOLDER = "ledger"
+BEGUN, RELEASED = "begun", "released"
 Record = dict[str, Any]
 
 
@@ -30,12 +37,13 @@ class Ledger:
     ...     with Ledger(study) as ledger:
     ...         ledger.append([{"pair_id": "a", "status": "failed"}, {"pair_id": "a", "status": "ok"}])
     ...     read_ledger(study)
-    {'a': {'pair_id': 'a', 'status': 'ok'}}
+    {'a': {'pair_id': 'a', 'status': 'ok', 'time': ...}}
     """
 
     def __init__(self, study: str | os.PathLike[str], shard: int = 0) -> None:
         self.path = Path(study) / FOLDER / f"shard-{shard:04d}.jsonl"
         self._file = -1
+        self._turn = threading.Lock()
 
     def __enter__(self) -> Ledger:
         try:
@@ -52,12 +60,17 @@ class Ledger:
         return self
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add records and wait until they are on disk.  Raises LedgerError where that fails."""
-        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
+        """Add records, with the time, and wait until they are on disk; from any thread.
+
+        Raises LedgerError where that fails.
+        """
+        now = {"time": round(time.time(), 3)}
+        lines = "".join(json.dumps({**record, **now}, allow_nan=False) + "\n" for record in records).encode()
         try:
-            while lines:
-                lines = lines[os.write(self._file, lines) :]
-            os.fsync(self._file)
+            with self._turn:
+                while lines:
+                    lines = lines[os.write(self._file, lines) :]
+                os.fsync(self._file)
         except OSError as problem:
             raise LedgerError(f"{self.path} cannot be written: {problem.strerror or problem}") from problem
 
@@ -78,11 +91,46 @@ class Ledger:
 
 
 def read_ledger(study: str | os.PathLike[str]) -> dict[str, Record]:
-    """The last record of each pair, by id, over all shards; empty where there is no ledger."""
+    """The last outcome of each pair, by id, over all shards; empty where there is no ledger."""
     found: dict[str, Record] = {}
     for record in read_records(study):
+        before = found.get(record["pair_id"])
+        if record.get("status") in (BEGUN, RELEASED) or (before and _when(record) < _when(before)):
+            continue
         found[record["pair_id"]] = record
     return found
+
+
+class Attempts(NamedTuple):
+    """How often a pair was begun, and how often since its last outcome a process died with it: together with
+    others, and alone."""
+
+    times: int = 0
+    together: int = 0
+    alone: int = 0
+
+
+def read_attempts(study: str | os.PathLike[str]) -> dict[str, Attempts]:
+    """The attempts at each pair, by id, over all shards."""
+    found: dict[str, Attempts] = {}
+    last: dict[str, bool] = {}
+    for record in sorted(read_records(study), key=_when):
+        name, status = record["pair_id"], record.get("status")
+        count, together, alone = found.get(name, Attempts())
+        if status == BEGUN:
+            last[name] = bool(record.get("alone"))
+            found[name] = Attempts(count + 1, together + (not last[name]), alone + last[name])
+        elif status == RELEASED:
+            was = last.pop(name, None)
+            if was is not None:
+                found[name] = Attempts(count - 1, together - (not was), alone - was)
+        else:
+            found[name] = Attempts(count)
+    return found
+
+
+def _when(record: Mapping[str, Any]) -> float:
+    return record.get("time", 0.0)
 
 
 def read_records(study: str | os.PathLike[str]) -> Iterator[Record]:

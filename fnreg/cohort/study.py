@@ -19,7 +19,7 @@ from typing import Any
 
 from fnreg.cohort.ledger import Record, read_ledger
 from fnreg.cohort.manifest import Row, write_manifest
-from fnreg.io.files import write_bytes
+from fnreg.io.files import Print, write_bytes
 
 OK, WARN = "ok", "warn"
 DONE = (OK, WARN)
@@ -59,6 +59,9 @@ COLUMNS = {
 }
 
 
+OF_RECORDS = ("inputs", "beside", "history", "warnings", "time")  # what the ledger knows and the table does not tell
+
+
 class StudyError(ValueError):
     """A folder holds another study, or none."""
 
@@ -84,13 +87,15 @@ class Study:
         if self.folder.exists() and not self.folder.is_dir():
             raise StudyError(f"{self.folder} is a file: give a folder")
         there = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        there = [name for name in there if not _is_scratch(name)]
         if there and "settings.toml" not in there:
             raise StudyError(f"{self.folder} holds {there[0]!r} and no study: give an empty folder, or that of a study")
         if there:
             self._check_settings()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.folder / "settings.toml", toml(self.settings).encode())
-        write_bytes(self.folder / "manifest.tsv", write_manifest(rows))
+        if not there:
+            write_bytes(self.folder / "settings.toml", toml(self.settings).encode())
+        self.write_manifest()
 
     def _check_settings(self) -> None:
         before = read_settings(self.folder)
@@ -100,6 +105,12 @@ class Study:
             raise StudyError(
                 f"{self.folder} was made with other settings: {told}; give another folder, or the same ones"
             )
+
+    def write_manifest(self) -> None:
+        """manifest.tsv, where it is not there or has other rows."""
+        path, content = self.folder / "manifest.tsv", write_manifest(self.rows)
+        if not path.is_file() or path.read_bytes() != content:
+            write_bytes(path, content)
 
     def todo(self, *, retry_failed: bool = False) -> list[Row]:
         """The rows that are not finished: without a record, with inputs that changed, and failed ones if asked."""
@@ -111,7 +122,7 @@ class Study:
             return False
         if record.get("status") not in DONE and retry_failed:
             return False
-        return unchanged(row, record.get("inputs", {}))
+        return unchanged(row, record.get("inputs", {}), record.get("beside", {}))
 
     def table(self) -> list[dict[str, Any]]:
         """One row per pair of the study, in its order, with the columns of `COLUMNS` and all others that there are."""
@@ -119,7 +130,7 @@ class Study:
         found: list[dict[str, Any]] = []
         for row in self.rows:
             record = known.get(row.pair_id, {"status": "pending"})
-            values = {k: v for k, v in record.items() if k not in ("inputs", "history", "warnings")}
+            values = {k: v for k, v in record.items() if k not in OF_RECORDS}
             found.append({**row.record(), **values})
         return found
 
@@ -149,27 +160,45 @@ def toml(settings: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def fingerprint(path: Path, content: bytes | None = None) -> list[Any]:
-    """Size, time of change in ns, and the SHA-256 of the content."""
-    told = path.stat()
-    content = path.read_bytes() if content is None else content
-    return [told.st_size, told.st_mtime_ns, hashlib.sha256(content).hexdigest()]
+def fingerprint(path: Path) -> Print:
+    """Size, time of change in ns, and the SHA-256 of the content; of a folder of slices, those of its files."""
+    size, changed = _stat(path)
+    whole = hashlib.sha256()
+    for file in _files(path):
+        whole.update(file.read_bytes())
+    return size, changed, whole.hexdigest()
 
 
-def unchanged(row: Row, inputs: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether the files of a row are those of a record; the content is read where size or time of a file differ."""
+def _stat(path: Path) -> tuple[int, int]:
+    each = [file.stat() for file in _files(path)]
+    return sum(told.st_size for told in each), max((told.st_mtime_ns for told in each), default=0)
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
+def unchanged(row: Row, inputs: Mapping[str, Sequence[Any]], beside: Mapping[str, Sequence[Any]] | None = None) -> bool:
+    """Whether the files of a row are those of a record; the content is read where the time of a file differs.
+
+    beside : files that are read with those, such as the voxels of a header
+    """
     if {str(path) for path in row.files.values()} != set(inputs):
         return False
-    for name, (size, changed, sha) in inputs.items():
+    for name, (size, changed, sha) in (*inputs.items(), *(beside or {}).items()):
+        path = Path(name)
         try:
-            told = os.stat(name)
-            if told.st_size != size:
-                return False
-            if told.st_mtime_ns != changed and fingerprint(Path(name))[2] != sha:
+            now, when = _stat(path)
+            if now != size or (when != changed and fingerprint(path)[2] != sha):
                 return False
         except OSError:
             return False
     return True
+
+
+def _is_scratch(name: str) -> bool:
+    """Whether a file is what a process that died while it wrote has left."""
+    return name.startswith(".") and name.endswith((".tmp", ".partial"))
 
 
 def _tsv(columns: Sequence[str], table: Iterable[Mapping[str, Any]]) -> bytes:
