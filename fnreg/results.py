@@ -59,11 +59,11 @@ def outcome(result: Registration, before: float, before_terms: dict[str, Tensor]
     center = result.fixed_grid.center
     found: dict[str, Any] = {
         "ended": Status(int(result.status)).name.lower(),
-        "value_before": _number(before),
-        "value_after": _number(float(result.value)),
+        "value_before": number(before),
+        "value_after": number(float(result.value)),
         # where the images do not overlap no voxel was looked at
-        "terms_before": {n: _number(float(v)) if math.isfinite(before) else None for n, v in before_terms.items()},
-        "terms_after": {name: _number(float(value)) for name, value in result.terms.items()},
+        "terms_before": {n: number(float(v)) if math.isfinite(before) else None for n, v in before_terms.items()},
+        "terms_after": {name: number(float(value)) for name, value in result.terms.items()},
         "steps": result.steps.tolist(),
         "translation_of_center": (result.map_points(center[None])[0] - center).tolist(),
         "history": [
@@ -95,11 +95,11 @@ def _dense(result: Registration) -> dict[str, Any]:
     grid = result.fixed_grid
     told = fields.statistics(result.mapping.displacement(grid), grid)
     return {
-        "jac_min": _number(float(told.min_determinant)),
-        "jac_max": _number(float(told.max_determinant)),
-        "folds": _number(float(told.folds)),  # share of voxels
-        "sdlogj": _number(float(told.sd_log_determinant)),
-        "max_displacement": _number(float(told.max_displacement)),
+        "jac_min": number(float(told.min_determinant)),
+        "jac_max": number(float(told.max_determinant)),
+        "folds": number(float(told.folds)),  # share of voxels
+        "sdlogj": number(float(told.sd_log_determinant)),
+        "max_displacement": number(float(told.max_displacement)),
         "linear_parts": [part.matrix().tolist() for part in parts(result.mapping) if part.transform.linear],
     }
 
@@ -141,7 +141,7 @@ def invert(result: Registration) -> Inverse:
     except ValueError as problem:
         return Inverse(None, None, f"no inverse was written: {problem}")
     linear = result.mapping.transform.linear
-    return Inverse(inverse, None if linear else _number(residual(result.mapping, inverse.mapping)))
+    return Inverse(inverse, None if linear else number(residual(result.mapping, inverse.mapping)))
 
 
 def residual(mapping: Mapping, inverse: Mapping) -> float:
@@ -167,7 +167,8 @@ def there_and_back(mapping: Mapping, inverse: Mapping, grid: Grid) -> Tensor:
     return away.norm(dim=-1)[stays]
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
+    """The value, or None where it is not finite: JSON has no such numbers."""
     return value if math.isfinite(value) else None
 
 
