@@ -157,13 +157,14 @@ def residual(mapping: Mapping, inverse: Mapping) -> float:
     return float(away.max()) if len(away) else 0.0
 
 
-def there_and_back(mapping: Mapping, inverse: Mapping, grid: Grid) -> Tensor:
-    """|S(T(p)) - p| in voxels (N,) at the voxels p of a grid that T leaves within it."""
+def there_and_back(mapping: Mapping, inverse: Mapping, grid: Grid, *, world: bool = False) -> Tensor:
+    """|S(T(p)) - p| in voxels, or in world units, (N,) at the voxels p of a grid that T leaves within it."""
     points = grid.points()
     moved = mapping.map_points(points)
     index = grid.world_to_index(moved)
     stays = ((index >= 0) & (index <= 2 * grid.index_center)).all(-1)
-    away = grid.convert(inverse.map_points(moved) - points, "world", "index", vectors=True)
+    away = inverse.map_points(moved) - points
+    away = away if world else grid.convert(away, "world", "index", vectors=True)
     return away.norm(dim=-1)[stays]
 
 
@@ -209,7 +210,8 @@ def write(
     labels : where moving ones are known, "warped" writes them too, and where both are "figures" shows their borders
     """
     fixed, moving = fixed.to("cpu"), moving.to("cpu")
-    warped = result.warp(moving.to(result.value.device)).to("cpu")
+    seen = "warped" in saves or "figures" in saves
+    warped = result.warp(moving.to(result.value.device)).to("cpu") if seen else moving
     if "warped" in saves:
         _write_warped(folder, warped, moving, like)
         if labels.after is not None:

@@ -8,7 +8,7 @@ ones of that shape are not tried again.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import torch
 
@@ -18,7 +18,8 @@ from fnreg.cohort.memory import Peak, free
 SHARE = 0.5  # of the free memory that a batch may take
 LEAST = 100  # bytes per voxel that a registration takes at least, whatever was measured
 GROWTH = 16  # the next batch of a shape has at most so many times the pairs of the largest so far
-MOST = 256  # pairs in a batch: more save no time, and a process that dies loses a batch
+MOST = 512  # pairs in a batch: more save no time, and a process that dies loses a batch
+WAITING = 2**28  # bytes of pairs that may wait for others of their shape
 VOXELS = 2**22  # of both images of all pairs in a batch, on a CPU: more fall out of its caches
 
 
@@ -41,12 +42,17 @@ class Sizes:
         if fixed is not None and fixed < 1:
             raise ValueError(f"batch size is {fixed}: expected at least 1, or none to choose it by the memory")
         self.device, self.fixed = device, fixed
+        self.window = 1  # pairs in the last batch that was asked for
         self._limit: dict[Hashable, int] = {}  # of shapes of which more did not fit
         self._fitted: dict[Hashable, int] = {}  # the largest batch so far
         self._measured = (0, float(LEAST))  # of the largest batch: voxels, and bytes of each
 
     def of(self, key: Hashable, voxels: int) -> int:
         """Pairs in the next batch of a shape with so many voxels in both images of a pair."""
+        self.window = self._of(key, voxels)
+        return self.window
+
+    def _of(self, key: Hashable, voxels: int) -> int:
         limit = self._limit.get(key, MOST if self.fixed is None else self.fixed)
         if self.fixed is not None:
             return limit
@@ -76,6 +82,7 @@ class Buckets:
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes, self.held = sizes, 0
+        self._bytes = 0
         self._waiting: OrderedDict[Hashable, list[Loaded]] = OrderedDict()
 
     def add(self, pair: Loaded) -> list[Loaded] | None:
@@ -83,7 +90,13 @@ class Buckets:
         waiting = self._waiting.setdefault(pair.key, [])
         waiting.append(pair)
         self.held += 1
+        self._bytes += _bytes(pair)
         return self._take(pair.key) if len(waiting) >= self.sizes.of(pair.key, pair.voxels) else None
+
+    @property
+    def full(self) -> bool:
+        """Whether more of other shapes is not to wait."""
+        return self._bytes > WAITING and self.held > self.sizes.window
 
     def take(self) -> list[Loaded] | None:
         """The fullest of what waits, as a batch that is not full; None where nothing waits."""
@@ -98,11 +111,9 @@ class Buckets:
         if not self._waiting[key]:
             del self._waiting[key]
         self.held -= len(batch)
+        self._bytes -= sum(map(_bytes, batch))
         return batch
 
-    def clear(self) -> Sequence[Loaded]:
-        """All that waits, which waits no longer."""
-        left = [pair for waiting in self._waiting.values() for pair in waiting]
-        self._waiting.clear()
-        self.held = 0
-        return left
+
+def _bytes(pair: Loaded) -> int:
+    return pair.voxels * pair.fixed.image.data.element_size() + 2**14  # and what goes with it

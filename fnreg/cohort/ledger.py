@@ -125,6 +125,7 @@ def read_attempts(study: str | os.PathLike[str]) -> dict[str, Attempts]:
             if was is not None:
                 found[name] = Attempts(count - 1, together - (not was), alone - was)
         else:
+            last.pop(name, None)
             found[name] = Attempts(count)
     return found
 

@@ -43,7 +43,7 @@ class Asked:
     options: dict[str, Any]
     device: torch.device
     space: str | None = None
-    tried: dict[tuple[tuple[int, ...], torch.dtype], str] = dataclasses.field(default_factory=dict)
+    tried: dict[Hashable, str] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def of(settings: Settings, folder: Path, space: str | None = None) -> Asked:
@@ -51,13 +51,22 @@ class Asked:
         stages, options = stages_of(settings)
         return Asked(settings, folder, stages, options, device_of(settings), space)
 
-    def check(self, fixed: Image) -> None:
-        """SettingsError where a transform or a penalty does not go with images of this size; it is tried once."""
-        kind = fixed.grid.size, fixed.data.dtype
-        if kind not in self.tried:
+    def check(self, fixed: Subject, moving: Subject) -> None:
+        """ValueError for what is wrong with images, SettingsError where a stage does not go with images of their size.
+
+        What the size says is looked at once, what the intensities say only where a first look is not reassuring.
+        """
+        kind = _structure((fixed, moving))
+        new = kind not in self.tried
+        if new or not all(_is_plain(side) for side in (fixed, moving)):
+            objectives = [stage.objective for stage in self.stages]
+            for bad, status in prepare(fixed, moving, None, levels=1, min_size=1, objectives=objectives).faults():
+                if bool(bad.any()):
+                    raise ValueError(status.remedy)
+        if new:
             try:
                 for stage in self.stages:
-                    try_stage(stage, Image(fixed.data, Grid(fixed.grid.size)))
+                    try_stage(stage, Image(fixed.image.data, Grid(fixed.image.grid.size)))
                 self.tried[kind] = ""
             except SettingsError as problem:
                 self.tried[kind] = str(problem)
@@ -104,6 +113,13 @@ class Refused:
     reason: str
     inputs: Inputs
     trace: str = ""
+    status: str = "invalid_input"
+
+
+def crashed(row: Row) -> Refused:
+    """A pair that is not to be tried again: it may have ended the process that tried it."""
+    reason = "the process ended while it worked on this pair alone, twice: see what --retry-failed does with it"
+    return Refused(row, reason, _inputs(row, {}), status="crashed")
 
 
 def files_of(row: Row, asked: Asked) -> Files:
@@ -134,16 +150,18 @@ def _load(row: Row, asked: Asked) -> Loaded:
     first = asked.stages[0].transform
     pair = read(files_of(row, asked), init, first)
     fixed, moving = Subject(pair.fixed, pair.masks[0]), Subject(pair.moving, pair.masks[1])
-    objectives = [stage.objective for stage in asked.stages]
-    for bad, status in prepare(fixed, moving, None, levels=1, min_size=1, objectives=objectives).faults():
-        if bool(bad.any()):
-            raise ValueError(status.remedy)
-    asked.check(pair.fixed)
+    asked.check(fixed, moving)
     found = begin(init, first, pair.fixed.grid)
     begun = Begin() if found is None else found
     how = init if found is None else _structure(begun)
     key = how, _structure((fixed, moving))
     return Loaded(row, fixed, moving, pair.known, init, begun, Inputs({}, {}), pair.notes, key)
+
+
+def _is_plain(side: Subject) -> bool:
+    """Whether an image has no mask, and finite intensities that vary."""
+    low, high = torch.aminmax(side.image.data)  # NaN where one is
+    return side.mask is None and bool(torch.isfinite(low) & torch.isfinite(high) & (low < high))
 
 
 def _structure(tree: Any) -> Hashable:

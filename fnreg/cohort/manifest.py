@@ -91,6 +91,14 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
     return _checked([_row(record, home) for record in records], str(table), _places(table, kind, len(records)))
 
 
+def checked(rows: Iterable[Row]) -> list[Row]:
+    """Rows that were made otherwise, checked as those of a table; ManifestError with all that is wrong."""
+    made = list(rows)
+    if not made:
+        raise ManifestError("there are no rows: give a pair or more")
+    return _checked(made, "the rows", [f"row {number}" for number in range(1, len(made) + 1)])
+
+
 def all_to(fixed: str | os.PathLike[str], images: Iterable[str | os.PathLike[str]]) -> list[Row]:
     """A row for each image that is not the fixed one: it is registered to that."""
     target = Path(os.path.abspath(fixed))

@@ -87,7 +87,7 @@ class Study:
         if self.folder.exists() and not self.folder.is_dir():
             raise StudyError(f"{self.folder} is a file: give a folder")
         there = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
-        there = [name for name in there if not _is_scratch(name)]
+        there = [name for name in there if not is_scratch(name)]
         if there and "settings.toml" not in there:
             raise StudyError(f"{self.folder} holds {there[0]!r} and no study: give an empty folder, or that of a study")
         if there:
@@ -196,7 +196,7 @@ def unchanged(row: Row, inputs: Mapping[str, Sequence[Any]], beside: Mapping[str
     return True
 
 
-def _is_scratch(name: str) -> bool:
+def is_scratch(name: str) -> bool:
     """Whether a file is what a process that died while it wrote has left."""
     return name.startswith(".") and name.endswith((".tmp", ".partial"))
 
