@@ -37,8 +37,8 @@ def write_description(study: Study) -> None:
         write_bytes(path, (json.dumps(told, indent=2) + "\n").encode())
 
 
-def write_run(study: Study, told: dict[str, Any]) -> dict[str, Any]:
-    """run.json: versions, the command, what `told` says, and how many pairs have which status; returns it."""
+def write_run(study: Study, told: dict[str, Any]) -> None:
+    """run.json: versions, the command, what `told` says, and how many pairs have which status."""
     versions = {name: metadata.version(name) for name in ("torch", "torchopt", "numpy", "safetensors")}
     record = {
         "fnreg": __version__,
@@ -49,4 +49,3 @@ def write_run(study: Study, told: dict[str, Any]) -> dict[str, Any]:
         "counts": counts(study),
     }
     write_bytes(study.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
-    return record

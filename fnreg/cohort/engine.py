@@ -145,7 +145,8 @@ def _run(
             told = {"seed": asked.settings.seed, "device": str(asked.device), "threads": torch.get_num_threads()}
             told |= {"shard": f"{shard[0]}/{shard[1]}", "began": begun, "seconds": seconds, **work.now._asdict()}
             study.write_table()
-            write_run(study, told)
+            if work.now.done or not (study.folder / "run.json").is_file():  # else it is of the run that did the work
+                write_run(study, told)
 
 
 class _Work:

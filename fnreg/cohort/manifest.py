@@ -91,6 +91,11 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
     return _checked([_row(record, home) for record in records], str(table), _places(table, kind, len(records)))
 
 
+def read_ids(path: str | os.PathLike[str]) -> list[str]:
+    """The ids of a table that `write_manifest` made, whether or not its files are there."""
+    return [record["pair_id"] for record in _records(Path(path), Path(path).suffix.lower())]
+
+
 def checked(rows: Iterable[Row]) -> list[Row]:
     """Rows that were made otherwise, checked as those of a table; ManifestError with all that is wrong."""
     made = list(rows)

@@ -108,9 +108,7 @@ class Study:
 
     def write_manifest(self) -> None:
         """manifest.tsv, where it is not there or has other rows."""
-        path, content = self.folder / "manifest.tsv", write_manifest(self.rows)
-        if not path.is_file() or path.read_bytes() != content:
-            write_bytes(path, content)
+        _write(self.folder / "manifest.tsv", write_manifest(self.rows))
 
     def todo(self, *, retry_failed: bool = False) -> list[Row]:
         """The rows that are not finished: without a record, with inputs that changed, and failed ones if asked."""
@@ -135,13 +133,13 @@ class Study:
         return found
 
     def write_table(self) -> None:
-        """pairs.tsv and pairs.json, what its columns mean."""
+        """pairs.tsv and pairs.json, what its columns mean; where they say so already they stay."""
         table = self.table()
         names = dict.fromkeys(name for row in table for name in row)
         columns = [*COLUMNS, *(name for name in names if name not in COLUMNS)]
-        write_bytes(self.folder / "pairs.tsv", _tsv(columns, table))
+        _write(self.folder / "pairs.tsv", _tsv(columns, table))
         meaning = {name: {"Description": COLUMNS.get(name, "of the table of pairs")} for name in columns}
-        write_bytes(self.folder / "pairs.json", (json.dumps(meaning, indent=2) + "\n").encode())
+        _write(self.folder / "pairs.json", (json.dumps(meaning, indent=2) + "\n").encode())
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -194,6 +192,11 @@ def unchanged(row: Row, inputs: Mapping[str, Sequence[Any]], beside: Mapping[str
         except OSError:
             return False
     return True
+
+
+def _write(path: Path, content: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != content:
+        write_bytes(path, content)
 
 
 def is_scratch(name: str) -> bool:
