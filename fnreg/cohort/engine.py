@@ -209,6 +209,7 @@ class _Work:
             else:
                 self._begin([row], alone=True)
                 yield from self._register([load(row, self.asked)])
+            yield from self._saved(0)  # before the next one, which may end the process
         yield from self._saved(0)
 
     def _together(self, rows: Sequence[Row]) -> Iterator[Record]:
