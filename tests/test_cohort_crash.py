@@ -17,7 +17,7 @@ from fnreg import cohort
 from fnreg.cohort.ledger import read_attempts, read_records
 from fnreg.cohort.manifest import Row, write_manifest
 
-# What each process does: as `cohort_scenes.register`, on a table; a pair that is named kills the process that solves it.
+# What each process does: as `cohort_scenes.register`, on a table; a pair that is named kills who solves it.
 PROGRAM = """
 import os, signal, sys
 from fnreg import cohort
@@ -130,15 +130,15 @@ def test_a_disk_that_is_full_at_any_moment_loses_nothing(
 ) -> None:
     """Each write in turn fails, be it of a file or of the ledger; what was done before is kept, and the rest is done
     later."""
-    rows, real, write = pairs(tmp_path, 3), os.fsync, 0
+    rows, real, write = pairs(tmp_path, 2), os.fsync, 0
     register(rows, tmp_path / "calm", batch_size=2, save=saves)
     while True:
         study, counted = tmp_path / f"{write}", 0
 
-        def full(file: int, study: Path = study) -> None:
+        def full(file: int, allowed: int = write) -> None:
             nonlocal counted
             counted += 1
-            if counted > write:
+            if counted > allowed:
                 raise OSError(28, "No space left on device")
             real(file)
 
@@ -173,9 +173,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path: Path) -> None:
     rows = [Row(f"r{number:04d}", few[number % 8].files) for number in range(400)]
     held: list[tuple[int, int]] = []
     tracemalloc.start()
-    done = 0
-    for _ in cohort.run(rows, QUICK, output=tmp_path / "study", batch_size=20):
-        done += 1
+    for done, _ in enumerate(cohort.run(rows, QUICK, output=tmp_path / "study", batch_size=20), 1):
         if done % 100 == 0:
             gc.collect()
             tensors = sum(1 for thing in gc.get_objects() if type(thing) is torch.Tensor)
