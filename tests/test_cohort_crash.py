@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,26 +131,31 @@ def test_a_disk_that_is_full_at_any_moment_loses_nothing(
 ) -> None:
     """Each write in turn fails, be it of a file or of the ledger; what was done before is kept, and the rest is done
     later."""
-    rows, real, write = pairs(tmp_path, 2), os.fsync, 0
+    rows, write = pairs(tmp_path, 2), 0
+    real = {name: getattr(os, name) for name in ("fsync", "replace", "rename", "mkdir")}
     register(rows, tmp_path / "calm", batch_size=2, save=saves)
     while True:
         study, counted = tmp_path / f"{write}", 0
 
-        def full(file: int, allowed: int = write) -> None:
-            nonlocal counted
-            counted += 1
-            if counted > allowed:
-                raise OSError(28, "No space left on device")
-            real(file)
+        def full(name: str, allowed: int = write) -> Callable[..., None]:
+            def call(*given: object, **more: object) -> None:
+                nonlocal counted
+                counted += 1
+                if counted > allowed:
+                    raise OSError(28, "No space left on device")
+                real[name](*given, **more)
 
-        monkeypatch.setattr(os, "fsync", full)
+            return call
+
+        for name in real:
+            monkeypatch.setattr(os, name, full(name))
         try:
             register(rows, study, batch_size=2, save=saves)
             ended = True
         except OSError as problem:
             assert "No space left" in str(problem)
             ended = False
-        monkeypatch.setattr(os, "fsync", real)
+        monkeypatch.undo()
         known = cohort.read_ledger(study)
         assert set(known) <= set(results(study))
         left = register(rows, study, batch_size=2, save=saves)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 
 import fnreg
 from fnreg import io, notes
-from fnreg.io.files import fingerprints
+from fnreg.io.files import WriteError, fingerprints
 
 
 def test_without_a_hearer_it_is_a_warning_of_the_caller() -> None:
@@ -75,3 +76,30 @@ def test_fingerprints_are_of_the_bytes_that_were_read(tmp_path: Path) -> None:
     with fingerprints() as none:
         pass
     assert none == {}
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_files_that_reach_the_disk_together(able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fnreg.io import files
+
+    calls: list[str] = []
+    real, whole = os.fsync, files._syncfs()  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("one"), real(file))[1])
+
+    def every(file: int) -> int:
+        calls.append("all")
+        return 0 if whole is None else whole(file)
+
+    monkeypatch.setattr(files, "_syncfs", lambda: every if able else None)
+    with files.together(tmp_path):
+        for name in "ab":
+            files.write_bytes(tmp_path / name, name.encode())
+        assert (tmp_path / "a").read_bytes() == b"a"
+    assert calls == (["all"] if able else ["one"] * 4)
+    files.write_bytes(tmp_path / "c", b"c")
+    assert calls[-1] == "one"
+    with pytest.raises(RuntimeError), files.together(tmp_path):
+        raise RuntimeError
+    if able:
+        with pytest.raises(WriteError, match="none cannot be written"), files.together(tmp_path / "none"):
+            pass

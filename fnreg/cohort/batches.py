@@ -14,6 +14,7 @@ import torch
 
 from fnreg.cohort.load import Loaded
 from fnreg.cohort.memory import Peak, free
+from fnreg.settings import SettingsError
 
 SHARE = 0.5  # of the free memory that a batch may take
 LEAST = 100  # bytes per voxel that a registration takes at least, whatever was measured
@@ -40,7 +41,7 @@ class Sizes:
 
     def __init__(self, device: torch.device, *, fixed: int | None = None) -> None:
         if fixed is not None and fixed < 1:
-            raise ValueError(f"batch size is {fixed}: expected at least 1, or none to choose it by the memory")
+            raise SettingsError(f"batch size is {fixed}: expected at least 1, or none to choose it by the memory")
         self.device, self.fixed = device, fixed
         self.window = 1  # pairs in the last batch that was asked for
         self._limit: dict[Hashable, int] = {}  # of shapes of which more did not fit

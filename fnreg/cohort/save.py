@@ -15,7 +15,7 @@ from fnreg.cohort.load import Asked, Loaded, Refused, files_of, told
 from fnreg.cohort.manifest import Row
 from fnreg.cohort.solve import Outcome
 from fnreg.cohort.study import DONE, OK, WARN, Study, is_scratch
-from fnreg.io.files import write_bytes
+from fnreg.io.files import together, write_bytes
 from fnreg.output import OutputFolder
 from fnreg.settings import Settings
 
@@ -33,10 +33,9 @@ def save(
     Raises OSError where something cannot be written: then no record says that it was.
     """
     (study.folder / PAIRS).mkdir(exist_ok=True)
-    records = [
-        _save(outcome, study, asked) | {"attempts": times} for outcome, times in zip(outcomes, attempts, strict=True)
-    ]
-    _sync(study.folder / PAIRS)
+    with together(study.folder):
+        found = [_save(outcome, study, asked) for outcome in outcomes]
+    records = [one | {"attempts": times} for one, times in zip(found, attempts, strict=True)]
     ledger.append(records)
     return records
 
@@ -173,13 +172,3 @@ def sweep(folder: Path, names: Iterable[str]) -> None:
                 shutil.rmtree(path)
             else:
                 os.unlink(path)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable; some file systems do not offer this."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import secrets
@@ -17,6 +18,7 @@ PathLike = str | os.PathLike[str]
 _Bytes = TypeVar("_Bytes", bytes, np.ndarray)
 Print = tuple[int, int, str]  # of a file: its size, when it was changed, in ns, and the SHA-256 of its content
 _prints: ContextVar[dict[str, Print] | None] = ContextVar("prints", default=None)
+_later: ContextVar[bool] = ContextVar("later", default=False)  # whether files reach the disk at the end of `together`
 
 
 class ImageReadError(OSError, ValueError):
@@ -88,7 +90,7 @@ def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
     if not place.parent.is_dir():
         what = "is not a folder" if place.parent.exists() else "does not exist"
         raise WriteError(f"{place} cannot be written: {place.parent} {what}")
-    scratch = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    scratch, later = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp"), _later.get()
     try:
         try:
             descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -96,15 +98,52 @@ def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
                 for part in parts:
                     stream.write(part)
                 stream.flush()
-                os.fsync(stream.fileno())
+                if not later:
+                    os.fsync(stream.fileno())
             os.replace(scratch, place)
         except BaseException:
             with suppress(OSError):
                 scratch.unlink()
             raise
-        _sync_folder(place.parent)
+        if not later:
+            _sync_folder(place.parent)
     except OSError as problem:
         raise WriteError(f"{place} cannot be written: {problem.strerror or problem}") from problem
+
+
+@contextmanager
+def together(folder: PathLike) -> Generator[None]:
+    """Files that this thread writes within, below a folder, reach the disk at the end: many small ones so in a tenth of
+    the time.  Where the system cannot do that, each does by itself.
+
+    A file still takes its name as a whole, for whoever looks; but where the power fails before the end, what is under a
+    name may not be all of it.  Raises WriteError.
+    """
+    sync = _syncfs()
+    before = _later.set(sync is not None)
+    try:
+        yield
+    finally:
+        _later.reset(before)
+    if sync is None:
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            if sync(descriptor) != 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        finally:
+            os.close(descriptor)
+    except OSError as problem:
+        raise WriteError(f"{folder} cannot be written: {problem.strerror or problem}") from problem
+
+
+def _syncfs() -> Callable[[int], int] | None:
+    """Linux' call that waits until a whole file system is on its disk."""
+    try:
+        return ctypes.CDLL(None, use_errno=True).syncfs
+    except (OSError, AttributeError, TypeError):
+        return None
 
 
 def _sync_folder(folder: Path) -> None:
