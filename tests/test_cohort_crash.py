@@ -17,6 +17,7 @@ from cohort_scenes import QUICK, leftovers, pairs, register, results, same_table
 from fnreg import cohort
 from fnreg.cohort.ledger import read_attempts, read_records
 from fnreg.cohort.manifest import Row, write_manifest
+from fnreg.cohort.save import sweep
 
 # What each process does: as `cohort_scenes.register`, on a table; a pair that is named kills who solves it.
 PROGRAM = """
@@ -187,6 +188,27 @@ def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert held[-1][0] < held[1][0] * 1.1 + 2**18
     assert held[-1][1] <= held[1][1] * 1.1 + 200
+
+
+def test_what_a_dead_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "pairs" / "a").mkdir(parents=True)
+    (tmp_path / "errors").mkdir()
+    mine = [".a.0123abcd.partial", "a/.a.0123abcd.partial", "a/.x.tfm.0123abcd.tmp"]
+    mine = [f"pairs/{name}" for name in mine] + ["errors/.a.txt.0123abcd.tmp"]
+    others = ["pairs/.b.0123abcd.partial", "errors/.b.txt.0123abcd.tmp", "errors/b.txt", "pairs/a/mine.txt"]
+    top = ".pairs.tsv.0123abcd.tmp"
+    for name in (*mine, *others, top):
+        if name.endswith(".partial"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "half").write_text("")
+        else:
+            (tmp_path / name).write_text("")
+    sweep(tmp_path, {"a"}, alone=False)
+    assert not any((tmp_path / name).exists() for name in mine)
+    assert all((tmp_path / name).exists() for name in (*others, top))
+    sweep(tmp_path, set(), alone=True)
+    assert not (tmp_path / top).exists() and all((tmp_path / name).exists() for name in others)
+    sweep(tmp_path / "none", {"a"}, alone=True)
 
 
 # -- interrupts ----------------------------------------------------------------------------------------------------

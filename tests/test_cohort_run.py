@@ -107,6 +107,9 @@ def test_labels_and_landmarks_judge(tmp_path: Path) -> None:
         assert "dice_mean_before" in record
         assert record["status"] == "warn" and "landmarks rose" in record["reason"] and record["warnings"]
     assert "dice_mean" not in found["p002"]
+    meaning = json.loads((tmp_path / "study" / "pairs.json").read_text())
+    assert "label 1" in meaning["dice_1"]["Description"] and "largest" in meaning["tre_max"]["Description"]
+    assert meaning["fixed_points"]["Description"] == "of the table of pairs"
     assert table(tmp_path / "study")["p002"]["dice_1"] == "n/a"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fnreg import __version__
 from fnreg.cohort.ledger import read_ledger
-from fnreg.cohort.study import STATUSES, Study
+from fnreg.cohort.study import OF_RECORDS, STATUSES, Study
 from fnreg.io.files import write_bytes
 
 BIDS = "1.10.0"
@@ -19,7 +19,7 @@ BIDS = "1.10.0"
 
 def counts(study: Study) -> dict[str, int]:
     """How many pairs have each status, in the order of `STATUSES`; those without a record are pending."""
-    known = read_ledger(study.folder)
+    known = read_ledger(study.folder, without=OF_RECORDS)
     found = Counter(known.get(row.pair_id, {}).get("status", "pending") for row in study.rows)
     return {status: found[status] for status in STATUSES if found[status]}
 

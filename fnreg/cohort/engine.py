@@ -29,7 +29,7 @@ from fnreg.cohort.load import Asked, Loaded, Refused, crashed, load
 from fnreg.cohort.manifest import Row, checked, read_manifest
 from fnreg.cohort.save import save, sweep
 from fnreg.cohort.solve import Outcome, attempt
-from fnreg.cohort.study import DONE, Study
+from fnreg.cohort.study import DONE, OF_RECORDS, Study
 from fnreg.io.files import PathLike
 from fnreg.settings import Settings, SettingsError, choose
 
@@ -135,7 +135,8 @@ def _run(
         mine = {row.pair_id for row in rows[shard[0] - 1 :: shard[1]]}
         todo = [row for row in study.todo(retry_failed=retry_failed) if row.pair_id in mine]
         attempts = {name: known for name, known in read_attempts(study.folder).items() if name in mine}
-        sweep(study.folder, [name for name, known in attempts.items() if known.together or known.alone])
+        died = {name for name, known in attempts.items() if known.together or known.alone}
+        sweep(study.folder, died, alone=shard == (1, 1))
         work = _Work(study, asked, ledger, sizes, attempts, len(todo), stop, progress)
         try:
             with work:
@@ -191,7 +192,7 @@ class _Work:
     def results(self, rows: Sequence[Row]) -> Iterator[Record]:
         """The records of all rows; those that died with a process come last, those that did so alone at the end."""
         deaths: dict[str, Attempts] = {}
-        before = read_ledger(self.study.folder)
+        before = read_ledger(self.study.folder, without=OF_RECORDS)
         for row in rows:
             known = self.attempts.get(row.pair_id, Attempts())
             if known.together or known.alone or before.get(row.pair_id, {}).get("status") == "crashed":

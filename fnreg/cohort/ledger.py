@@ -90,13 +90,19 @@ class Ledger:
         self._leave()
 
 
-def read_ledger(study: str | os.PathLike[str]) -> dict[str, Record]:
-    """The last outcome of each pair, by id, over all shards; empty where there is no ledger."""
+def read_ledger(study: str | os.PathLike[str], *, without: Iterable[str] = ()) -> dict[str, Record]:
+    """The last outcome of each pair, by id, over all shards; empty where there is no ledger.
+
+    without : what is left out of the records: those of many pairs are large by their history
+    """
+    dropped = tuple(without)
     found: dict[str, Record] = {}
     for record in read_records(study):
         before = found.get(record["pair_id"])
         if record.get("status") in (BEGUN, RELEASED) or (before and _when(record) < _when(before)):
             continue
+        for name in dropped:
+            record.pop(name, None)
         found[record["pair_id"]] = record
     return found
 
@@ -114,8 +120,12 @@ def read_attempts(study: str | os.PathLike[str]) -> dict[str, Attempts]:
     """The attempts at each pair, by id, over all shards."""
     found: dict[str, Attempts] = {}
     last: dict[str, bool] = {}
-    for record in sorted(read_records(study), key=_when):
-        name, status = record["pair_id"], record.get("status")
+    each: list[Record] = [
+        {name: record.get(name) for name in ("pair_id", "status", "alone")} | {"time": _when(record)}
+        for record in read_records(study)
+    ]
+    for record in sorted(each, key=_when):
+        name, status = record["pair_id"], record["status"]
         count, together, alone = found.get(name, Attempts())
         if status == BEGUN:
             last[name] = bool(record.get("alone"))
@@ -138,16 +148,16 @@ def read_records(study: str | os.PathLike[str]) -> Iterator[Record]:
     """All records of all shards, in the order in which each was written; lines that were cut off are left out."""
     for path in sorted((Path(study) / FOLDER).glob("shard-*.jsonl")):
         try:
-            lines = path.read_bytes().split(b"\n")
+            with open(path, "rb") as lines:
+                for line in lines:
+                    try:
+                        record = json.loads(line)
+                    except ValueError:  # torn
+                        continue
+                    if isinstance(record, dict) and isinstance(record.get("pair_id"), str):
+                        yield record
         except OSError as problem:
             raise LedgerError(f"{path} cannot be read: {problem.strerror or problem}") from problem
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:  # torn, or the end of the file
-                continue
-            if isinstance(record, dict) and isinstance(record.get("pair_id"), str):
-                yield record
 
 
 def _lock(file: int) -> bool:

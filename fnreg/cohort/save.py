@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 
@@ -157,18 +157,31 @@ def command(row: Row, asked: Asked) -> str:
 # -- what a dead process has left --------------------------------------------------------------------------------------
 
 
-def sweep(folder: Path, names: Iterable[str]) -> None:
-    """Remove files and folders that were being written when a process died; nobody else may be writing.
+def sweep(folder: Path, names: Set[str], *, alone: bool) -> None:
+    """Remove files and folders that were being written when a process died.
 
-    names : of the pairs that it was working on
+    names : of the pairs that it was working on; alone : nobody else is at work on another part of the study
     """
-    for place in (folder, folder / ERRORS, folder / PAIRS, *(folder / PAIRS / name for name in names)):
-        if not place.is_dir():
-            continue
-        with os.scandir(place) as entries:
-            left = [entry.path for entry in entries if is_scratch(entry.name)]
-        for path in left:
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            else:
-                os.unlink(path)
+    for place, end in ((folder / ERRORS, ".txt"), (folder / PAIRS, "")):
+        for path in _scratch(place):
+            if path.name[1:].rsplit(".", 2)[0].removesuffix(end) in names:
+                _remove(path)
+    for place in (folder / PAIRS / name for name in names):
+        for path in _scratch(place):
+            _remove(path)
+    for path in _scratch(folder) if alone else ():
+        _remove(path)
+
+
+def _scratch(place: Path) -> list[Path]:
+    if not place.is_dir():
+        return []
+    with os.scandir(place) as entries:
+        return [Path(entry.path) for entry in entries if is_scratch(entry.name)]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -112,7 +112,7 @@ class Study:
 
     def todo(self, *, retry_failed: bool = False) -> list[Row]:
         """The rows that are not finished: without a record, with inputs that changed, and failed ones if asked."""
-        known = read_ledger(self.folder)
+        known = read_ledger(self.folder, without=("history", "warnings"))
         return [row for row in self.rows if not self._finished(row, known.get(row.pair_id), retry_failed)]
 
     def _finished(self, row: Row, record: Record | None, retry_failed: bool) -> bool:
@@ -124,13 +124,8 @@ class Study:
 
     def table(self) -> list[dict[str, Any]]:
         """One row per pair of the study, in its order, with the columns of `COLUMNS` and all others that there are."""
-        known = read_ledger(self.folder)
-        found: list[dict[str, Any]] = []
-        for row in self.rows:
-            record = known.get(row.pair_id, {"status": "pending"})
-            values = {k: v for k, v in record.items() if k not in OF_RECORDS}
-            found.append({**row.record(), **values})
-        return found
+        known = read_ledger(self.folder, without=OF_RECORDS)
+        return [{**row.record(), **known.get(row.pair_id, {"status": "pending"})} for row in self.rows]
 
     def write_table(self) -> None:
         """pairs.tsv and pairs.json, what its columns mean; where they say so already they stay."""
@@ -138,7 +133,8 @@ class Study:
         names = dict.fromkeys(name for row in table for name in row)
         columns = [*COLUMNS, *(name for name in names if name not in COLUMNS)]
         _write(self.folder / "pairs.tsv", _tsv(columns, table))
-        meaning = {name: {"Description": COLUMNS.get(name, "of the table of pairs")} for name in columns}
+        given = {name for row in self.rows for name in row.record()}
+        meaning = {name: {"Description": _meaning(name, given)} for name in columns}
         _write(self.folder / "pairs.json", (json.dumps(meaning, indent=2) + "\n").encode())
 
 
@@ -192,6 +188,23 @@ def unchanged(row: Row, inputs: Mapping[str, Sequence[Any]], beside: Mapping[str
         except OSError:
             return False
     return True
+
+
+MORE = {
+    "ended": "how the descent ended",
+    "tre_max": "largest distance of the mapped fixed points from the moving ones, mm",
+    "dice_mean_before": "mean Dice overlap of the labels at the start",
+    "tre_mean_before": "mean distance of the points at the start, mm",
+}
+
+
+def _meaning(name: str, given: Iterable[str]) -> str:
+    """What a column holds; given : those of the table of pairs."""
+    if name in COLUMNS or name in MORE:
+        return COLUMNS.get(name) or MORE[name]
+    if name.startswith("dice_") and name not in given:
+        return f"Dice overlap of label {name.removeprefix('dice_')}"
+    return "of the table of pairs"
 
 
 def _write(path: Path, content: bytes) -> None:
