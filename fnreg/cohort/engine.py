@@ -30,8 +30,8 @@ from fnreg.cohort.manifest import Row, checked, read_manifest
 from fnreg.cohort.save import save, sweep
 from fnreg.cohort.solve import Outcome, attempt
 from fnreg.cohort.study import DONE, OF_RECORDS, Study
-from fnreg.io.files import PathLike
-from fnreg.settings import Settings, SettingsError, choose
+from fnreg.io.files import PathLike, TransformReadError
+from fnreg.settings import INITS, Settings, SettingsError, choose
 
 SAVES = ("params", "xfm", "warped", "inverse", "displacement", "jacobian")
 NOT_OF_RESULTS = ("threads", "device")  # settings that change results by rounding only
@@ -107,8 +107,10 @@ def run(
     asked, sizes = Asked.of(chosen, folder, space), Sizes(torch.device(chosen.device), fixed=batch_size)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    if "/" in chosen.init or "." in chosen.init:  # its content is an input of every pair
+    if chosen.init not in INITS:  # the content of the file is an input of every pair
         path = Path(chosen.init).absolute()
+        if not path.is_file():
+            raise TransformReadError(f"{chosen.init} does not exist: check the path of the start")
         rows = [dataclasses.replace(row, files={"initial": path, **row.files}) for row in rows]
     return _run(rows, asked, sizes, retry_failed, (part, parts), stop, progress or (lambda _: None))
 
