@@ -41,6 +41,7 @@ NAMES = (
     "ants2d",
     "histology",
     "ct_head2d",
+    "data_sets",
 )
 
 

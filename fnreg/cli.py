@@ -12,7 +12,9 @@ from typing import Annotated, Any
 
 import cyclopts
 
+from fnreg.commands import cohort as cohort
 from fnreg.commands import figures as figures
+from fnreg.commands import options
 from fnreg.commands import quality as quality
 from fnreg.commands import transforms as transforms
 from fnreg.commands.base import (
@@ -30,20 +32,7 @@ from fnreg.commands.base import Verbose as _Verbose
 from fnreg.commands.base import option as _option
 from fnreg.commands.transforms import SPACES
 from fnreg.process import prepare
-from fnreg.settings import (
-    OPTIMIZERS,
-    PADDINGS,
-    PENALTIES,
-    PRESETS,
-    SAVES,
-    SIMILARITIES,
-    SYMMETRIC,
-    TRANSFORMS,
-    Settings,
-    SettingsError,
-    choose,
-    pointing,
-)
+from fnreg.settings import SAVES, Settings, SettingsError, choose, pointing
 
 DEMOS = ("story", "circle-to-c")
 
@@ -57,37 +46,14 @@ def register(
     /,
     *,
     output: _Output,
-    preset: Annotated[
-        str | None, _option(f"Tuned settings in place of --transform to --steps and --padding: {', '.join(PRESETS)}.")
-    ] = None,
-    transform: Annotated[
-        str | None,
-        _option(f"Stages joined by +, of: {', '.join(TRANSFORMS)}; options as affine+svffd:stride=4. [default: rigid]"),
-    ] = None,
-    similarity: Annotated[
-        str | None, _option(f"One of {', '.join(SIMILARITIES)}; options as huber:delta=0.1. [default: mse]")
-    ] = None,
-    penalty: Annotated[
-        list[str] | None,
-        _option(
-            f"What keeps ffd and the like smooth, with its weight, as bending=1e-3; may be given again; one of "
-            f"{', '.join(PENALTIES)}; options as elasticity=0.01:mu=2. [default: none]"
-        ),
-    ] = None,
-    symmetric: Annotated[
-        bool | None, _option(f"Count the loss of both directions, in the stages of {' and '.join(SYMMETRIC)}.")
-    ] = None,
-    optimizer: Annotated[
-        str | None,
-        _option(
-            f"One of {', '.join(OPTIMIZERS)}; options as adam:lr=0.3. [default: adam:lr=0.3]", "--optimizer", "--solver"
-        ),
-    ] = None,
-    levels: Annotated[int | None, _option("Images of the pyramid. [default: 3]")] = None,
-    steps: Annotated[
-        str | None,
-        _option("Per level, coarse to fine, as 100x50x10; one number serves all. [default: 100]", "--steps", "-n"),
-    ] = None,
+    preset: options.Preset = None,
+    transform: options.Stages = None,
+    similarity: options.Similarity = None,
+    penalty: options.Penalty = None,
+    symmetric: options.Symmetric = None,
+    optimizer: options.Optimizer = None,
+    levels: options.Levels = None,
+    steps: options.Steps = None,
     fixed_mask: Annotated[Path | None, _option("Image; voxels of the fixed image count where it is above 0.")] = None,
     moving_mask: Annotated[Path | None, _option("The same for the moving image.")] = None,
     fixed_labels: Annotated[
@@ -99,29 +65,17 @@ def register(
         Path | None, _option("Landmarks, .csv, .fcsv or .mrk.json; their distance before and after is told.")
     ] = None,
     moving_points: Annotated[Path | None, _option("The same for the moving image, by name or row.")] = None,
-    space: Annotated[
-        str | None, _option(f"Where points that do not say it are: {', '.join(SPACES)}, indices of their image.")
-    ] = None,
-    init: Annotated[
-        str | None,
-        _option("Start: auto, header, center, moments, search (36 angles) or a transform file. [default: auto]"),
-    ] = None,
-    padding: Annotated[
-        str | None,
-        _option(
-            f"Outside of the moving image: {', '.join(PADDINGS)} or a number; none counts nothing. [default: none]"
-        ),
-    ] = None,
+    space: options.Space = None,
+    init: options.Init = None,
+    padding: options.Padding = None,
     save: Annotated[
         str | None, _option(f"What to write, joined by +, of: {', '.join(SAVES)}. [default: params+xfm+warped+figures]")
     ] = None,
-    seed: Annotated[int | None, _option("Of random numbers. [default: 0]")] = None,
-    threads: Annotated[int | None, _option("Of torch. [default: as torch chooses]")] = None,
-    device: Annotated[str | None, _option("Of torch, as cuda:0. [default: cpu]")] = None,
-    settings: Annotated[Path | None, _option("TOML file with these options by name; options given here win.")] = None,
-    assign: Annotated[
-        list[str] | None, _option("A setting by its name in such a file, as levels=2; may be given again.", "--set")
-    ] = None,
+    seed: options.Seed = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    settings: options.SettingsFile = None,
+    assign: options.Assigned = None,
     overwrite: Annotated[bool, _option("Replace results in a folder that holds some.")] = False,
     dry_run: Annotated[bool, _option("Check everything, say what would be done, write nothing.")] = False,
     as_json: Annotated[bool, _option("Print the record as JSON instead of text.", "--json")] = False,
@@ -136,24 +90,23 @@ def register(
     moving
         Image that is to look like it.
     """
-    given = {
-        "preset": preset, "transform": transform, "similarity": similarity,
-        "penalty": "+".join(penalty) if penalty else None,
-        "symmetric": symmetric, "optimizer": optimizer, "levels": levels, "steps": steps, "init": init,
-        "padding": padding, "save": save, "seed": seed, "threads": threads, "device": device,
-    }  # fmt: skip
-    here = {name for name, value in given.items() if value is not None} | {a.partition("=")[0] for a in assign or ()}
+    given = options.by_name(
+        penalty, preset=preset, transform=transform, similarity=similarity, symmetric=symmetric, optimizer=optimizer,
+        levels=levels, steps=steps, init=init, padding=padding, save=save, seed=seed, threads=threads, device=device,
+    )  # fmt: skip
+    here = options.named(given, assign)
     with pointing(settings, here):
         chosen = Settings.gather(given, settings, assigned=assign or ())
     if space is not None:
-        choose("space", space, SPACES)
+        choose("space", space, options.SPACES)
     from fnreg import results, run
     from fnreg.agreement import Paths
+    from fnreg.loading import Files
     from fnreg.output import OutputFolder
     from fnreg.progress import Bars
 
     known = Paths((fixed_labels, moving_labels), (fixed_points, moving_points), space)
-    files = run.Files(fixed, moving, output, fixed_mask, moving_mask, known)
+    files = Files(fixed, moving, output, fixed_mask, moving_mask, known)
     folder = OutputFolder(output, overwrite=overwrite, known=results.KNOWN)
     folder.check()
     with pointing(settings, here):
@@ -294,8 +247,8 @@ def _code(error: BaseException) -> int | None:
 
     if isinstance(error, MissingExtraError):
         return ENVIRONMENT
+    from fnreg.loading import DeviceError
     from fnreg.registration import RegistrationError
-    from fnreg.run import DeviceError
 
     if isinstance(error, DeviceError):
         return ENVIRONMENT
@@ -318,8 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _warn
             done = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         return done if isinstance(done, int) else OK
-    except KeyboardInterrupt:
-        print("fnreg: interrupted, nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"fnreg: interrupted, {stop if str(stop) else 'nothing was written'}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if "-v" in tokens or "--verbose" in tokens:

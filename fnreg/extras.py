@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-EXTRAS: dict[str, tuple[str, ...]] = {"plot": ("matplotlib", "PIL"), "itk": ("SimpleITK",)}
+EXTRAS: dict[str, tuple[str, ...]] = {"plot": ("matplotlib", "PIL"), "itk": ("SimpleITK",), "cohort": ("pyarrow",)}
 
 
 class MissingExtraError(ImportError):

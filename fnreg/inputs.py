@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from fnreg.filters import FWHM, gaussian, resize
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject, subject
 from fnreg.losses.terms import OF_LABELS, OF_POINTS, Objective
+from fnreg.notes import warn
 from fnreg.pair import Pair
 from fnreg.problem import Level
 from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach, tree_map
@@ -169,7 +169,7 @@ def prepare(
             sides.append(_pyramid(known[0], count, min_size))
         made = len(sides[-1][0])
         if name == "fixed" and made < levels and not isinstance(given, Sequence):
-            warnings.warn(
+            warn(
                 f"{levels} levels were asked for but a fixed image of size {known[0].image.grid.size} gives {made}: "
                 f"no axis may fall below {min_size} voxels",
                 stacklevel=3,

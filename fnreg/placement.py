@@ -22,6 +22,8 @@ def gap(a: Grid, b: Grid) -> float:
     >>> gap(Grid((4, 4)), Grid((4, 4), origin=(10.0, 0.0)))
     6.0
     """
+    if torch.equal(a.center, b.center):
+        return 0.0
     axes = [grid.direction.T.unbind() for grid in (a, b)]
     lines = [*axes[0], *axes[1], b.center - a.center]
     if a.ndim == 3:

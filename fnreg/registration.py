@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, overload
@@ -23,6 +22,7 @@ from fnreg.image import Image, Subject
 from fnreg.inputs import Input, Inputs, check_dimension, prepare
 from fnreg.losses.terms import OF_IMAGES, OF_LABELS, Objective, mse
 from fnreg.losses.terms import objective as as_objective
+from fnreg.notes import warn
 from fnreg.problem import Level, refine
 from fnreg.pytree import (
     batch_axes,
@@ -50,6 +50,10 @@ from fnreg.transforms.linear import Homogeneous
 
 class RegistrationError(ValueError):
     """A single pair could not be registered, and what to do about it; in a batch this is its `Status`."""
+
+
+class SpeedWarning(UserWarning):
+    """A velocity is too fast for the squarings of its flow."""
 
 
 class Event(NamedTuple):
@@ -366,9 +370,10 @@ def _warn_of_speed(found: _Solution, domain: Grid) -> None:
     step = over_batch(one, mapping=(mapping, mapping.ranks()))
     if step is not None and is_concrete(step) and bool((step > 1).any()):
         more = math.ceil(math.log2(float(step[torch.isfinite(step)].max())))
-        warnings.warn(
+        warn(
             f"velocities of {found.transform} are too fast for its squarings in {int((step > 1).sum())} of {len(step)} "
             f"pairs, so its inverse is inaccurate there: use {more} steps more, or a stronger penalty",
+            SpeedWarning,
             stacklevel=3,
         )
 

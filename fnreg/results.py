@@ -18,6 +18,7 @@ from fnreg.image import Image
 from fnreg.io.image import PICTURES, suffix
 from fnreg.io.itk import parts
 from fnreg.registration import Registration
+from fnreg.settings import Settings
 from fnreg.solvers.base import Status
 from fnreg.transforms.base import Mapping, first_domain
 from fnreg.transforms.linear import decompose
@@ -58,11 +59,11 @@ def outcome(result: Registration, before: float, before_terms: dict[str, Tensor]
     center = result.fixed_grid.center
     found: dict[str, Any] = {
         "ended": Status(int(result.status)).name.lower(),
-        "value_before": _number(before),
-        "value_after": _number(float(result.value)),
+        "value_before": number(before),
+        "value_after": number(float(result.value)),
         # where the images do not overlap no voxel was looked at
-        "terms_before": {n: _number(float(v)) if math.isfinite(before) else None for n, v in before_terms.items()},
-        "terms_after": {name: _number(float(value)) for name, value in result.terms.items()},
+        "terms_before": {n: number(float(v)) if math.isfinite(before) else None for n, v in before_terms.items()},
+        "terms_after": {name: number(float(value)) for name, value in result.terms.items()},
         "steps": result.steps.tolist(),
         "translation_of_center": (result.map_points(center[None])[0] - center).tolist(),
         "history": [
@@ -94,13 +95,35 @@ def _dense(result: Registration) -> dict[str, Any]:
     grid = result.fixed_grid
     told = fields.statistics(result.mapping.displacement(grid), grid)
     return {
-        "jac_min": _number(float(told.min_determinant)),
-        "jac_max": _number(float(told.max_determinant)),
-        "folds": _number(float(told.folds)),  # share of voxels
-        "sdlogj": _number(float(told.sd_log_determinant)),
-        "max_displacement": _number(float(told.max_displacement)),
+        "jac_min": number(float(told.min_determinant)),
+        "jac_max": number(float(told.max_determinant)),
+        "folds": number(float(told.folds)),  # share of voxels
+        "sdlogj": number(float(told.sd_log_determinant)),
+        "max_displacement": number(float(told.max_displacement)),
         "linear_parts": [part.matrix().tolist() for part in parts(result.mapping) if part.transform.linear],
     }
+
+
+def remarks(before: float, after: float, folds: float | None, settings: Settings) -> list[str]:
+    """What a user should know of a pair that was registered: the objective at the start and at the end, and the share
+    of folded voxels."""
+    told: list[str] = []
+    if after > before:
+        told.append(f"the objective rose from {before:.4g} to {after:.4g}: look at the figures")
+    if folds:
+        told.append(_of_folds(folds, before, settings))
+    return told
+
+
+def _of_folds(share: float, before: float, settings: Settings) -> str:
+    told = f"the map folds at {100 * share:.3g} % of the pixels: give "
+    if settings.preset:
+        return f"{told}a transform, similarity and penalty of its own in place of preset {settings.preset}"
+    if settings.penalty:
+        return f"{told}a larger weight than {settings.penalty}, or use svffd"
+    # Bending is below 1 for smooth maps: so it weighs less than what there is to gain, whatever the intensities.
+    gain = abs(before) if before and math.isfinite(before) else 1
+    return f"{told}a penalty, such as --penalty bending={gain:.0e}, or use svffd"
 
 
 class Inverse(NamedTuple):
@@ -118,7 +141,7 @@ def invert(result: Registration) -> Inverse:
     except ValueError as problem:
         return Inverse(None, None, f"no inverse was written: {problem}")
     linear = result.mapping.transform.linear
-    return Inverse(inverse, None if linear else _number(residual(result.mapping, inverse.mapping)))
+    return Inverse(inverse, None if linear else number(residual(result.mapping, inverse.mapping)))
 
 
 def residual(mapping: Mapping, inverse: Mapping) -> float:
@@ -134,17 +157,19 @@ def residual(mapping: Mapping, inverse: Mapping) -> float:
     return float(away.max()) if len(away) else 0.0
 
 
-def there_and_back(mapping: Mapping, inverse: Mapping, grid: Grid) -> Tensor:
-    """|S(T(p)) - p| in voxels (N,) at the voxels p of a grid that T leaves within it."""
+def there_and_back(mapping: Mapping, inverse: Mapping, grid: Grid, *, world: bool = False) -> Tensor:
+    """|S(T(p)) - p| in voxels, or in world units, (N,) at the voxels p of a grid that T leaves within it."""
     points = grid.points()
     moved = mapping.map_points(points)
     index = grid.world_to_index(moved)
     stays = ((index >= 0) & (index <= 2 * grid.index_center)).all(-1)
-    away = grid.convert(inverse.map_points(moved) - points, "world", "index", vectors=True)
+    away = inverse.map_points(moved) - points
+    away = away if world else grid.convert(away, "world", "index", vectors=True)
     return away.norm(dim=-1)[stays]
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
+    """The value, or None where it is not finite: JSON has no such numbers."""
     return value if math.isfinite(value) else None
 
 
@@ -185,7 +210,8 @@ def write(
     labels : where moving ones are known, "warped" writes them too, and where both are "figures" shows their borders
     """
     fixed, moving = fixed.to("cpu"), moving.to("cpu")
-    warped = result.warp(moving.to(result.value.device)).to("cpu")
+    seen = "warped" in saves or "figures" in saves
+    warped = result.warp(moving.to(result.value.device)).to("cpu") if seen else moving
     if "warped" in saves:
         _write_warped(folder, warped, moving, like)
         if labels.after is not None:

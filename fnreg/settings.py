@@ -198,11 +198,17 @@ class Settings:
     device: str = "cpu"
 
     @staticmethod
-    def gather(given: Mapping[str, Any], file: Path | None = None, *, assigned: Sequence[str] = ()) -> Settings:
+    def gather(
+        given: Mapping[str, Any],
+        file: Path | None = None,
+        *,
+        assigned: Sequence[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Settings:
         """Settings from what was given on the command line (None: not given), a TOML file, and the defaults, in this
         order of precedence.
 
-        assigned : also of the command line, as NAME=VALUE
+        assigned : also of the command line, as NAME=VALUE; defaults : where they are not those of `Settings`
         Raises SettingsError, with the known names, for an unknown one, and for one that is given twice."""
         found = {} if file is None else _read(file)
         named = {key: value for key, value in given.items() if value is not None}
@@ -211,7 +217,7 @@ class Settings:
             if key in named:
                 raise SettingsError(f"--set {text} gives {key} a second time: give it once")
             named[key] = value
-        found |= named
+        found = {**(defaults or {}), **found, **named}
         if found.get("preset"):
             name = choose("preset", str(found["preset"]), PRESETS)
             for key in OF_PRESETS:

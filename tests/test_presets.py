@@ -69,7 +69,7 @@ def test_settings_made_by_hand_are_checked_too() -> None:
 
 
 def test_advice_that_can_be_followed() -> None:
-    from fnreg.run import _of_folds  # pyright: ignore[reportPrivateUsage]
+    from fnreg.results import _of_folds  # pyright: ignore[reportPrivateUsage]
 
     told = _of_folds(0.1, 0.5, Settings.gather({"preset": "brain"}))
     assert "in place of preset brain" in told and "--penalty" not in told

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +16,9 @@ import numpy as np
 
 PathLike = str | os.PathLike[str]
 _Bytes = TypeVar("_Bytes", bytes, np.ndarray)
+Print = tuple[int, int, str]  # of a file: its size, when it was changed, in ns, and the SHA-256 of its content
+_prints: ContextVar[dict[str, Print] | None] = ContextVar("prints", default=None)
+_later: ContextVar[bool] = ContextVar("later", default=False)  # whether files reach the disk at the end of `together`
 
 
 class ImageReadError(OSError, ValueError):
@@ -47,13 +53,29 @@ def _read(path: PathLike, error: Callable[[str], Exception], how: Callable[[Path
         raise error(f"{place} does not exist: check the path")
     if place.is_dir():
         raise error(f"{place} is a folder: expected a file")
+    seen = _prints.get()
     try:
+        changed = 0 if seen is None else place.stat().st_mtime_ns
         data = how(place)
     except OSError as problem:
         raise error(f"{place} cannot be read: {problem.strerror or problem}") from problem
+    if seen is not None:
+        seen[str(place)] = (len(data), changed, hashlib.sha256(data).hexdigest())  # type: ignore[arg-type]
     if not len(data):
         raise error(f"{place} is empty: it holds no bytes")
     return data
+
+
+@contextmanager
+def fingerprints() -> Generator[dict[str, Print]]:
+    """A dictionary to which goes, by path, what tells a file from another of each that this thread reads: of the bytes
+    that were read, not of those that may be there later."""
+    seen: dict[str, Print] = {}
+    before = _prints.set(seen)
+    try:
+        yield seen
+    finally:
+        _prints.reset(before)
 
 
 def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
@@ -68,7 +90,7 @@ def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
     if not place.parent.is_dir():
         what = "is not a folder" if place.parent.exists() else "does not exist"
         raise WriteError(f"{place} cannot be written: {place.parent} {what}")
-    scratch = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    scratch, later = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp"), _later.get()
     try:
         try:
             descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -76,15 +98,52 @@ def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
                 for part in parts:
                     stream.write(part)
                 stream.flush()
-                os.fsync(stream.fileno())
+                if not later:
+                    os.fsync(stream.fileno())
             os.replace(scratch, place)
         except BaseException:
             with suppress(OSError):
                 scratch.unlink()
             raise
-        _sync_folder(place.parent)
+        if not later:
+            _sync_folder(place.parent)
     except OSError as problem:
         raise WriteError(f"{place} cannot be written: {problem.strerror or problem}") from problem
+
+
+@contextmanager
+def together(folder: PathLike) -> Generator[None]:
+    """Files that this thread writes within, below a folder, reach the disk at the end: many small ones so in a tenth of
+    the time.  Where the system cannot do that, each does by itself.
+
+    A file still takes its name as a whole, for whoever looks; but where the power fails before the end, what is under a
+    name may not be all of it.  Raises WriteError.
+    """
+    sync = _syncfs()
+    before = _later.set(sync is not None)
+    try:
+        yield
+    finally:
+        _later.reset(before)
+    if sync is None:
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            if sync(descriptor) != 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        finally:
+            os.close(descriptor)
+    except OSError as problem:
+        raise WriteError(f"{folder} cannot be written: {problem.strerror or problem}") from problem
+
+
+def _syncfs() -> Callable[[int], int] | None:
+    """Linux' call that waits until a whole file system is on its disk."""
+    try:
+        return ctypes.CDLL(None, use_errno=True).syncfs
+    except (OSError, AttributeError, TypeError):
+        return None
 
 
 def _sync_folder(folder: Path) -> None:

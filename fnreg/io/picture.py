@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 import warnings
 from typing import Any
 
@@ -22,12 +23,15 @@ _BYTES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK"
 _BITS, _SAMPLE_FORMAT, _SIGNED, _UNSIGNED = 258, 339, 2, 1  # tags of TIFF, and values of the second
 
 
+_QUIET = threading.Lock()  # the filters of warnings are of the process: threads that change them take turns
+
+
 def read_picture(path: PathLike, *, channels: bool = False) -> Image:
     """A picture as an Image (1, Y, X), or (3, Y, X) with `channels`; see `fnreg.io.read_image`."""
     data = read_bytes(path, ImageReadError)
     pillow = require("PIL.Image", "plot", f"reading {path}")
     try:
-        with warnings.catch_warnings():
+        with _QUIET, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on large pictures and odd metadata; what matters raises
             values = _values(data, pillow, channels)
     except _Refused as problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from fnreg.grid import Grid
 from fnreg.image import Image
 from fnreg.io.files import ImageReadError, PathLike
+from fnreg.notes import warn
 
 _BLOCK = 2**20  # values that are scaled at a time: the rest of the memory is that of the result
 
@@ -103,7 +103,7 @@ def as_labels(stored: Stored, path: PathLike, *, volume: int | None) -> Labels:
 def tell(notes: Sequence[str], path: PathLike) -> None:
     """Warn of what a header left open."""
     for note in notes:
-        warnings.warn(f"{path} {note}", GeometryWarning, stacklevel=5)
+        warn(f"{path} {note}", GeometryWarning, stacklevel=5)
 
 
 def _tensor(values: np.ndarray) -> Tensor:

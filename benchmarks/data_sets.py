@@ -1,0 +1,79 @@
+"""Data sets of small pairs through `cohort.run`, from files to files, against a loop over `register` in the same run.
+
+Pairs of different images of the same MNIST digit, 28 x 28, as NIfTI; default settings, parameters saved. Each row of
+the table is a process of its own, so that its memory is its own; the loop registers a part of the pairs one by one,
+reading and writing included.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.images import same_digit_pairs
+from benchmarks.measure import Options, Table, apart
+from fnreg import Image, Transform, cohort, io, register
+from fnreg.settings import Settings
+
+KINDS = {"rigid": "rigid", "free-form": "ffd:stride=4"}
+DISTINCT = 1000  # pairs of files; more pairs are these again
+
+
+def study(home: Path, kind: str, count: int) -> tuple[float, float, float]:
+    """Seconds, the share of them in which pairs were registered, and the process' highest memory in MiB."""
+    begin = time.perf_counter()
+    for _ in cohort.run(rows_of(home, count), settings_of(kind), output=home / f"{kind}-{count}"):
+        pass
+    taken = time.perf_counter() - begin
+    run = json.loads((home / f"{kind}-{count}" / "run.json").read_text(encoding="utf-8"))
+    return taken, run["busy"] / run["seconds"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def loop(home: Path, kind: str, count: int) -> float:
+    """Seconds of a loop."""
+    transform: Transform = settings_of(kind).transforms()[0]
+    begin = time.perf_counter()
+    for row in rows_of(home, count):
+        fixed, moving = (io.read_image(row.files[side]) for side in ("fixed", "moving"))
+        result = register(fixed, moving, transform)
+        io.write_transform(home / "one.safetensors", result.mapping)
+    return time.perf_counter() - begin
+
+
+def settings_of(kind: str) -> Settings:
+    """Those of `register`."""
+    return Settings(transform=KINDS[kind], init="header")
+
+
+def rows_of(home: Path, count: int) -> list[cohort.Row]:
+    """Pairs with ids of their own."""
+    each = [{side: home / f"{side}{n}.nii" for side in ("fixed", "moving")} for n in range(min(count, DISTINCT))]
+    return [cohort.Row(f"pair{n:06d}", each[n % len(each)]) for n in range(count)]
+
+
+def run(options: Options) -> list[Table]:
+    """One table."""
+    counts, few = ((8, 16), 2) if options.quick else ((200, 1000, 2000, 10000), 20)
+    found = Table(
+        "Data sets of pairs of 28 x 28, from files to files",
+        ("transform", "pairs", "seconds", "pairs a second", "share registering", "peak MiB", "times the loop"),
+        notes=(f"The loop is over {few} pairs; {torch.get_num_threads()} threads.",),
+    )
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        for side, images in zip(("fixed", "moving"), same_digit_pairs(min(max(counts), DISTINCT)), strict=True):
+            for number, values in enumerate(images):
+                io.write_image(home / f"{side}{number}.nii", Image(torch.from_numpy(values)[None]))
+        for kind in KINDS:
+            alone = apart(loop, home, kind, few) / few
+            for count in counts:
+                row: Any = apart(study, home, kind, count)
+                rate = count / row[0]
+                found.rows.append((kind, count, row[0], rate, row[1], row[2], rate * alone))
+    return [found]

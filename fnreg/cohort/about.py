@@ -1,0 +1,51 @@
+"""What a study says of itself: run.json of the last run, and dataset_description.json, by which BIDS tools know it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections import Counter
+from importlib import metadata
+from typing import Any
+
+from fnreg import __version__
+from fnreg.cohort.ledger import read_ledger
+from fnreg.cohort.study import OF_RECORDS, STATUSES, Study
+from fnreg.io.files import write_bytes
+
+BIDS = "1.10.0"
+
+
+def counts(study: Study) -> dict[str, int]:
+    """How many pairs have each status, in the order of `STATUSES`; those without a record are pending."""
+    known = read_ledger(study.folder, without=OF_RECORDS)
+    found = Counter(known.get(row.pair_id, {}).get("status", "pending") for row in study.rows)
+    return {status: found[status] for status in STATUSES if found[status]}
+
+
+def write_description(study: Study) -> None:
+    """dataset_description.json: the study is a derivative."""
+    told = {
+        "Name": "fnreg registrations",
+        "BIDSVersion": BIDS,
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "fnreg", "Version": __version__}],
+    }
+    path = study.folder / "dataset_description.json"
+    if not path.is_file():
+        write_bytes(path, (json.dumps(told, indent=2) + "\n").encode())
+
+
+def write_run(study: Study, told: dict[str, Any]) -> None:
+    """run.json: versions, the command, what `told` says, and how many pairs have which status."""
+    versions = {name: metadata.version(name) for name in ("torch", "torchopt", "numpy", "safetensors")}
+    record = {
+        "fnreg": __version__,
+        "versions": {"python": platform.python_version(), **versions},
+        "argv": sys.argv,
+        **told,
+        "pairs": len(study.rows),
+        "counts": counts(study),
+    }
+    write_bytes(study.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())

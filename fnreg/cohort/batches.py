@@ -1,0 +1,120 @@
+"""Which pairs go through `register` together, and how many of them.
+
+Pairs of equal shapes share a batch.  How many fit is measured: the first batch of a shape is one pair; what it takes
+says how many fit in a share of the memory that is free.  A batch that does not fit all the same is halved, and larger
+ones of that shape are not tried again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+
+import torch
+
+from fnreg.cohort.load import Loaded
+from fnreg.cohort.memory import Peak, free
+from fnreg.settings import SettingsError
+
+SHARE = 0.5  # of the free memory that a batch may take
+LEAST = 100  # bytes per voxel that a registration takes at least, whatever was measured
+GROWTH = 16  # the next batch of a shape has at most so many times the pairs of the largest so far
+MOST = 512  # pairs in a batch: more save no time, and a process that dies loses a batch
+WAITING = 2**28  # bytes of pairs that may wait for others of their shape
+VOXELS = 2**22  # of both images of all pairs in a batch, on a CPU: more fall out of its caches
+
+
+class Sizes:
+    """How many pairs share a batch.
+
+    fixed : the same number for all, where it is given
+
+    >>> import torch
+    >>> from fnreg.cohort.batches import Sizes
+    >>> sizes = Sizes(torch.device("cpu"), fixed=8)
+    >>> sizes.of("shape", voxels=2 * 28 * 28)
+    8
+    >>> sizes.lacked("shape", 8)  # it did not fit
+    >>> sizes.of("shape", voxels=2 * 28 * 28)
+    4
+    """
+
+    def __init__(self, device: torch.device, *, fixed: int | None = None) -> None:
+        if fixed is not None and fixed < 1:
+            raise SettingsError(f"batch size is {fixed}: expected at least 1, or none to choose it by the memory")
+        self.device, self.fixed = device, fixed
+        self.window = 1  # pairs in the last batch that was asked for
+        self._limit: dict[Hashable, int] = {}  # of shapes of which more did not fit
+        self._fitted: dict[Hashable, int] = {}  # the largest batch so far
+        self._measured = (0, float(LEAST))  # of the largest batch: voxels, and bytes of each
+
+    def of(self, key: Hashable, voxels: int) -> int:
+        """Pairs in the next batch of a shape with so many voxels in both images of a pair."""
+        self.window = self._of(key, voxels)
+        return self.window
+
+    def _of(self, key: Hashable, voxels: int) -> int:
+        limit = self._limit.get(key, MOST if self.fixed is None else self.fixed)
+        if self.fixed is not None:
+            return limit
+        fitted = self._fitted.get(key, 0)
+        if not fitted:
+            return 1
+        rate = max(LEAST, self._measured[1])
+        room = int(SHARE * free(self.device) / (rate * voxels))
+        if self.device.type == "cpu":
+            limit = min(limit, VOXELS // voxels)
+        return max(1, min(limit, room, GROWTH * fitted))
+
+    def fitted(self, key: Hashable, pairs: int, voxels: int, peak: Peak) -> None:
+        """A batch of pairs with so many voxels each has run."""
+        self._fitted[key] = max(pairs, self._fitted.get(key, 0))
+        # Of a small batch most is taken by what is there once; so the largest one that was measured counts.
+        if peak.risen and pairs * voxels >= self._measured[0]:
+            self._measured = pairs * voxels, peak.taken / (pairs * voxels)
+
+    def lacked(self, key: Hashable, pairs: int) -> None:
+        """A batch of so many pairs did not fit."""
+        self._limit[key] = max(1, pairs // 2)
+
+
+class Buckets:
+    """Pairs that wait for others of their shape."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes, self.held = sizes, 0
+        self._bytes = 0
+        self._waiting: OrderedDict[Hashable, list[Loaded]] = OrderedDict()
+
+    def add(self, pair: Loaded) -> list[Loaded] | None:
+        """Let a pair wait; the batch that it completes, where it does."""
+        waiting = self._waiting.setdefault(pair.key, [])
+        waiting.append(pair)
+        self.held += 1
+        self._bytes += _bytes(pair)
+        return self._take(pair.key) if len(waiting) >= self.sizes.of(pair.key, pair.voxels) else None
+
+    @property
+    def full(self) -> bool:
+        """Whether more of other shapes is not to wait."""
+        return self._bytes > WAITING and self.held > self.sizes.window
+
+    def take(self) -> list[Loaded] | None:
+        """The fullest of what waits, as a batch that is not full; None where nothing waits."""
+        if not self._waiting:
+            return None
+        return self._take(max(self._waiting, key=lambda key: len(self._waiting[key])))
+
+    def _take(self, key: Hashable) -> list[Loaded]:
+        waiting = self._waiting[key]
+        size = self.sizes.of(key, waiting[0].voxels)
+        batch, self._waiting[key] = waiting[:size], waiting[size:]
+        if not self._waiting[key]:
+            del self._waiting[key]
+        self.held -= len(batch)
+        self._bytes -= sum(map(_bytes, batch))
+        return batch
+
+
+def _bytes(pair: Loaded) -> int:
+    return pair.voxels * pair.fixed.image.data.element_size() + 2**14  # and what goes with it

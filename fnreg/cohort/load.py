@@ -1,0 +1,195 @@
+"""A row of the table as what `register` takes, or why it cannot be registered.
+
+Nothing here ends a run: an image that cannot be read is a result like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fnreg import agreement
+from fnreg.beginning import Begin, begin
+from fnreg.cohort.manifest import Row
+from fnreg.cohort.study import fingerprint
+from fnreg.extras import MissingExtraError
+from fnreg.grid import Grid
+from fnreg.image import Image, Subject
+from fnreg.inputs import prepare
+from fnreg.io.files import Print, fingerprints
+from fnreg.loading import Files, device_of, read, stages_of, try_stage
+from fnreg.pytree import tree_flatten
+from fnreg.registration import Stage
+from fnreg.settings import Settings, SettingsError
+
+CPU = torch.device("cpu")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """What all pairs of a study share.
+
+    stages, options : of `register`; space : of points that do not say it; folder : of the study
+    """
+
+    settings: Settings
+    folder: Path
+    stages: list[Stage]
+    options: dict[str, Any]
+    device: torch.device
+    space: str | None = None
+    tried: dict[Hashable, str] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def of(settings: Settings, folder: Path, space: str | None = None) -> Asked:
+        """Settings as values.  Raises SettingsError, DeviceError or MissingExtraError."""
+        stages, options = stages_of(settings)
+        return Asked(settings, folder, stages, options, device_of(settings), space)
+
+    def check(self, fixed: Subject, moving: Subject) -> None:
+        """ValueError for what is wrong with images, SettingsError where a stage does not go with images of their size.
+
+        What the size says is looked at once, what the intensities say only where a first look is not reassuring.
+        """
+        kind = _structure((fixed, moving))
+        new = kind not in self.tried
+        if new or not all(_is_plain(side) for side in (fixed, moving)):
+            objectives = [stage.objective for stage in self.stages]
+            for bad, status in prepare(fixed, moving, None, levels=1, min_size=1, objectives=objectives).faults():
+                if bool(bad.any()):
+                    raise ValueError(status.remedy)
+        if new:
+            try:
+                for stage in self.stages:
+                    try_stage(stage, Image(fixed.image.data, Grid(fixed.image.grid.size)))
+                self.tried[kind] = ""
+            except SettingsError as problem:
+                self.tried[kind] = str(problem)
+        if self.tried[kind]:
+            raise SettingsError(self.tried[kind])
+
+
+class Inputs(NamedTuple):
+    """Fingerprints by path: `files` of those that the row names, `beside` of others that belong to them."""
+
+    files: dict[str, Print]
+    beside: dict[str, Print]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """A pair in memory, on the CPU.
+
+    init : as of `Settings`, for this pair; begun : what a file of it says
+    key : pairs with equal keys can share a batch
+    """
+
+    row: Row
+    fixed: Subject
+    moving: Subject
+    known: agreement.Known
+    init: str
+    begun: Begin
+    inputs: Inputs
+    notes: tuple[str, ...]
+    key: Hashable
+
+    @property
+    def voxels(self) -> int:
+        """Values of both images."""
+        return self.fixed.image.data.numel() + self.moving.image.data.numel()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Refused:
+    """A pair that cannot be registered, and why; trace : of an error that fnreg did not expect."""
+
+    row: Row
+    reason: str
+    inputs: Inputs
+    trace: str = ""
+    status: str = "invalid_input"
+
+
+def crashed(row: Row) -> Refused:
+    """A pair that is not to be tried again: it may have ended the process that tried it."""
+    reason = "the process ended while it worked on this pair alone, twice: see what --retry-failed does with it"
+    return Refused(row, reason, _inputs(row, {}), status="crashed")
+
+
+def files_of(row: Row, asked: Asked) -> Files:
+    """The files of a row, as one registration has them."""
+    known = row.files.get
+    labels, points = (
+        (known(f"fixed_{what}"), known(f"moving_{what}")) for what in ("labels", "points")
+    )  # of either side
+    paths = agreement.Paths(labels, points, asked.space)
+    output = asked.folder / "pairs" / row.pair_id
+    return Files(row.files["fixed"], row.files["moving"], output, known("fixed_mask"), known("moving_mask"), paths)
+
+
+def load(row: Row, asked: Asked) -> Loaded | Refused:
+    """Read a row and check it, or say why not; MissingExtraError where a package is missing, which no row can help."""
+    with fingerprints() as seen:
+        try:
+            found = _load(row, asked)
+        except MissingExtraError:
+            raise
+        except Exception as problem:
+            return Refused(row, told(problem), _inputs(row, seen), _trace(problem))
+    return dataclasses.replace(found, inputs=_inputs(row, seen))
+
+
+def _load(row: Row, asked: Asked) -> Loaded:
+    init = str(row.files.get("initial", asked.settings.init))
+    first = asked.stages[0].transform
+    pair = read(files_of(row, asked), init, first)
+    fixed, moving = Subject(pair.fixed, pair.masks[0]), Subject(pair.moving, pair.masks[1])
+    asked.check(fixed, moving)
+    found = begin(init, first, pair.fixed.grid)
+    begun = Begin() if found is None else found
+    how = init if found is None else _structure(begun)
+    key = how, _structure((fixed, moving))
+    return Loaded(row, fixed, moving, pair.known, init, begun, Inputs({}, {}), pair.notes, key)
+
+
+def _is_plain(side: Subject) -> bool:
+    """Whether an image has no mask, and finite intensities that vary."""
+    low, high = torch.aminmax(side.image.data)  # NaN where one is
+    return side.mask is None and bool(torch.isfinite(low) & torch.isfinite(high) & (low < high))
+
+
+def _structure(tree: Any) -> Hashable:
+    """What trees have to share so that they can be stacked."""
+    leaves, spec = tree_flatten(tree)
+    return spec, tuple(None if leaf is None else (leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+def told(problem: BaseException) -> str:
+    """An error in one line, with its kind where that is not one of those that fnreg words itself."""
+    text = " ".join(str(problem).split())
+    ours = isinstance(problem, (ValueError, OSError)) and text
+    return text if ours else f"{type(problem).__name__}: {text}" if text else type(problem).__name__
+
+
+def _trace(problem: BaseException) -> str:
+    return "" if isinstance(problem, (ValueError, OSError)) else "".join(traceback.format_exception(problem))
+
+
+def _inputs(row: Row, seen: dict[str, Print]) -> Inputs:
+    """Of what was read the very bytes; a file that was not reached is looked at now."""
+    files: dict[str, Print] = {}
+    for path in row.files.values():
+        if str(path) in seen:
+            files[str(path)] = seen[str(path)]
+            continue
+        try:
+            files[str(path)] = fingerprint(path)
+        except OSError:  # gone meanwhile: so the row is not finished
+            continue
+    return Inputs(files, {name: value for name, value in seen.items() if name not in files})

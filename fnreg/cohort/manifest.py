@@ -1,0 +1,293 @@
+"""The table of pairs: from CSV, TSV, JSON Lines or Parquet, or made of a set of images; checked before any work.
+
+This module does not import torch: `fnreg validate` is quick.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import glob
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fnreg.extras import require
+
+REQUIRED = ("fixed", "moving")
+FILES = (
+    *REQUIRED, "fixed_mask", "moving_mask", "fixed_labels", "moving_labels", "fixed_points", "moving_points", "initial",
+)  # fmt: skip
+COLUMNS = ("pair_id", *FILES, "group")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+LONGEST = 128  # characters of an id: file systems allow 255 bytes, and names are made of it
+_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
+_IMAGES = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|nhdr|png|jpe?g|tiff?)\Z", re.IGNORECASE)
+SHOWN = 20  # problems that an error lists
+
+
+class ManifestError(ValueError):
+    """A table of pairs is missing, damaged, or has rows that cannot be registered; `problems` has all of them."""
+
+    def __init__(self, told: str, problems: Sequence[str] = ()) -> None:
+        self.problems = tuple(problems)
+        lines = [f"  {problem}" for problem in problems[:SHOWN]]
+        if len(problems) > SHOWN:
+            lines.append(f"  and {len(problems) - SHOWN} more")
+        super().__init__("\n".join([told, *lines]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One pair.
+
+    files : absolute paths by column, those of `FILES` that it has
+    group, extra : carried through as they are; `extra` by column
+    """
+
+    pair_id: str
+    files: Mapping[str, Path]
+    group: str = ""
+    extra: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def record(self) -> dict[str, str]:
+        """The row as text, with the columns of a table."""
+        group = {"group": self.group} if self.group else {}
+        return {"pair_id": self.pair_id} | {k: str(v) for k, v in self.files.items()} | group | dict(self.extra)
+
+
+def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a table.
+
+    path : .csv and .tsv with a line of column names, .jsonl with one object per line, .parquet with the extra `cohort`
+
+    Columns are those of `COLUMNS`, of which fixed and moving are needed; others are carried through.  Paths are
+    relative to the table.  A row without pair_id gets one of the names of its images.
+
+    Raises ManifestError where the table is missing, damaged or empty, lacks a column, or has rows without an image,
+    with ids that are no file names or not unique, or with files that do not exist: all of these at once.
+    """
+    table = Path(path)
+    kind = table.suffix.lower()
+    if kind not in SUFFIXES:
+        raise ManifestError(f"{table} ends in {kind!r}: readable are {', '.join(SUFFIXES)}")
+    records = _records(table, kind)
+    if not records:
+        raise ManifestError(f"{table} has no rows: each is a pair, with the columns {' and '.join(REQUIRED)}")
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    missing = [name for name in REQUIRED if name not in columns]
+    if missing:
+        raise ManifestError(
+            f"{table} has no column {' and '.join(missing)}: needed are {' and '.join(REQUIRED)}, and it has "
+            f"{', '.join(columns)}"
+        )
+    home = Path(os.path.abspath(table)).parent
+    return _checked([_row(record, home) for record in records], str(table), _places(table, kind, len(records)))
+
+
+def read_ids(path: str | os.PathLike[str]) -> list[str]:
+    """The ids of a table that `write_manifest` made, whether or not its files are there."""
+    return [record["pair_id"] for record in _records(Path(path), Path(path).suffix.lower())]
+
+
+def checked(rows: Iterable[Row]) -> list[Row]:
+    """Rows that were made otherwise, checked as those of a table; ManifestError with all that is wrong."""
+    made = list(rows)
+    if not made:
+        raise ManifestError("there are no rows: give a pair or more")
+    return _checked(made, "the rows", [f"row {number}" for number in range(1, len(made) + 1)])
+
+
+def all_to(fixed: str | os.PathLike[str], images: Iterable[str | os.PathLike[str]]) -> list[Row]:
+    """A row for each image that is not the fixed one: it is registered to that."""
+    target = Path(os.path.abspath(fixed))
+    return _of_images([(target, moving) for moving in _distinct(images) if moving != target])
+
+
+def all_pairs(images: Iterable[str | os.PathLike[str]]) -> list[Row]:
+    """A row for each ordered pair of two images."""
+    return _of_images(itertools.permutations(_distinct(images), 2))
+
+
+def find_images(pattern: str) -> list[Path]:
+    """The images that a pattern such as "scans/**/*.nii.gz" names, sorted; ManifestError where there are none."""
+    found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if _IMAGES.search(name))
+    if not found:
+        raise ManifestError(f"no image matches {pattern!r}: quote the pattern, and use ** for folders of any depth")
+    return found
+
+
+def find_bids(folder: str | os.PathLike[str], suffix: str = "T1w") -> list[Path]:
+    """The images of a BIDS data set with a suffix, sorted by subject and session.
+
+    Raises ManifestError where the folder is no BIDS data set, or has no such image.
+    """
+    home = Path(folder)
+    if not (home / "dataset_description.json").is_file():
+        raise ManifestError(f"{home} is not a BIDS data set: it has no dataset_description.json")
+    found = [
+        path
+        for pattern in ("sub-*/*/*", "sub-*/ses-*/*/*")
+        for path in home.glob(pattern)
+        if _IMAGES.search(path.name) and path.name.split(".")[0].rpartition("_")[2] == suffix
+    ]
+    if not found:
+        raise ManifestError(f"{home} has no image that ends in _{suffix}: give another suffix")
+    return sorted(set(found))
+
+
+def write_manifest(rows: Iterable[Row]) -> bytes:
+    """Rows as a TSV table, which `read_manifest` reads again."""
+    records = [row.record() for row in rows]
+    found = dict.fromkeys(key for record in records for key in record)
+    columns = [name for name in COLUMNS if name in found] + [name for name in found if name not in COLUMNS]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, delimiter="\t", lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue().encode()
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def _records(table: Path, kind: str) -> list[dict[str, str]]:
+    if not table.is_file():
+        raise ManifestError(f"{table} {'is a folder' if table.is_dir() else 'does not exist'}: give a table of pairs")
+    if kind == ".parquet":
+        return _parquet(table)
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except OSError as problem:
+        raise ManifestError(f"{table} cannot be read: {problem.strerror or problem}") from problem
+    except UnicodeDecodeError as problem:
+        raise ManifestError(f"{table} is not text in UTF-8: {problem}") from problem
+    if kind in (".jsonl", ".ndjson"):
+        return list(_json_lines(table, text))
+    return list(_delimited(table, text, "\t" if kind == ".tsv" else ","))
+
+
+def _delimited(table: Path, text: str, delimiter: str) -> Iterator[dict[str, str]]:
+    try:
+        lines = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if line]
+    except csv.Error as problem:
+        raise ManifestError(f"{table} is damaged: {problem}") from problem
+    if not lines:
+        return
+    names = [name.strip() for name in lines[0]]
+    twice = sorted({name for name in names if names.count(name) > 1 or not name})
+    if twice:
+        raise ManifestError(f"{table} has columns of the same name, or of none: {', '.join(map(repr, twice))}")
+    for number, line in enumerate(lines[1:], 2):
+        if len(line) != len(names):
+            raise ManifestError(f"{table}, line {number}: {len(line)} fields for {len(names)} columns")
+        yield {name: value.strip() for name, value in zip(names, line, strict=True)}
+
+
+def _json_lines(table: Path, text: str) -> Iterator[dict[str, str]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as problem:
+            raise ManifestError(f"{table}, line {number} is not JSON: {problem}") from problem
+        if not isinstance(found, dict):
+            raise ManifestError(f"{table}, line {number}: expected an object, {{...}}")
+        yield _texts(found)
+
+
+def _parquet(table: Path) -> list[dict[str, str]]:
+    parquet: Any = require("pyarrow.parquet", "cohort", f"reading {table}")
+    try:
+        return [_texts(row) for row in parquet.read_table(table).to_pylist()]
+    except (OSError, ValueError) as problem:  # ArrowInvalid is a ValueError
+        raise ManifestError(f"{table} is not a Parquet table, or it is damaged: {problem}") from problem
+
+
+def _texts(record: Mapping[Any, Any]) -> dict[str, str]:
+    return {str(name): "" if value is None else str(value) for name, value in record.items()}
+
+
+def _places(table: Path, kind: str, count: int) -> list[str]:
+    """What errors call the rows: lines of a text, with the one of the names."""
+    first = 1 if kind in (".jsonl", ".ndjson", ".parquet") else 2
+    return [f"row {first + number}" for number in range(count)]
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _row(record: Mapping[str, str], home: Path) -> Row:
+    files = {name: home / record[name] for name in FILES if record.get(name)}
+    extra = {name: value for name, value in record.items() if name not in COLUMNS}
+    return Row(record.get("pair_id", ""), files, record.get("group", ""), extra)
+
+
+def _of_images(pairs: Iterable[tuple[Path, Path]]) -> list[Row]:
+    rows = [Row("", {"fixed": fixed, "moving": moving}) for fixed, moving in pairs]
+    if not rows:
+        raise ManifestError("there are no pairs: give two images or more")
+    return _checked(rows, "the pairs", [f"pair {number}" for number in range(1, len(rows) + 1)])
+
+
+def _distinct(images: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    return list(dict.fromkeys(Path(os.path.abspath(image)) for image in images))
+
+
+def _checked(rows: list[Row], told: str, places: list[str]) -> list[Row]:
+    """The rows with ids, or ManifestError with all that is wrong."""
+    problems = [
+        f"{place}: {name} is empty, each row needs it"
+        for place, row in zip(places, rows, strict=True)
+        for name in REQUIRED
+        if name not in row.files
+    ]
+    if problems:
+        raise ManifestError(f"{told} has rows without an image", problems)
+    rows = _named(rows)
+    owner: dict[str, str] = {}
+    for place, row in zip(places, rows, strict=True):
+        name = row.pair_id
+        if not _ID.match(name) or len(name) > LONGEST:
+            problems.append(
+                f"{place}: id {name[:60]!r} is no file name: use up to {LONGEST} letters of A-Z, a-z, 0-9, '.', '_' "
+                "and '-', not beginning with '.'"
+            )
+        known = owner.setdefault(name.lower(), place)  # some file systems do not tell capitals from small letters
+        if known != place:
+            problems.append(f"{place}: id {name!r} is that of {known} too")
+    exists: dict[Path, bool] = {}
+    for place, row in zip(places, rows, strict=True):
+        for column, path in row.files.items():
+            if not exists.setdefault(path, path.exists()):
+                problems.append(f"{place}: {column} {path} does not exist")
+    if problems:
+        raise ManifestError(f"{told} cannot be registered as it is", problems)
+    return rows
+
+
+def _named(rows: list[Row]) -> list[Row]:
+    """Rows without an id get one of their images' names; what tells two of one name apart does not depend on order."""
+    made = [row.pair_id or f"{_stem(row.files['moving'])}-to-{_stem(row.files['fixed'])}" for row in rows]
+    counts: dict[str, int] = {}
+    for name in made:
+        counts[name.lower()] = counts.get(name.lower(), 0) + 1
+    named: list[Row] = []
+    for row, name in zip(rows, made, strict=True):
+        if not row.pair_id and (counts[name.lower()] > 1 or len(name) > LONGEST):
+            content = "\n".join(f"{key}\t{value}" for key, value in sorted(row.record().items()))
+            name = f"{name[: LONGEST - 9]}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+        named.append(dataclasses.replace(row, pair_id=name))
+    return named
+
+
+def _stem(path: Path) -> str:
+    """The name of an image without its suffix, in the letters of an id."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", _IMAGES.sub("", path.name)).lstrip(".") or "image"

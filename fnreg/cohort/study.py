@@ -1,0 +1,235 @@
+"""The folder of a study: what it was asked, what is left to do, and the table of what came out.
+
+    OUT/ settings.toml  manifest.tsv  run.json  ledger/shard-0000.jsonl  pairs.tsv  pairs.json  pairs/ID/...
+
+What is done is what the ledger says: a pair is done with the same settings, for the same input files.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fnreg.cohort.ledger import Record, read_ledger
+from fnreg.cohort.manifest import Row, write_manifest
+from fnreg.io.files import Print, write_bytes
+
+OK, WARN = "ok", "warn"
+DONE = (OK, WARN)
+STATUSES = {
+    OK: "registered",
+    WARN: "registered, but look at it: `reason` says why",
+    "invalid_input": "an input could not be used",
+    "failed": "the registration ended without a result",
+    "diverged": "the registration diverged",
+    "crashed": "the process ended while it worked on this pair, twice",
+    "timeout": "the pair took too long",
+    "pending": "not done yet",
+}
+COLUMNS = {
+    "pair_id": "the id of the pair",
+    "status": f"one of {', '.join(STATUSES)}",
+    "reason": "why it is not ok, in a sentence",
+    "fixed": "the image that stays",
+    "moving": "the image that is moved",
+    "transform": "the file of the map, from fixed to moving points, in the folder of the study",
+    "value_before": "the objective at the start",
+    "value_after": "the objective at the end, on the finest level",
+    "dice_mean": "mean Dice overlap of the labels, 1 is best",
+    "tre_mean": "mean distance of the mapped fixed points from the moving ones, mm",
+    "tre_p95": "95th percentile of these distances, mm",
+    "jac_min": "smallest determinant of the map's Jacobian matrix at the fixed voxels",
+    "jac_max": "largest determinant",
+    "folds": "share of the fixed voxels at which the determinant is 0 or less",
+    "sdlogj": "standard deviation of the logarithm of the determinant",
+    "inverse_consistency_mm": "mean distance of the way there and back, mm",
+    "steps": "steps taken on all levels",
+    "seconds": "time of the batch over its pairs",
+    "peak_mb": "highest memory of the process, MB",
+    "device": "where it was computed",
+    "settings_sha": "SHA-256 of settings.toml",
+    "attempts": "how often the pair was begun",
+}
+
+
+OF_RECORDS = ("inputs", "beside", "history", "warnings", "time")  # what the ledger knows and the table does not tell
+
+
+class StudyError(ValueError):
+    """A folder holds another study, or none."""
+
+
+def settings_sha(settings: Mapping[str, Any]) -> str:
+    """What tells settings apart: of their names and values, in whatever order they were given."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+class Study:
+    """A folder of results, for a table of pairs and settings.
+
+    folder : made where it is not there
+    rows : the pairs
+    settings : plain values by name
+
+    Raises StudyError where the folder holds something else, or a study with other settings.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], rows: Sequence[Row], settings: Mapping[str, Any]) -> None:
+        self.folder, self.rows, self.settings = Path(folder), rows, dict(settings)
+        self.sha = settings_sha(self.settings)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise StudyError(f"{self.folder} is a file: give a folder")
+        there = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        there = [name for name in there if not is_scratch(name)]
+        if there and "settings.toml" not in there:
+            raise StudyError(f"{self.folder} holds {there[0]!r} and no study: give an empty folder, or that of a study")
+        if there:
+            self._check_settings()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not there:
+            write_bytes(self.folder / "settings.toml", toml(self.settings).encode())
+        self.write_manifest()
+
+    def _check_settings(self) -> None:
+        before = read_settings(self.folder)
+        changed = sorted(k for k in before.keys() | self.settings.keys() if before.get(k) != self.settings.get(k))
+        if changed:
+            told = ", ".join(f"{k} was {before.get(k)!r} and is {self.settings.get(k)!r}" for k in changed)
+            raise StudyError(
+                f"{self.folder} was made with other settings: {told}; give another folder, or the same ones"
+            )
+
+    def write_manifest(self) -> None:
+        """manifest.tsv, where it is not there or has other rows."""
+        _write(self.folder / "manifest.tsv", write_manifest(self.rows))
+
+    def todo(self, *, retry_failed: bool = False) -> list[Row]:
+        """The rows that are not finished: without a record, with inputs that changed, and failed ones if asked."""
+        known = read_ledger(self.folder, without=("history", "warnings"))
+        return [row for row in self.rows if not self._finished(row, known.get(row.pair_id), retry_failed)]
+
+    def _finished(self, row: Row, record: Record | None, retry_failed: bool) -> bool:
+        if record is None or record.get("settings_sha") != self.sha:
+            return False
+        if record.get("status") not in DONE and retry_failed:
+            return False
+        return unchanged(row, record.get("inputs", {}), record.get("beside", {}))
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per pair of the study, in its order, with the columns of `COLUMNS` and all others that there are."""
+        known = read_ledger(self.folder, without=OF_RECORDS)
+        return [{**row.record(), **known.get(row.pair_id, {"status": "pending"})} for row in self.rows]
+
+    def write_table(self) -> None:
+        """pairs.tsv and pairs.json, what its columns mean; where they say so already they stay."""
+        table = self.table()
+        names = dict.fromkeys(name for row in table for name in row)
+        columns = [*COLUMNS, *(name for name in names if name not in COLUMNS)]
+        _write(self.folder / "pairs.tsv", _tsv(columns, table))
+        given = {name for row in self.rows for name in row.record()}
+        meaning = {name: {"Description": _meaning(name, given)} for name in columns}
+        _write(self.folder / "pairs.json", (json.dumps(meaning, indent=2) + "\n").encode())
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a study.  Raises StudyError where there are none."""
+    import tomllib
+
+    try:
+        return tomllib.loads((folder / "settings.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise StudyError(f"{folder} has no settings.toml that can be read: {problem}") from problem
+
+
+def toml(settings: Mapping[str, Any]) -> str:
+    """Plain values by name as TOML; a JSON string is one of TOML."""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    return "\n".join(lines) + "\n"
+
+
+def fingerprint(path: Path) -> Print:
+    """Size, time of change in ns, and the SHA-256 of the content; of a folder of slices, those of its files."""
+    size, changed = _stat(path)
+    whole = hashlib.sha256()
+    for file in _files(path):
+        whole.update(file.read_bytes())
+    return size, changed, whole.hexdigest()
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    each = [file.stat() for file in _files(path)]
+    return sum(told.st_size for told in each), max((told.st_mtime_ns for told in each), default=0)
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
+def unchanged(row: Row, inputs: Mapping[str, Sequence[Any]], beside: Mapping[str, Sequence[Any]] | None = None) -> bool:
+    """Whether the files of a row are those of a record; the content is read where the time of a file differs.
+
+    beside : files that are read with those, such as the voxels of a header
+    """
+    if {str(path) for path in row.files.values()} != set(inputs):
+        return False
+    for name, (size, changed, sha) in (*inputs.items(), *(beside or {}).items()):
+        path = Path(name)
+        try:
+            now, when = _stat(path)
+            if now != size or (when != changed and fingerprint(path)[2] != sha):
+                return False
+        except OSError:
+            return False
+    return True
+
+
+MORE = {
+    "ended": "how the descent ended",
+    "tre_max": "largest distance of the mapped fixed points from the moving ones, mm",
+    "dice_mean_before": "mean Dice overlap of the labels at the start",
+    "tre_mean_before": "mean distance of the points at the start, mm",
+}
+
+
+def _meaning(name: str, given: Iterable[str]) -> str:
+    """What a column holds; given : those of the table of pairs."""
+    if name in COLUMNS or name in MORE:
+        return COLUMNS.get(name) or MORE[name]
+    if name.startswith("dice_") and name not in given:
+        return f"Dice overlap of label {name.removeprefix('dice_')}"
+    return "of the table of pairs"
+
+
+def _write(path: Path, content: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != content:
+        write_bytes(path, content)
+
+
+def is_scratch(name: str) -> bool:
+    """Whether a file is what a process that died while it wrote has left."""
+    return name.startswith(".") and name.endswith((".tmp", ".partial"))
+
+
+def _tsv(columns: Sequence[str], table: Iterable[Mapping[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(columns)
+    for row in table:
+        writer.writerow(_cell(row.get(name)) for name in columns)
+    return text.getvalue().encode()
+
+
+def _cell(value: Any) -> str:
+    """As BIDS wants it: n/a for what is not there."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)) or value == "":
+        return "n/a"
+    if isinstance(value, float):
+        return f"{value:.8g}"
+    return " ".join(str(value).split())

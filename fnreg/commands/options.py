@@ -1,0 +1,72 @@
+"""Options that say how to register, of one pair and of data sets alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from fnreg.commands.base import option
+from fnreg.settings import OPTIMIZERS, PADDINGS, PENALTIES, PRESETS, SIMILARITIES, SYMMETRIC, TRANSFORMS
+
+SPACES = ("LPS", "RAS", "voxel")
+
+Preset = Annotated[
+    str | None, option(f"Tuned settings in place of --transform to --steps and --padding: {', '.join(PRESETS)}.")
+]
+Stages = Annotated[
+    str | None,
+    option(f"Stages joined by +, of: {', '.join(TRANSFORMS)}; options as affine+svffd:stride=4. [default: rigid]"),
+]
+Similarity = Annotated[
+    str | None, option(f"One of {', '.join(SIMILARITIES)}; options as huber:delta=0.1. [default: mse]")
+]
+Penalty = Annotated[
+    list[str] | None,
+    option(
+        f"What keeps ffd and the like smooth, with its weight, as bending=1e-3; may be given again; one of "
+        f"{', '.join(PENALTIES)}; options as elasticity=0.01:mu=2. [default: none]"
+    ),
+]
+Symmetric = Annotated[
+    bool | None, option(f"Count the loss of both directions, in the stages of {' and '.join(SYMMETRIC)}.")
+]
+Optimizer = Annotated[
+    str | None,
+    option(
+        f"One of {', '.join(OPTIMIZERS)}; options as adam:lr=0.3. [default: adam:lr=0.3]", "--optimizer", "--solver"
+    ),
+]
+Levels = Annotated[int | None, option("Images of the pyramid. [default: 3]")]
+Steps = Annotated[
+    str | None,
+    option("Per level, coarse to fine, as 100x50x10; one number serves all. [default: 100]", "--steps", "-n"),
+]
+Space = Annotated[
+    str | None, option(f"Where points that do not say it are: {', '.join(SPACES)}, indices of their image.")
+]
+Init = Annotated[
+    str | None,
+    option("Start: auto, header, center, moments, search (36 angles) or a transform file. [default: auto]"),
+]
+Padding = Annotated[
+    str | None,
+    option(f"Outside of the moving image: {', '.join(PADDINGS)} or a number; none counts nothing. [default: none]"),
+]
+Seed = Annotated[int | None, option("Of random numbers. [default: 0]")]
+Threads = Annotated[int | None, option("Of torch. [default: as torch chooses]")]
+Device = Annotated[str | None, option("Of torch, as cuda:0. [default: cpu]")]
+SettingsFile = Annotated[Path | None, option("TOML file with these options by name; options given here win.")]
+Assigned = Annotated[
+    list[str] | None, option("A setting by its name in such a file, as levels=2; may be given again.", "--set")
+]
+
+
+def by_name(penalty: list[str] | None, **given: Any) -> dict[str, Any]:
+    """Options by the names of `Settings`; penalties are joined."""
+    return {**given, "penalty": "+".join(penalty) if penalty else None}
+
+
+def named(given: dict[str, Any], assigned: list[str] | None) -> set[str]:
+    """The settings that were given on the command line."""
+    here = {name for name, value in given.items() if value is not None}
+    return here | {text.partition("=")[0] for text in assigned or ()}
