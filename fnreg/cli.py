@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import cyclopts
 
 from fnreg.commands import quality as quality
+from fnreg.commands import report as report
 from fnreg.commands import transforms as transforms
 from fnreg.commands.base import (
     ENVIRONMENT,
