@@ -117,7 +117,7 @@ def _draw_pair(study: Path, row: Mapping[str, str], record: Record) -> Drawn:
         if problem.name == "PIL":
             raise
         return Drawn(pair_id, False, reason=str(problem))
-    except (OSError, ValueError, KeyError, RuntimeError) as problem:
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError) as problem:
         return Drawn(pair_id, False, reason=" ".join(str(problem).split()) or type(problem).__name__)
     return Drawn(pair_id, True, new=True)
 

@@ -40,7 +40,7 @@ TABLE = (
     "pair_id", "status", "group", "dice_mean", "tre_mean", "value_before", "value_after", "folds", "jac_min", "jac_max",
     "sdlogj", "inverse_consistency_mm", "steps", "seconds", "reason",
 )  # fmt: skip
-APART = ("inputs", "history", "warnings", "command")
+APART = ("inputs", "history", "warnings", "command", "settings_sha")  # shown elsewhere, or the same for all
 OPTIONS = ("fixed_mask", "moving_mask", "fixed_labels", "moving_labels", "fixed_points", "moving_points")
 Pair = tuple[dict[str, str], Record]
 
