@@ -16,6 +16,7 @@ from fnreg.commands import cohort as cohort
 from fnreg.commands import figures as figures
 from fnreg.commands import options
 from fnreg.commands import quality as quality
+from fnreg.commands import report as report
 from fnreg.commands import transforms as transforms
 from fnreg.commands.base import (
     ENVIRONMENT,
@@ -30,7 +31,6 @@ from fnreg.commands.base import (
 from fnreg.commands.base import Json as _Json
 from fnreg.commands.base import Verbose as _Verbose
 from fnreg.commands.base import option as _option
-from fnreg.commands.transforms import SPACES
 from fnreg.process import prepare
 from fnreg.settings import SAVES, Settings, SettingsError, choose, pointing
 

@@ -127,7 +127,7 @@ def cuts(grid: Grid, at: Scalars | None = None) -> list[Cut]:
     given = grid.center if at is None else torch.as_tensor(at, dtype=torch.float64).detach().cpu()
     if given.shape != (3,):
         raise ValueError(f"at has shape {tuple(given.shape)}: expected one world point (x, y, z)")
-    world = _upright(grid)
+    world = upright(grid)
     index = world.world_to_index(given)
     count = torch.tensor(world.size)
     if not bool(((index >= -0.5 - 1e-6) & (index <= count - 0.5 + 1e-6)).all()):
@@ -149,7 +149,7 @@ def cuts(grid: Grid, at: Scalars | None = None) -> list[Cut]:
     return found
 
 
-def _upright(grid: Grid) -> Grid:
+def upright(grid: Grid) -> Grid:
     """A 3-D grid along the axes of the world over all of a grid; with its own voxels where its axes are the world's."""
     turned = grid.direction.abs()
     if float((turned - turned.round()).abs().max()) < 1e-6:
