@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import BINARY, Browser, Page
-from study_scenes import HOSTILE, make_study, many_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Picture
+from study_scenes import HOSTILE, make_study, many_pairs
 
 import fnreg.extras
 from fnreg.cli import main

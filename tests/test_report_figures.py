@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from study_scenes import make_study
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Picture
 from scenes import placement, scene, smooth_mapping, storages, stored, tensor
+from study_scenes import make_study
 
 import fnreg
 from fnreg import Affine, Displacement, Grid, Image, Mapping
