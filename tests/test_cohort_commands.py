@@ -43,8 +43,8 @@ def test_run_goes_through_a_table_and_then_has_nothing_to_do(rows: list[Row], ca
     assert out.startswith("3 pairs: 3 ok\n") and "a second" in out and "pairs.tsv" in out and err == ""
     whole(Path("out"), rows)
     assert sorted(path.name for path in Path("out").iterdir()) == [
-        "dataset_description.json", "ledger", "manifest.tsv", "pairs", "pairs.json", "pairs.tsv", "run.json",
-        "settings.toml",
+        "dataset_description.json", "ledger", "manifest.tsv", "pairs", "pairs.json", "pairs.tsv", "report.html",
+        "run.json", "settings.toml",
     ]  # fmt: skip
     assert cli.main(["run", "pairs.tsv", "-o", "out", *SHORT]) == 0
     assert "nothing was left to do" in capsys.readouterr().out

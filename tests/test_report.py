@@ -169,11 +169,11 @@ def test_without_pillow_there_is_a_report_without_pictures(tmp_path: Path, monke
 def test_the_command_registers_the_pair(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = data_of(made)
-    command = {row[0]: more["command"] for row, more in zip(data["rows"], data["rest"], strict=True)}["pair-0"]
-    words = shlex.split(command)
+    told = {row[0]: more["command"] for row, more in zip(data["rows"], data["rest"], strict=True)}["pair-0"]
+    words = shlex.split(told)
     assert words[:2] == ["fnreg", "register"]
     assert main([*words[1:], "--json"]) == 0
-    assert (tmp_path / "again-pair-0" / "transform.safetensors").is_file()
+    assert (tmp_path / "pair-0" / "transform.safetensors").is_file()
 
 
 @pytest.mark.parametrize(("measure", "sign"), [("dice_mean", 1), ("tre_mean", -1), ("value_after", -1)])

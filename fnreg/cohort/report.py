@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import Any
 
 from fnreg import __version__
 from fnreg.cohort.ledger import Record, read_ledger
-from fnreg.cohort.study import COLUMNS, STATUSES, StudyError, read_settings
+from fnreg.cohort.study import COLUMNS, STATUSES, StudyError, command, read_settings
 from fnreg.extras import MissingExtraError
 from fnreg.io.files import write_bytes
 
@@ -40,8 +39,7 @@ TABLE = (
     "pair_id", "status", "group", "dice_mean", "tre_mean", "value_before", "value_after", "folds", "jac_min", "jac_max",
     "sdlogj", "inverse_consistency_mm", "steps", "seconds", "reason",
 )  # fmt: skip
-APART = ("inputs", "history", "warnings", "command", "settings_sha")  # shown elsewhere, or the same for all
-OPTIONS = ("fixed_mask", "moving_mask", "fixed_labels", "moving_labels", "fixed_points", "moving_points")
+APART = ("inputs", "history", "warnings", "settings_sha")  # shown elsewhere, or the same for all
 Pair = tuple[dict[str, str], Record]
 
 
@@ -190,6 +188,7 @@ def _data(
     there: Mapping[str, Sequence[str]],
     why: Mapping[str, str],
 ) -> dict[str, Any]:
+    settings = read_settings(folder)
     found = [{**row, **{key: v for key, v in record.items() if key not in APART}} for row, record in pairs]
     names = [column for column in dict.fromkeys([*COLUMNS, *(key for row in found for key in row)])]
     names = [column for column in names if any(_told(row.get(column)) is not None for row in found)]
@@ -197,7 +196,7 @@ def _data(
         {
             "history": _course(record.get("history"), COURSE if rank < INSIDE else COURSE_OUTSIDE),
             "warnings": [str(note) for note in record.get("warnings") or ()],
-            "command": str(record.get("command") or _command(folder, row)),
+            "command": command(row, settings),
             "pictures": list(there[row["pair_id"]]),
             "why": why.get(row["pair_id"], ""),
         }
@@ -207,7 +206,7 @@ def _data(
         "name": name,
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "version": __version__,
-        "settings": {key: str(value) for key, value in read_settings(folder).items()},
+        "settings": {key: str(value) for key, value in settings.items()},
         "statuses": STATUSES,
         "severity": SEVERITY,
         "measure": measure,
@@ -241,15 +240,3 @@ def _course(history: Any, most: int) -> list[list[Any]]:
             levels[-1][1].append(step)
             levels[-1][2].append(_told(value) if isinstance(value, (int, float)) else None)
     return levels
-
-
-def _command(folder: Path, row: Mapping[str, str]) -> str:
-    """What registers this pair alone, with the settings of the study."""
-    words = ["fnreg", "register", row.get("fixed", "FIXED"), row.get("moving", "MOVING")]
-    words += ["--output", f"again-{row['pair_id']}", "--settings", os.path.abspath(folder / "settings.toml")]
-    for name in OPTIONS:
-        if name in row:
-            words += [f"--{name.replace('_', '-')}", row[name]]
-    if "initial" in row:
-        words += ["--init", row["initial"]]
-    return shlex.join(words)

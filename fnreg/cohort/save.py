@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from collections.abc import Sequence, Set
 from contextlib import suppress
@@ -14,10 +13,9 @@ from fnreg.cohort.ledger import Ledger, Record
 from fnreg.cohort.load import Asked, Loaded, Refused, files_of, told
 from fnreg.cohort.manifest import Row
 from fnreg.cohort.solve import Outcome
-from fnreg.cohort.study import DONE, OK, WARN, Study, is_scratch
+from fnreg.cohort.study import DONE, OK, WARN, Study, command, is_scratch
 from fnreg.io.files import together, write_bytes
 from fnreg.output import OutputFolder
-from fnreg.settings import Settings
 
 ERRORS, PAIRS = "errors", "pairs"
 TRANSFORMS = ("transform.safetensors", "transform.tfm", "transform.h5", "displacement.nii.gz")  # the first one is told
@@ -46,7 +44,7 @@ def _save(outcome: Outcome | Refused, study: Study, asked: Asked) -> Record:
             "inputs": outcome.inputs.files,
             "beside": outcome.inputs.beside,
         }
-        _told(outcome.row, asked, found, outcome.trace)
+        _told(outcome.row, study, found, outcome.trace)
         return found
     row = outcome.pair.row
     found = _record(row, study, outcome.status, outcome.reason) | outcome.values
@@ -62,7 +60,7 @@ def _save(outcome: Outcome | Refused, study: Study, asked: Asked) -> Record:
         except Exception as problem:
             found |= {"status": "failed", "reason": told(problem)}
             trace = repr(problem)
-    _told(row, asked, found, trace)
+    _told(row, study, found, trace)
     return found
 
 
@@ -122,36 +120,22 @@ def _results(outcome: Outcome, pair: Loaded, asked: Asked) -> Record:
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-def _told(row: Row, asked: Asked, record: Record, trace: str) -> None:
+def _told(row: Row, study: Study, record: Record, trace: str) -> None:
     """errors/ID.txt for a pair without a result; none for one with a result."""
-    path = asked.folder / ERRORS / f"{row.pair_id}.txt"
+    path = study.folder / ERRORS / f"{row.pair_id}.txt"
     if record["status"] in DONE:
         path.unlink(missing_ok=True)
         return
     lines = [f"{row.pair_id}: {record['status']}", str(record["reason"]), "", "It can be looked at alone by", ""]
-    lines += [f"  {command(row, asked)}", *(["", trace] if trace else [])]
+    lines += [f"  {command(row.record(), study.settings)}", *(["", trace] if trace else [])]
     path.parent.mkdir(exist_ok=True)
     write_bytes(path, ("\n".join(lines).rstrip() + "\n").encode())
-    old = asked.folder / PAIRS / row.pair_id
+    old = study.folder / PAIRS / row.pair_id
     if old.is_dir():  # of an earlier run, with other inputs
         for name in results.KNOWN:
             (old / name).unlink(missing_ok=True)
         with suppress(OSError):
             old.rmdir()
-
-
-def command(row: Row, asked: Asked) -> str:
-    """The `fnreg register` that does what a study does with a pair."""
-    given = asked.settings.given()
-    words = ["fnreg", "register", str(row.files["fixed"]), str(row.files["moving"]), "-o", row.pair_id]
-    given["init"] = str(row.files.get("initial", given["init"]))
-    for name, value in given.items():
-        if value != getattr(Settings(), name) and (not given["preset"] or name != "transform"):
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    for name, path in row.files.items():
-        if name not in ("fixed", "moving", "initial"):
-            words += [f"--{name.replace('_', '-')}", str(path)]
-    return shlex.join(words + (["--space", asked.space] if asked.space else []))
 
 
 # -- what a dead process has left --------------------------------------------------------------------------------------

@@ -13,13 +13,15 @@ import io
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fnreg.cohort.ledger import Record, read_ledger
-from fnreg.cohort.manifest import Row, write_manifest
+from fnreg.cohort.manifest import FILES, REQUIRED, Row, write_manifest
 from fnreg.io.files import Print, write_bytes
+from fnreg.settings import Settings
 
 OK, WARN = "ok", "warn"
 DONE = (OK, WARN)
@@ -146,6 +148,19 @@ def read_settings(folder: Path) -> dict[str, Any]:
         return tomllib.loads((folder / "settings.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise StudyError(f"{folder} has no settings.toml that can be read: {problem}") from problem
+
+
+def command(row: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """The `fnreg register` that does with a pair what a study does; its columns, and the settings of the study."""
+    words = ["fnreg", "register", row["fixed"], row["moving"], "-o", row["pair_id"]]
+    given = dict(settings) | ({"init": row["initial"]} if "initial" in row else {})
+    for name, value in given.items():
+        if value != getattr(Settings(), name, "") and (not given.get("preset") or name != "transform"):
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    for name in FILES:
+        if name in row and name not in (*REQUIRED, "initial"):
+            words += [f"--{name.replace('_', '-')}", row[name]]
+    return shlex.join(words)
 
 
 def toml(settings: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import cyclopts
 
 from fnreg.commands import options
 from fnreg.commands.base import FAILED, INTERRUPTED, OK, Json, Verbose, app, option, print_table
+from fnreg.commands.report import FIGURES, REPORT, Figures, drawn
 from fnreg.settings import Settings, SettingsError, choose, pointing
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def run(
     batch_size: Annotated[int | None, option("Pairs at a time. [default: as many as fit in memory]")] = None,
     shard: Annotated[str, option("The i-th of N parts of the table, as 1/4, for runs side by side.")] = "1/1",
     retry_failed: Annotated[bool, option("Do pairs without a result again.")] = False,
+    figures: Figures = "worst",
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> int:
@@ -83,6 +85,7 @@ def run(
         chosen = Settings.gather(given, settings, assigned=assign or (), defaults={"save": "params"})
     if space is not None:
         choose("space", space, options.SPACES)
+    choose("figures", figures, FIGURES)
     part = _shard(shard)
     rows = _rows(table, all_to, all_pairs, bids, suffix, glob)
     from fnreg import cohort
@@ -103,7 +106,24 @@ def run(
     if stop.is_set():
         print("fnreg: interrupted, what was done is kept: the same command goes on", file=sys.stderr)
         return INTERRUPTED
+    if part[1] == 1 and (told.done or not (output / REPORT).is_file()):  # parts of a study leave it to `fnreg report`
+        _report(output, figures, as_json)
     return _code(record["counts"], part)
+
+
+def _report(study: Path, figures: str, quiet: bool) -> None:
+    """Write the report; what is wrong with it does not touch the results."""
+    from fnreg.cohort.report import write_report
+
+    try:
+        found = write_report(study, figures=figures, progress=None if quiet else drawn())
+    except OSError as problem:
+        print(f"fnreg: warning: no report was written: {problem}", file=sys.stderr)
+        return
+    for note in found["notes"]:
+        print(f"fnreg: warning: {note}", file=sys.stderr)
+    if not quiet:
+        print(f"  {'report':<12} {found['report']}")
 
 
 @app.command
@@ -211,7 +231,7 @@ class _Told:
         self._shown = sys.stderr.isatty() and not quiet
         self._bar: Any = None
         self._task: Any = None
-        self._failed = self._done = 0
+        self._failed = self.done = 0
 
     def __enter__(self) -> _Told:
         if self._shown:
@@ -229,7 +249,7 @@ class _Told:
 
     def progress(self, now: Any) -> None:
         """A `cohort.Progress`."""
-        self._done = now.done
+        self.done = now.done
         if self._bar is not None:
             speed = self._bar.tasks[0].speed
             told = f"{speed:.3g} pairs/s" if speed else ""
@@ -249,11 +269,11 @@ class _Told:
     def summary(self, record: dict[str, Any], output: Path) -> str:
         """The end of a run in words."""
         counts = ", ".join(f"{count} {name}" for name, count in record["counts"].items())
-        if not self._done:
+        if not self.done:
             return f"{record['pairs']} pairs: {counts}; nothing was left to do in {output}"
-        rate = self._done / record["seconds"] if record["seconds"] > 0 else 0.0
+        rate = self.done / record["seconds"] if record["seconds"] > 0 else 0.0
         lines = [f"{record['pairs']} pairs: {counts}"]
-        lines += [f"  {'this run':<12} {self._done} pairs in {record['seconds']:.1f} s, {rate:.3g} a second"]
+        lines += [f"  {'this run':<12} {self.done} pairs in {record['seconds']:.1f} s, {rate:.3g} a second"]
         lines += [f"  {'written':<12} {output / 'pairs.tsv'}"]
         if set(record["counts"]) - {"ok", "warn", "pending"}:
             lines += [f"  {'why':<12} {output / 'errors'}, with the command for each pair; --retry-failed tries again"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,14 @@ from fnreg.commands.base import OK, Json, Verbose, app, option
 from fnreg.settings import choose
 
 FIGURES = ("worst", "all", "none")
+REPORT = "report.html"
+Figures = Annotated[
+    str,
+    option(
+        "Whose pictures the report draws where they are not there yet: of the worst hundred pairs, of all, or none. "
+        "[default: worst]"
+    ),
+]
 
 
 @app.command
@@ -18,13 +27,7 @@ def report(
     study: Path,
     /,
     *,
-    figures: Annotated[
-        str,
-        option(
-            "Whose pictures are drawn where they are not there yet: worst, of the worst hundred pairs, all, or none. "
-            "[default: worst]"
-        ),
-    ] = "worst",
+    figures: Figures = "worst",
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> int:
@@ -40,7 +43,7 @@ def report(
     choose("figures", figures, FIGURES)
     from fnreg.cohort.report import write_report
 
-    found = write_report(study, figures=figures, progress=_told if sys.stderr.isatty() else None)
+    found = write_report(study, figures=figures, progress=drawn())
     for note in found["notes"]:
         print(f"fnreg: warning: {note}", file=sys.stderr)
     if as_json:
@@ -52,6 +55,11 @@ def report(
         pair, reason = next(iter(found["not_drawn"].items()))
         print(f"no pictures of {len(found['not_drawn'])} pairs or more, such as {pair}: {reason}")
     return OK
+
+
+def drawn() -> Callable[[int, int], None] | None:
+    """What tells how many pictures are drawn, on a terminal."""
+    return _told if sys.stderr.isatty() else None
 
 
 def _told(done: int, count: int) -> None:
