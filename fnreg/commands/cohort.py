@@ -204,7 +204,7 @@ def _code(counts: dict[str, int], part: tuple[int, int]) -> int:
 
 @contextmanager
 def _interrupts(stop: threading.Event) -> Generator[None]:
-    """The first interrupt sets `stop`, the next one is a KeyboardInterrupt."""
+    """The first interrupt sets `stop`, the next one is a KeyboardInterrupt; afterwards they do not disturb the end."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         if stop.is_set():
@@ -219,7 +219,7 @@ def _interrupts(stop: threading.Event) -> Generator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if stop.is_set() else before)
 
 
 class _Told:
