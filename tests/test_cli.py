@@ -467,7 +467,7 @@ USAGE = {
     "optimizer": (["--optimizer", "newton"], "choose from adam, sgd, normalized, gauss-newton"),
     "option of an optimizer": (["--optimizer", "adam:rate=1"], "no option 'rate': its options are lr"),
     "rate": (["--optimizer", "adam:lr=-1"], "it must be positive"),
-    "specification": (["--optimizer", "adam:lr"], "expected NAME or NAME:option=number"),
+    "specification": (["--optimizer", "adam:lr"], "expected NAME or NAME:option=value,option=value"),
     "squares": (["--optimizer", "gauss-newton", "--similarity", "mae"], "choose mse or ncc"),
     "levels": (["--levels", "0"], "expected at least 1"),
     "levels, no number": (["--levels", "many"], "levels"),
