@@ -85,7 +85,9 @@ def parse_spec(what: str, text: str) -> tuple[str, dict[str, Option]]:
         except ValueError:
             equals = ""
         if not (key and equals):
-            raise SettingsError(f"{what} {text!r}: expected NAME or NAME:option=value,option=value, such as adam:lr=0.3")
+            raise SettingsError(
+                f"{what} {text!r}: expected NAME or NAME:option=value,option=value, such as adam:lr=0.3"
+            )
     return name.strip(), options
 
 
