@@ -46,6 +46,7 @@ SIMILARITIES = ("mse", "mae", "huber", "charbonnier", "ncc", "lncc", "mi", "nmi"
 OPTIMIZERS = ("adam", "sgd", "normalized", "gauss-newton")
 INITS = ("auto", "header", "center", "moments", "search")
 PADDINGS = ("none", "zeros", "border", "reflection")
+DRAWN = ("worst", "all", "none")  # pairs of whom a report has pictures
 SAVES = ("params", "xfm", "warped", "figures", "inverse", "displacement", "jacobian")
 PRESETS = {
     name: "affine+diffeomorphism" for name in ("brain", "brain_fast")

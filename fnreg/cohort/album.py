@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,15 +14,17 @@ from typing import NamedTuple
 
 import torch
 
+from fnreg import notes
 from fnreg.cohort.figures import NAMES, draw
 from fnreg.cohort.ledger import Record
+from fnreg.cohort.study import PAIRS
 from fnreg.extras import MissingExtraError
 from fnreg.io.files import write_bytes
 from fnreg.io.image import PICTURES, read_image, read_labels, suffix
 from fnreg.io.transform import read_transform
 
 VERSION = 1  # of the pictures: raised when these change, so that those of before are drawn again
-PAIRS, FIGURES, STAMP, TRANSFORM = "pairs", "figures", "figures.json", "transform.safetensors"
+FIGURES, STAMP, TRANSFORM = "figures", "figures.json", "transform.safetensors"
 WORKERS = 2
 
 
@@ -71,9 +72,7 @@ def draw_pairs(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        # What is odd about a file was told when it was registered.  Filters are the process's, hence here.
-        with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-            warnings.simplefilter("ignore")
+        with ThreadPoolExecutor(workers) as pool:
             for count, one in enumerate(_each(pool, home, pairs, 4 * workers), 1):
                 found.append(one)
                 if progress is not None:
@@ -108,9 +107,10 @@ def _draw_pair(study: Path, row: Mapping[str, str], record: Record) -> Drawn:
     if _known(pair / FIGURES, key):
         return Drawn(pair_id, True)
     try:
-        mapping = read_transform(transform) if transform.is_file() else None
-        labels = read_labels(row["fixed_labels"]) if row.get("fixed_labels") else None
-        fixed, moving = read_image(row["fixed"]), read_image(row["moving"])
+        with notes.hearing():  # what is odd about a file was told when it was registered
+            mapping = read_transform(transform) if transform.is_file() else None
+            labels = read_labels(row["fixed_labels"]) if row.get("fixed_labels") else None
+            fixed, moving = read_image(row["fixed"]), read_image(row["moving"])
         made = draw(fixed, moving, mapping, labels=labels, letters=suffix(row["fixed"]) not in PICTURES)
         _keep(pair / FIGURES, made, key)
     except MissingExtraError as problem:

@@ -32,8 +32,9 @@ from fnreg.cohort.solve import Outcome, attempt
 from fnreg.cohort.study import DONE, OF_RECORDS, Study
 from fnreg.io.files import PathLike, TransformReadError
 from fnreg.settings import INITS, Settings, SettingsError, choose
+from fnreg.settings import SAVES as EACH
 
-SAVES = ("params", "xfm", "warped", "inverse", "displacement", "jacobian")
+SAVES = tuple(name for name in EACH if name != "figures")  # those are of the report
 NOT_OF_RESULTS = ("threads", "device")  # settings that change results by rounding only
 LOADERS = 2  # threads that read
 CHUNK = 32  # pairs whose records share a write to the ledger

@@ -16,7 +16,7 @@ import torch
 from fnreg import agreement
 from fnreg.beginning import Begin, begin
 from fnreg.cohort.manifest import Row
-from fnreg.cohort.study import fingerprint
+from fnreg.cohort.study import PAIRS, fingerprint
 from fnreg.extras import MissingExtraError
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
@@ -129,7 +129,7 @@ def files_of(row: Row, asked: Asked) -> Files:
         (known(f"fixed_{what}"), known(f"moving_{what}")) for what in ("labels", "points")
     )  # of either side
     paths = agreement.Paths(labels, points, asked.space)
-    output = asked.folder / "pairs" / row.pair_id
+    output = asked.folder / PAIRS / row.pair_id
     return Files(row.files["fixed"], row.files["moving"], output, known("fixed_mask"), known("moving_mask"), paths)
 
 

@@ -8,7 +8,6 @@ of the others are loaded from the folder of the study when they are looked at.
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import html
 import json
@@ -24,12 +23,13 @@ from typing import Any
 
 from fnreg import __version__
 from fnreg.cohort.ledger import Record, read_ledger
-from fnreg.cohort.study import COLUMNS, STATUSES, StudyError, command, read_settings
+from fnreg.cohort.manifest import ManifestError, read_table
+from fnreg.cohort.study import COLUMNS, PAIRS, STATUSES, StudyError, command, read_settings
 from fnreg.extras import MissingExtraError
 from fnreg.io.files import write_bytes
+from fnreg.settings import DRAWN
 
 REPORT, TEMPLATE = "report.html", "report.html"
-FIGURES = ("worst", "all", "none")
 INSIDE = 100  # pairs whose pictures are in the file
 COURSE, COURSE_OUTSIDE = 100, 30  # points of the objective's course, of those and of the other pairs
 SEVERITY = ("crashed", "failed", "diverged", "timeout", "invalid_input", "warn", "ok", "pending")
@@ -56,8 +56,8 @@ def write_report(
     and for how many they were drawn now, and notes.  Raises StudyError where the folder holds no study, WriteError
     where the report cannot be written.
     """
-    if figures not in FIGURES:
-        raise ValueError(f"figures is {figures!r}: choose from {', '.join(FIGURES)}")
+    if figures not in DRAWN:
+        raise ValueError(f"figures is {figures!r}: choose from {', '.join(DRAWN)}")
     folder, begun = Path(study), time.perf_counter()
     pairs, measure = worst_first(read_pairs(folder))
     drawn, why, notes = _draw(folder, pairs, figures, progress)
@@ -84,9 +84,8 @@ def read_pairs(folder: Path) -> list[Pair]:
     """
     read_settings(folder)
     try:
-        with open(folder / "manifest.tsv", encoding="utf-8", newline="") as file:
-            rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file, delimiter="\t")]
-    except (OSError, ValueError, csv.Error) as problem:
+        rows = [{k: v for k, v in row.items() if v} for row in read_table(folder / "manifest.tsv")]
+    except ManifestError as problem:
         raise StudyError(f"{folder} has no manifest.tsv that can be read: {problem}") from problem
     unnamed = [number for number, row in enumerate(rows, 2) if "pair_id" not in row]
     if unnamed or not rows:
@@ -138,7 +137,7 @@ def _draw(
 
 def _inside(folder: Path, pair_id: str, names: Sequence[str]) -> dict[str, str]:
     """Pictures as text; none where one of them has gone meanwhile."""
-    from fnreg.cohort.album import FIGURES, PAIRS
+    from fnreg.cohort.album import FIGURES
 
     try:
         home = folder / PAIRS / pair_id / FIGURES

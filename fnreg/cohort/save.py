@@ -13,11 +13,11 @@ from fnreg.cohort.ledger import Ledger, Record
 from fnreg.cohort.load import Asked, Loaded, Refused, files_of, told
 from fnreg.cohort.manifest import Row
 from fnreg.cohort.solve import Outcome
-from fnreg.cohort.study import DONE, OK, WARN, Study, command, is_scratch
+from fnreg.cohort.study import DONE, OK, PAIRS, WARN, Study, command, is_scratch
 from fnreg.io.files import together, write_bytes
 from fnreg.output import OutputFolder
 
-ERRORS, PAIRS = "errors", "pairs"
+ERRORS = "errors"
 TRANSFORMS = ("transform.safetensors", "transform.tfm", "transform.h5", "displacement.nii.gz")  # the first one is told
 
 

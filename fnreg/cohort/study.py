@@ -64,6 +64,9 @@ COLUMNS = {
 OF_RECORDS = ("inputs", "beside", "history", "warnings", "time")  # what the ledger knows and the table does not tell
 
 
+PAIRS = "pairs"  # the folder of the folders of pairs
+
+
 class StudyError(ValueError):
     """A folder holds another study, or none."""
 

@@ -17,8 +17,8 @@ import cyclopts
 
 from fnreg.commands import options
 from fnreg.commands.base import FAILED, INTERRUPTED, OK, Json, Verbose, app, option, print_table
-from fnreg.commands.report import FIGURES, REPORT, Figures, drawn
-from fnreg.settings import Settings, SettingsError, choose, pointing
+from fnreg.commands.report import Figures, drawn
+from fnreg.settings import DRAWN, Settings, SettingsError, choose, pointing
 
 if TYPE_CHECKING:
     from fnreg.cohort.manifest import Row
@@ -85,7 +85,7 @@ def run(
         chosen = Settings.gather(given, settings, assigned=assign or (), defaults={"save": "params"})
     if space is not None:
         choose("space", space, options.SPACES)
-    choose("figures", figures, FIGURES)
+    choose("figures", figures, DRAWN)
     part = _shard(shard)
     rows = _rows(table, all_to, all_pairs, bids, suffix, glob)
     from fnreg import cohort
@@ -106,7 +106,9 @@ def run(
     if stop.is_set():
         print("fnreg: interrupted, what was done is kept: the same command goes on", file=sys.stderr)
         return INTERRUPTED
-    if part[1] == 1 and (told.done or not (output / REPORT).is_file()):  # parts of a study leave it to `fnreg report`
+    if part[1] == 1 and (
+        told.done or not (output / "report.html").is_file()
+    ):  # parts of a study leave it to `fnreg report`
         _report(output, figures, as_json)
     return _code(record["counts"], part)
 

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 from fnreg.commands.base import OK, Json, Verbose, app, option
-from fnreg.settings import choose
+from fnreg.settings import DRAWN, choose
 
-FIGURES = ("worst", "all", "none")
-REPORT = "report.html"
 Figures = Annotated[
     str,
     option(
@@ -40,7 +38,7 @@ def report(
     study
         The folder that a run has written.
     """
-    choose("figures", figures, FIGURES)
+    choose("figures", figures, DRAWN)
     from fnreg.cohort.report import write_report
 
     found = write_report(study, figures=figures, progress=drawn())
