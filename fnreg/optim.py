@@ -1,9 +1,9 @@
 """Optimizers as frozen specs: pure functions of (gradient, state), batched along the leading axis.
 
 A spec's `init(step)` gives a state and `update(gradient, state, progress)` the change of the step and the next
-state.  The gradient has a leading batch axis; `progress` in [0, 1) is how far the level has run.  `adam`, `sgd`
-and the like are torchopt's; `pure=True` takes fnreg's own few lines of the same formulas, which also work under
-an outer `vmap` or `grad`.  Any torchopt `GradientTransformation` is an optimizer as well.
+state.  The gradient has a leading batch axis; `progress` in [0, 1), one number or (B,), is how far the level has run.
+`adam`, `sgd` and the like are torchopt's; `pure=True` takes fnreg's own few lines of the same formulas, which also work
+under an outer `vmap` or `grad`.  Any torchopt `GradientTransformation` is an optimizer as well.
 
 Learning rates are in voxels of the level; a tensor (B,) is one rate per pair.
 """
@@ -31,7 +31,7 @@ class Optimizer(Protocol):
         """The state at the start; `step` has the leading batch axis."""
         ...
 
-    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+    def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
         """The change of the step, and the next state."""
         ...
 
@@ -51,6 +51,21 @@ class _State(NamedTuple):
     inner: Any
     rate: Rate = 1.0  # (B,) where pairs have their own: it is dropped with a pair that is done
     method: Any = None  # torchopt's; some of them remember that they have been called, so every run makes its own
+
+
+def take(optimizer: Any, index: Tensor) -> Any:
+    """The optimizer of some of the pairs: of rates per pair theirs."""
+    if isinstance(optimizer, Chain):
+        return Chain(tuple(take(part, index) for part in optimizer.parts))
+    rate = getattr(optimizer, "lr", None)
+    return dataclasses.replace(optimizer, lr=rate[index]) if isinstance(rate, Tensor) and rate.ndim else optimizer
+
+
+def counts_each(state: Any) -> bool:
+    """Whether a state is of each pair alone: torchopt's has one count of steps for all of them."""
+    if isinstance(state, _State):
+        return state.method is None
+    return isinstance(state, tuple) and all(counts_each(part) for part in state)
 
 
 def _rates(rate: Rate, step: list[Tensor]) -> Rate:
@@ -122,7 +137,7 @@ class Adam(Optimizer):
         count = torch.zeros(leaves[0].shape[0], dtype=torch.float64, device=leaves[0].device)
         return _State((zero, zero, count, [torch.zeros_like(count) for _ in leaves]), rate)
 
-    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+    def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(gradient)
         rate = state.rate * self.decay**progress
         if state.method is not None:
@@ -188,7 +203,7 @@ class SGD(Optimizer):
             return _State(method.init(leaves), rate, method)
         return _State([torch.zeros_like(leaf) for leaf in leaves], rate)
 
-    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+    def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(gradient)
         if self.pure:
             inner = [self.momentum * v + g for v, g in zip(state.inner, leaves, strict=True)]
@@ -230,7 +245,7 @@ class Normalized(Optimizer):
         leaves, _ = tree_flatten(step)
         return _State([torch.zeros_like(leaf) for leaf in leaves], _rates(self.lr, leaves))
 
-    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+    def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(gradient)
         _check_fit(self, leaves, state.inner)
         inner = [self.momentum * v + g for v, g in zip(state.inner, leaves, strict=True)]
@@ -265,7 +280,7 @@ class Torchopt(Optimizer):
         method = _torchopt(self.factory, **dict(self.options))
         return _State(method.init(tree_flatten(step)[0]), method=method)
 
-    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+    def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(gradient)
         steps, inner = state.method.update(leaves, state.inner, inplace=False)
         return tree_unflatten(steps, spec), state._replace(inner=inner)
@@ -278,12 +293,12 @@ class _Given(Optimizer):
     inner: Any
 
     def init(self, step: Any) -> Any:
-        return _State(self.inner.init(tree_flatten(step)[0]))
+        return _State(self.inner.init(tree_flatten(step)[0]), method=self.inner)
 
-    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+    def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(gradient)
         steps, inner = self.inner.update(leaves, state.inner, inplace=False)
-        return tree_unflatten(steps, spec), _State(inner)
+        return tree_unflatten(steps, spec), state._replace(inner=inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +313,7 @@ class Clip(Optimizer):
     def init(self, step: Any) -> Any:
         return ()
 
-    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+    def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
         squares = torch.as_tensor(sum(leaf.square().flatten(1).sum(1) for leaf in tree_leaves(gradient)))
         # The root of no gradient at all has no derivative: it is not taken.
         size = squares.clamp(min=self.norm**2).sqrt()
@@ -314,7 +329,7 @@ class Chain(Optimizer):
     def init(self, step: Any) -> Any:
         return tuple(part.init(step) for part in self.parts)
 
-    def update(self, gradient: Any, state: Any, progress: float) -> tuple[Any, Any]:
+    def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
         states: list[Any] = []
         for part, inner in zip(self.parts, state, strict=True):
             gradient, inner = part.update(gradient, inner, progress)

@@ -39,9 +39,10 @@ from fnreg.pytree import (
 )
 from fnreg.sampling import Mode, Padding
 from fnreg.search import Choice, search, search_levels
-from fnreg.solvers.base import Status, Stop, run
+from fnreg.solvers.base import Status, Stop
 from fnreg.solvers.descent import Descent
 from fnreg.solvers.gauss_newton import GaussNewton
+from fnreg.solvers.loop import run
 from fnreg.starts import STARTS, Start, begin, expand, initial_ranks, spread
 from fnreg.symmetric import BothWays
 from fnreg.transforms.base import Mapping, Params, Transform, domain_axes, same_place, warp
@@ -461,13 +462,14 @@ class _Stage:
                 before = tree_take(before, each, domain_axes(before))
                 params = refine(transform, params, before, work.pairs.domain)
             if level is None and whole.visible and _looks(self._objective(depth)):
-                apart = (work.overlap(params) <= 0).reshape(self.size, width).all(1)
+                apart = (self._in_parts(type(work).overlap, work, params) <= 0).reshape(self.size, width).all(1)
                 failures = failures.add(apart, Status.NO_OVERLAP)
             level = finer
+            solver = self.stage.solver
             solved = run(
                 work,
                 params,
-                self.stage.solver,
+                solver if starts is None else solver.take(each),
                 steps=count,
                 stop=stop,
                 frozen=(failures.cause > 0)[each],
@@ -485,9 +487,9 @@ class _Stage:
             steps.append(taken)
             traces.append(Trace(history, terms, self.number, depth))
         assert level is not None
-        value, terms = level.value(params)
+        value, terms = self._in_parts(type(level).value, level, params)
         if whole.visible and _looks(self._objective(0)):
-            failures = failures.add(level.overlap(params) <= 0, Status.LOST_OVERLAP)
+            failures = failures.add(self._in_parts(type(level).overlap, level, params) <= 0, Status.LOST_OVERLAP)
         status = torch.where(failures.cause > 0, failures.cause, status)
         return _Solution(transform, params, self.then, value, terms, status, steps, traces, failures)
 
@@ -518,12 +520,22 @@ class _Stage:
         self, work: Level | BothWays, params: Params, status: Tensor, width: int, keep: int
     ) -> tuple[Tensor, Tensor]:
         """Positions of each pair's best start (B,), and of its `keep` best (B keep,), among B width."""
-        value = work.value(params)[0]
+        value = self._in_parts(type(work).value, work, params)[0]
         useless = ~torch.isfinite(value) | (status == int(Status.DIVERGED))  # without overlap it is infinite
         value = torch.where(useless, torch.inf, value)
         order = value.reshape(self.size, width).sort(dim=1, stable=True).indices[:, :keep]
         chosen = order + width * torch.arange(self.size, device=order.device)[:, None]
         return chosen[:, 0], chosen.reshape(-1)
+
+    def _in_parts(self, look: Callable[..., Any], work: Level | BothWays, params: Params) -> Any:
+        """`look(work, params)`, of as many pairs at a time as run side by side."""
+        stop = self.stage.stop
+        width = stop.width if isinstance(stop, Stop) else None
+        if width is None or work.size <= width:
+            return look(work, params)
+        places = torch.arange(work.size, device=self.whole.domain.center.device).split(width)
+        found = [look(work.take(place), tree_take(params, place)) for place in places]
+        return tree_map(lambda *leaves: torch.cat(leaves), found[0], *found[1:])
 
     def _reporter(self, level: int, levels: int) -> Callable[[int, int, int, float], None] | None:
         progress = self.progress

@@ -30,8 +30,8 @@ from fnreg.optim import adam
 from fnreg.problem import Level
 from fnreg.pytree import over_batch, pytree_dataclass, static, tree_detach, tree_map
 from fnreg.sampling import Padding
-from fnreg.solvers.base import run
 from fnreg.solvers.descent import Descent
+from fnreg.solvers.loop import run
 from fnreg.starts import center_of_mass, masked, mass_of
 from fnreg.transforms.base import Mapping, Params, Transform
 from fnreg.transforms.linear import Linear, Rigid, Rotation, Translation

@@ -31,11 +31,13 @@ from fnreg.pytree import tree_map
 
 # -- alone and in a batch ------------------------------------------------------------------------------------------
 
-STOPS = [None, Stop(), Stop(compact=False), Stop(every=1, patience=3)]
+STOPS = [None, Stop(), Stop(compact=False), Stop(every=1, patience=3), Stop(every=2, patience=3, width=2)]
 
 
 @both_solvers
-@pytest.mark.parametrize("stop", STOPS, ids=["all steps", "compacted", "not compacted", "soon compacted"])
+@pytest.mark.parametrize(
+    "stop", STOPS, ids=["all steps", "compacted", "not compacted", "soon compacted", "two at a time"]
+)
 def test_a_pair_alone_equals_the_pair_in_a_batch(stop: Stop | None, options: dict[str, Any]) -> None:
     fixed, moving = several_pairs()
     options = {"levels": 2, "steps": 25, "stop": stop, **options}
@@ -86,7 +88,7 @@ def test_weights_and_rates_may_differ_between_pairs() -> None:
         return displacement.square().mean()
 
     weights, rates = tensor([0.0, 1e-2, 0.1, 1e-3]), tensor([0.3, 0.1, 0.2, 0.5])
-    for stop in (None, Stop(every=1, patience=3)):
+    for stop in (None, Stop(every=1, patience=3), Stop(width=3)):
         options: dict[str, Any] = {"levels": 2, "steps": 12, "stop": stop}
         objective = fnreg.mse + weights * fnreg.term(length)
         batch = register(stack(fixed), stack(moving), Rigid(), objective=objective, optimizer=adam(rates), **options)

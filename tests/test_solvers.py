@@ -17,7 +17,8 @@ from torch.func import grad, grad_and_value, jacrev, vmap
 from torch.testing import assert_close
 
 from fnreg import Descent, GaussNewton, Status, Stop, adam, chain, clip, sgd
-from fnreg.solvers.base import Solved, run
+from fnreg.solvers.base import Solved
+from fnreg.solvers.loop import run
 
 Params = dict[str, Tensor]
 
@@ -239,6 +240,8 @@ def test_patience_counts_steps_without_a_fall() -> None:
         {"step": -1.0},
         {"patience": 0},
         {"every": 0},
+        {"width": 0},
+        {"width": 2, "compact": False},
         {"shrink": 0.0},
         {"shrink": 1.0},
         {"shortest": 0.0},
@@ -281,6 +284,81 @@ def test_compaction_changes_nothing(name: str) -> None:
         assert torch.equal(other.steps, found[0].steps)
         assert_close(other.params["x"], found[0].params["x"], atol=1e-9, rtol=0)
         assert_close(other.history, found[0].history, atol=1e-9, rtol=0, equal_nan=True)
+
+
+@every_solver
+@pytest.mark.parametrize("steps", [200, 25])
+def test_waiting_pairs_change_nothing(name: str, steps: int) -> None:
+    """However many run side by side, and whether they take all steps or stop."""
+    toy, solver = bowls(), SOLVERS[name]
+    frozen = torch.arange(6) == 4
+    whole = run(toy, toy.start(), solver, steps=steps, stop=Stop(), frozen=frozen)
+    for every, width in ((1, 1), (1, 2), (3, 2), (10, 2), (10, 3), (7, 5), (4, 6), (200, 2), (10, 9)):
+        told: list[tuple[int, int, int, float]] = []
+        stop = Stop(every=every, width=width)
+        found = run(toy, toy.start(), solver, steps=steps, stop=stop, frozen=frozen, progress=lambda *e: told.append(e))  # noqa: B023
+        assert torch.equal(found.status, whole.status)
+        assert torch.equal(found.steps, whole.steps)
+        assert_close(found.params["x"], whole.params["x"], atol=1e-9, rtol=0)
+        assert_close(found.history, whole.history, atol=1e-9, rtol=0, equal_nan=True)
+        assert_close(found.terms["toy"], whole.terms["toy"], atol=1e-9, rtol=0, equal_nan=True)
+        reached = [event[0] for event in told]
+        assert reached == sorted(reached)
+        assert 0 < reached[0] <= reached[-1] <= steps
+
+
+@pytest.mark.parametrize("name", ["pure", "gauss-newton"])
+def test_places_of_pairs_that_are_done_are_taken_by_others(name: str) -> None:
+    """While pairs wait no place is idle for longer than until the next look."""
+    widths: list[int] = []
+
+    class Watched(Toy):
+        def retract(self, params: Params, step: Params) -> Params:
+            widths.append(self.size)
+            return super().retract(params, step)
+
+    data = bowls(30).data
+    toy = Watched(line, data, 3)
+    solved = run(toy, toy.start(), SOLVERS[name], steps=200, stop=Stop(every=1, width=4))
+    looked = 0 if name == "gauss-newton" else int((solved.status == Status.STEPS).sum())
+    total = int(solved.steps.sum()) + looked
+    assert sum(widths) <= total + 4 * 4 * 10  # what is left when nobody waits any more runs in ever fewer places
+    first = next(place for place, width in enumerate(widths) if width < 4)
+    assert sum(widths[:first]) >= 0.7 * total
+    assert set(widths[:first]) == {4}
+
+
+def test_frozen_pairs_take_no_places() -> None:
+    toy = bowls()
+    all_but_one = torch.arange(6) != 2
+    solved = run(toy, toy.start(), SOLVERS["pure"], steps=30, stop=Stop(width=1), frozen=all_but_one)
+    alone = run(toy, toy.start(), SOLVERS["pure"], steps=30, stop=Stop(), frozen=all_but_one)
+    assert_close(solved.params["x"], alone.params["x"], atol=1e-9, rtol=0)
+    nobody = run(toy, toy.start(0.5), SOLVERS["pure"], steps=30, stop=Stop(width=2), frozen=torch.ones(6) > 0)
+    assert equal_bits(nobody.params, toy.start(0.5))
+    assert nobody.history.shape == (6, 30)
+
+
+def test_a_solver_that_cannot_be_joined_takes_turns() -> None:
+    """Waiting pairs begin together when all before them are done."""
+
+    class Bare:
+        scales = True
+
+        def __init__(self) -> None:
+            self.solver = Descent(adam(0.3, pure=True))
+
+        def init(self, problem: Any, params: Any) -> Any:
+            return self.solver.init(problem, params)
+
+        def step(self, *given: Any) -> Any:
+            return self.solver.step(*given)
+
+    toy = bowls()
+    found = run(toy, toy.start(), Bare(), steps=100, stop=Stop(every=1, width=2))
+    whole = run(toy, toy.start(), SOLVERS["pure"], steps=100, stop=Stop())
+    assert torch.equal(found.steps, whole.steps)
+    assert_close(found.params["x"], whole.params["x"], atol=1e-9, rtol=0)
 
 
 @every_solver

@@ -1,21 +1,19 @@
-"""The one loop: steps of a solver on a batch of pairs, with stopping, compaction, history and progress.
+"""What the loop, a solver and a problem ask of each other, and how a pair ends.
 
-Everything here has a leading batch axis; one pair is a batch of one.  A pair that has converged or diverged is
-frozen: its parameters no longer change, and its neighbours never notice.
+Everything here has a leading batch axis; one pair is a batch of one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fnreg import lengths
-from fnreg.pytree import same_structure, tree_choose, tree_leaves, tree_map, tree_take
+from fnreg.pytree import same_structure, tree_leaves
 
 _NOT_FINITE = "{} holds NaN or infinity: exclude these voxels by a mask, Subject(image, mask=isfinite)"
 _CONSTANT = "{} is constant where it counts: there is nothing to align; check the file, channel and mask"
@@ -93,6 +91,9 @@ class Stop:
     step : converged when no parameter moves by more than this many voxels in a step; 0 never
     every : how often, in steps, the host looks whether all are done, and drops finished pairs from the batch
     compact : whether finished pairs are dropped from the batch as it runs
+    width : pairs that run side by side; those that wait take the places of those that are done, on each level, so that
+        many pairs take the memory of some and no place is idle.  None runs all at once.  A torchopt optimizer that
+        counts the steps of all pairs together starts the next ones when all before them are done
     """
 
     relative: float = 1e-4
@@ -102,12 +103,15 @@ class Stop:
     step: float = 1e-4
     every: int = 10
     compact: bool = True
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if self.relative < 0 or self.step < 0 or self.patience < 1 or self.every < 1:
             raise ValueError(f"{self!r}: expected relative and step >= 0, patience and every >= 1")
         if not (0 < self.shrink < 1 and 0 < self.shortest <= 1):
             raise ValueError(f"{self!r}: expected shrink in (0, 1) and shortest in (0, 1]")
+        if self.width is not None and (self.width < 1 or not self.compact):
+            raise ValueError(f"{self!r}: expected width >= 1, or None, and compact=True with it")
 
 
 class Problem(Protocol):
@@ -125,7 +129,10 @@ class Problem(Protocol):
 
 
 class Solver(Protocol):
-    """How parameters are improved."""
+    """How parameters are improved.
+
+    `take` and `joins` are for `Stop.width`; a solver without `joins` begins with others when all before are done.
+    """
 
     scales: bool  # whether `step` heeds a step length
 
@@ -133,8 +140,16 @@ class Solver(Protocol):
         """What the solver carries from step to step: tensors with a leading batch axis, or shared scalars."""
         ...
 
-    def step(self, problem: Any, params: Any, carry: Any, progress: float, length: Tensor | None) -> Taken:
-        """One step for every pair; `length` (B,) multiplies it."""
+    def step(self, problem: Any, params: Any, carry: Any, progress: float | Tensor, length: Tensor | None) -> Taken:
+        """One step for every pair; `progress` in [0, 1] is one number or (B,), `length` (B,) multiplies the step."""
+        ...
+
+    def take(self, index: Tensor) -> Solver:
+        """The solver of some of the pairs."""
+        ...
+
+    def joins(self, carry: Any) -> bool:
+        """Whether pairs may begin beside others that are on their way: what is carried is of each pair alone."""
         ...
 
 
@@ -158,162 +173,6 @@ class Solved(NamedTuple):
     status: Tensor  # (B,) Status
     history: Tensor  # (B, steps) value at every step, NaN after the last
     terms: dict[str, Tensor]  # (B, steps) each, likewise, of the terms that the solver told
-
-
-Progress = Callable[[int, int, int, float], None]  # step, steps, active pairs, mean value
-
-
-def run(
-    problem: Any,
-    params: Any,
-    solver: Solver,
-    *,
-    steps: int,
-    stop: Stop | None = None,
-    frozen: Tensor | None = None,
-    progress: Progress | None = None,
-) -> Solved:
-    """Iterate a solver on all pairs of a problem.
-
-    steps : at most so many
-    stop : None takes all of them, and then nothing depends on values: the loop may itself run inside vmap or grad
-    frozen : (B,) pairs that stay as they are
-    progress : told now and then
-    """
-    device = tree_leaves(params)[0].device
-    total = problem.size
-    running = torch.ones(total, dtype=torch.bool, device=device) if frozen is None else ~frozen
-    status = torch.where(running, Status.STEPS.value, Status.DIVERGED.value)
-    taken_steps = torch.zeros(total, dtype=torch.int64, device=device)
-    if steps == 0:
-        return Solved(params, taken_steps, status, torch.empty(total, 0, device=device), {})
-    rows: list[Tensor] = []
-    rows_of: dict[str, list[Tensor]] = {}
-    shown = float("nan")
-    # From here on all is of the pairs `index` only, once some are dropped; `final` holds what the dropped ones reached.
-    index: Tensor | None = None
-    final = params
-    now = _Now(params, params, solver.init(problem, params), running)
-    marks = None if stop is None else _Marks.start(params, running)
-    for number in range(steps):
-        length = marks.length if marks is not None and solver.scales else None
-        taken = solver.step(problem, now.params, now.carry, number / steps, length)
-        finite = torch.isfinite(taken.value)
-        for leaf in tree_leaves(taken.params):
-            finite = finite & lengths.is_finite(leaf)
-        lost, going = now.running & ~finite, now.running & finite
-        after = tree_choose(going, taken.params, tree_choose(lost, now.previous, now.params))
-        row = torch.where(going, taken.value, torch.nan)
-        rows.append(_row(total, index, row))
-        for name, value in taken.terms.items():
-            rows_of.setdefault(name, []).append(_row(total, index, value.detach()))
-        taken_steps = _add(taken_steps, index, now.running.to(torch.int64))
-        ended = torch.where(lost, Status.DIVERGED.value, -1)
-        if stop is not None and marks is not None:
-            marks, after, done = marks.update(taken, after, going, stop, solver.scales)
-            ended = torch.where(done, Status.CONVERGED.value, ended)
-        before = status if index is None else status[index]
-        changed = torch.where(ended >= 0, ended, before)
-        status = changed if index is None else status.index_copy(0, index, changed)
-        now = _Now(after, now.params, taken.carry, now.running & (ended < 0))
-        look = stop is not None and (number + 1) % stop.every == 0
-        if progress is not None and (look or stop is None or number + 1 == steps):
-            found = row[torch.isfinite(row)]
-            shown = float(found.mean()) if len(found) else shown
-            progress(number + 1, steps, int(now.running.sum()), shown)
-        if not look:
-            continue
-        left = int(now.running.sum())
-        if left == 0:
-            break
-        if stop is not None and marks is not None and stop.compact and left <= problem.size // 2:
-            final = _put(final, index, marks.best_params)
-            keep = now.running.nonzero().squeeze(1)
-            index = keep if index is None else index[keep]
-            width = problem.size
-            problem, marks = problem.take(keep), tree_take(marks, keep)
-            carry = tree_map(lambda leaf: leaf[keep] if _batched(leaf, width) else leaf, now.carry)  # noqa: B023
-            now = _Now(*tree_take((now.params, now.previous), keep), carry, now.running[keep])
-    if marks is not None and solver.scales and bool(now.running.any()):  # the last step has not been looked at yet
-        last = solver.step(problem, now.params, now.carry, 1.0, marks.length)
-        marks = marks.lower(last, now.running & torch.isfinite(last.value))
-    final = _put(final, index, now.params if marks is None else marks.best_params)
-    history = _course(rows, steps)
-    unknown = torch.isnan(history)
-    terms = {name: torch.where(unknown, torch.nan, _course(each, steps)) for name, each in rows_of.items()}
-    return Solved(final, taken_steps, status, history, terms)
-
-
-class _Now(NamedTuple):
-    """Where the loop is."""
-
-    params: Any
-    previous: Any  # one step before: known to have a finite value
-    carry: Any
-    running: Tensor
-
-
-class _Marks(NamedTuple):
-    """What stopping remembers, per pair."""
-
-    best: Tensor  # lowest value seen
-    best_params: Any
-    mark: Tensor  # the value from which a fall counts
-    stall: Tensor  # steps since then
-    length: Tensor  # part of the solver's own step
-
-    @staticmethod
-    def start(params: Any, running: Tensor) -> _Marks:
-        one = torch.ones(running.shape, dtype=torch.float64, device=running.device)
-        return _Marks(one * torch.inf, params, one * torch.inf, torch.zeros_like(running, dtype=torch.int64), one)
-
-    def lower(self, taken: Taken, going: Tensor) -> _Marks:
-        """With the best values and parameters after a look at `taken`, of the pairs in `going`."""
-        value = taken.value.detach().to(self.best.dtype)
-        lower = going & (value < self.best)
-        params = tree_choose(lower, taken.at, self.best_params)
-        return self._replace(best=torch.where(lower, value, self.best), best_params=params)
-
-    def update(self, taken: Taken, after: Any, going: Tensor, stop: Stop, scales: bool) -> tuple[_Marks, Any, Tensor]:
-        """The next marks, the parameters to go on from, and which pairs are done."""
-        value = taken.value.detach().to(self.best.dtype)
-        best, best_params = self.lower(taken, going)[:2]
-        fallen = going & (value < self.mark - stop.relative * self.mark.abs().nan_to_num(posinf=0))
-        mark = torch.where(fallen, value, self.mark)
-        stall = torch.where(fallen, 0, self.stall + 1)
-        soon = torch.isfinite(taken.moved) & (not scales)  # a step undone is tried again, which may need some attempts
-        stuck = stall >= torch.where(soon, (stop.patience + 2) // 3, stop.patience)
-        length = torch.where(stuck, self.length * stop.shrink, self.length) if scales else self.length
-        short = length < stop.shortest if scales else stuck
-        done = going & ((stuck & short) | (taken.moved <= stop.step) | taken.settled)
-        if scales:
-            after = tree_choose(going & stuck, best_params, after)
-        return _Marks(best, best_params, mark, torch.where(stuck, 0, stall), length), after, done
-
-
-def _row(total: int, index: Tensor | None, part: Tensor) -> Tensor:
-    """Values of all pairs, of which only those at `index` are known."""
-    return part if index is None else part.new_full((total,), torch.nan).index_copy(0, index, part)
-
-
-def _course(rows: list[Tensor], steps: int) -> Tensor:
-    """Rows (B,) side by side, (B, steps), NaN after the last."""
-    found = torch.stack(rows, 1)
-    return torch.cat([found, found.new_full((len(found), steps - len(rows)), torch.nan)], 1)
-
-
-def _add(whole: Tensor, index: Tensor | None, part: Tensor) -> Tensor:
-    return whole + (part if index is None else torch.zeros_like(whole).index_copy(0, index, part))
-
-
-def _batched(leaf: Any, width: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == width
-
-
-def _put(whole: Any, index: Tensor | None, part: Any) -> Any:
-    if index is None:
-        return part
-    return tree_map(lambda a, b: a.index_copy(0, index, b), whole, part)
 
 
 def check_step(step: Any, update: Any, where: str) -> None:

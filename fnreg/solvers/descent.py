@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fnreg import optim
 from fnreg.optim import Adam, Optimizer, as_optimizer, scale
 from fnreg.pytree import tree_map
 from fnreg.solvers.base import Taken, check_step, largest
@@ -36,7 +37,15 @@ class Descent:
         optimizer: Optimizer = self.optimizer
         return optimizer.init(problem.zero_step())
 
-    def step(self, problem: Any, params: Any, carry: Any, progress: float, length: Tensor | None) -> Taken:
+    def take(self, index: Tensor) -> Descent:
+        """With the rates of some of the pairs."""
+        return dataclasses.replace(self, optimizer=optim.take(self.optimizer, index))
+
+    def joins(self, carry: Any) -> bool:
+        """Whether the optimizer counts the steps of each pair."""
+        return optim.counts_each(carry)
+
+    def step(self, problem: Any, params: Any, carry: Any, progress: float | Tensor, length: Tensor | None) -> Taken:
         """One update of every pair; the value is that before it."""
         optimizer: Optimizer = self.optimizer
         gradient, value, terms = problem.gradient(params)

@@ -46,7 +46,15 @@ class GaussNewton:
         value, slope, normal, terms = problem.normal_equations(params)
         return _Carry(torch.full_like(value, self.damping), value, slope, normal, terms)
 
-    def step(self, problem: Any, params: Any, carry: _Carry, progress: float, length: Tensor | None) -> Taken:
+    def take(self, index: Tensor) -> GaussNewton:
+        """The same."""
+        return self
+
+    def joins(self, carry: _Carry) -> bool:
+        """Whatever is carried is of each pair alone."""
+        return True
+
+    def step(self, problem: Any, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None) -> Taken:
         """One trial step of every pair; the value is that after it."""
         diagonal = torch.diagonal(carry.normal, dim1=-2, dim2=-1)
         # A parameter without influence has a zero row: a floor leaves it where it is.
