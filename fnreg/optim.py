@@ -61,6 +61,13 @@ def take(optimizer: Any, index: Tensor) -> Any:
     return dataclasses.replace(optimizer, lr=rate[index]) if isinstance(rate, Tensor) and rate.ndim else optimizer
 
 
+def purely(optimizer: Any) -> Any:
+    """The same by fnreg's own lines, where there are some."""
+    if isinstance(optimizer, Chain):
+        return Chain(tuple(purely(part) for part in optimizer.parts))
+    return dataclasses.replace(optimizer, pure=True) if isinstance(optimizer, (Adam, SGD)) else optimizer
+
+
 def counts_each(state: Any) -> bool:
     """Whether a state is of each pair alone: torchopt's has one count of steps for all of them."""
     if isinstance(state, _State):

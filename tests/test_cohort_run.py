@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import threading
@@ -194,10 +195,10 @@ def test_masks_that_miss_each_other(tmp_path: Path) -> None:
 def test_after_an_error_only_the_guilty_pair_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, real = pairs(tmp_path, 5), solve.solve
 
-    def broken(batch: list[Loaded], asked: Asked) -> list[solve.Outcome]:
+    def broken(batch: list[Loaded], asked: Asked, *, width: int) -> list[solve.Outcome]:
         if any(pair.row.pair_id == "p003" for pair in batch):
             raise TypeError("what a pity")
-        return real(batch, asked)
+        return real(batch, asked, width=width)
 
     monkeypatch.setattr(solve, "solve", broken)
     found = register(rows, tmp_path / "study", batch_size=5)
@@ -219,11 +220,11 @@ LACK = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: not enough memo
 def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, real, sizes = pairs(tmp_path, 20), solve.solve, list[int]()
 
-    def small(batch: list[Loaded], asked: Asked) -> list[solve.Outcome]:
+    def small(batch: list[Loaded], asked: Asked, *, width: int) -> list[solve.Outcome]:
         sizes.append(len(batch))
         if len(batch) > 3 or any(pair.row.pair_id == "p004" for pair in batch):
             raise RuntimeError(LACK)
-        return real(batch, asked)
+        return real(batch, asked, width=width)
 
     monkeypatch.setattr(solve, "solve", small)
     found = register(rows, tmp_path / "study", batch_size=8)
@@ -261,11 +262,36 @@ def test_the_size_of_a_batch_by_what_one_pair_took(monkeypatch: pytest.MonkeyPat
     assert sizes.of("a", 1000) == 16
     sizes.lacked("a", 1)
     assert sizes.of("a", 1000) == 1
+    assert sizes.width(512, 100_000) == 128 and sizes.width(512, 1000) == 512 and sizes.width(3, 10**6) == 3
+    assert Sizes(cpu, fixed=100).width(100, 10**6) == Sizes(cpu, refills=False).width(100, 10**6) == 100
     room = 0
     assert sizes.of("b", 1000) == 1
     with pytest.raises(ValueError, match="at least 1"):
         Sizes(cpu, fixed=0)
     assert free(cpu) > 2**20
+
+
+@pytest.mark.parametrize("transform", ["rigid", "rigid+ffd:stride=4", "diffeomorphism"])
+def test_pairs_that_wait_for_others_of_their_batch(
+    transform: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "BUSY", 0)
+    widths: list[int] = []
+    real = batches.Sizes.width
+
+    def width(self: Sizes, pairs: int, voxels: int) -> int:
+        widths.append(real(self, pairs, voxels))
+        return widths[-1]
+
+    monkeypatch.setattr(batches.Sizes, "width", width)
+    rows, settings = pairs(tmp_path, 11), dataclasses.replace(QUICK, transform=transform, steps="40x15")
+    together = register(rows, tmp_path / "waves", settings)
+    assert 2 <= max(widths) <= 4
+    alone = register(rows, tmp_path / "alone", settings, batch_size=1)
+    for name, record in alone.items():
+        for column in ("value_before", "value_after", "jac_min", "sdlogj", "folds", "steps", "status"):
+            near = record[column] if column == "status" else pytest.approx(record[column], rel=1e-4, abs=1e-5)
+            assert together[name][column] == near, (name, column)
 
 
 def test_the_peak_is_of_what_was_done_within() -> None:

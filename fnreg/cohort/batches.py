@@ -3,6 +3,8 @@
 Pairs of equal shapes share a batch.  How many fit is measured: the first batch of a shape is one pair; what it takes
 says how many fit in a share of the memory that is free.  A batch that does not fit all the same is halved, and larger
 ones of that shape are not tried again.
+
+Of a large batch a part runs side by side, and on each level those that wait take the places of those that are done.
 """
 
 from __future__ import annotations
@@ -21,13 +23,16 @@ LEAST = 100  # bytes per voxel that a registration takes at least, whatever was 
 GROWTH = 16  # the next batch of a shape has at most so many times the pairs of the largest so far
 MOST = 512  # pairs in a batch: more save no time, and a process that dies loses a batch
 WAITING = 2**28  # bytes of pairs that may wait for others of their shape
-VOXELS = 2**22  # of both images of all pairs in a batch, on a CPU: more fall out of its caches
+VOXELS = 2**22  # of both images of all pairs that run side by side, on a CPU: more fall out of its caches
+BUSY = 2**20  # likewise, fewer do not keep a device busy: each step takes its time whatever its size
+WAVES = 4  # pairs in a batch for each that runs: so many are hardly done all at once
 
 
 class Sizes:
     """How many pairs share a batch.
 
     fixed : the same number for all, where it is given
+    refills : whether pairs may wait for others of their batch
 
     >>> import torch
     >>> from fnreg.cohort.batches import Sizes
@@ -39,10 +44,10 @@ class Sizes:
     4
     """
 
-    def __init__(self, device: torch.device, *, fixed: int | None = None) -> None:
+    def __init__(self, device: torch.device, *, fixed: int | None = None, refills: bool = True) -> None:
         if fixed is not None and fixed < 1:
             raise SettingsError(f"batch size is {fixed}: expected at least 1, or none to choose it by the memory")
-        self.device, self.fixed = device, fixed
+        self.device, self.fixed, self.refills = device, fixed, refills and fixed is None
         self.window = 1  # pairs in the last batch that was asked for
         self._limit: dict[Hashable, int] = {}  # of shapes of which more did not fit
         self._fitted: dict[Hashable, int] = {}  # the largest batch so far
@@ -63,8 +68,13 @@ class Sizes:
         rate = max(LEAST, self._measured[1])
         room = int(SHARE * free(self.device) / (rate * voxels))
         if self.device.type == "cpu":
-            limit = min(limit, VOXELS // voxels)
+            width = VOXELS // voxels
+            limit = min(limit, WAVES * width if self.refills and width >= WAVES else width)
         return max(1, min(limit, room, GROWTH * fitted))
+
+    def width(self, pairs: int, voxels: int) -> int:
+        """How many of a batch run side by side."""
+        return max(-(-pairs // WAVES), min(pairs, BUSY // voxels)) if self.refills and pairs > WAVES else pairs
 
     def fitted(self, key: Hashable, pairs: int, voxels: int, peak: Peak) -> None:
         """A batch of pairs with so many voxels each has run."""

@@ -105,7 +105,8 @@ def run(
     if not 1 <= part <= parts:
         raise SettingsError(f"shard is {part}/{parts}: expected i/N with i from 1 to N")
     folder, stop = Path(output).absolute(), threading.Event() if stop is None else stop
-    asked, sizes = Asked.of(chosen, folder, space), Sizes(torch.device(chosen.device), fixed=batch_size)
+    asked = Asked.of(chosen, folder, space)
+    sizes = Sizes(torch.device(chosen.device), fixed=batch_size, refills=asked.refills)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     if chosen.init not in INITS:  # the content of the file is an input of every pair

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fnreg import agreement
+from fnreg import agreement, optim
 from fnreg.beginning import Begin, begin
 from fnreg.cohort.manifest import Row
 from fnreg.cohort.study import PAIRS, fingerprint
@@ -26,6 +26,7 @@ from fnreg.loading import Files, device_of, read, stages_of, try_stage
 from fnreg.pytree import tree_flatten
 from fnreg.registration import Stage
 from fnreg.settings import Settings, SettingsError
+from fnreg.solvers.descent import Descent
 
 CPU = torch.device("cpu")
 
@@ -49,7 +50,16 @@ class Asked:
     def of(settings: Settings, folder: Path, space: str | None = None) -> Asked:
         """Settings as values.  Raises SettingsError, DeviceError or MissingExtraError."""
         stages, options = stages_of(settings)
+        solver = options.get("solver")
+        if isinstance(solver, Descent):  # torchopt's counts the steps of all pairs together: they could not take turns
+            options["solver"] = dataclasses.replace(solver, optimizer=optim.purely(solver.optimizer))
         return Asked(settings, folder, stages, options, device_of(settings), space)
+
+    @property
+    def refills(self) -> bool:
+        """Whether pairs end each at its own time, so that others can take their places."""
+        told = [stage.stop for stage in self.stages if stage.stop != "inherit"]
+        return None not in (*told, self.options.get("stop", ""))
 
     def check(self, fixed: Subject, moving: Subject) -> None:
         """ValueError for what is wrong with images, SettingsError where a stage does not go with images of their size.

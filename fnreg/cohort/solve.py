@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from fnreg import fields, notes
-from fnreg.beginning import before, starting
+from fnreg.beginning import Before, Begin, before, starting
 from fnreg.cohort.batches import Sizes
 from fnreg.cohort.load import Asked, Loaded, told
 from fnreg.cohort.memory import Peak, is_lack
 from fnreg.cohort.study import OK
-from fnreg.pytree import over_batch, stack, tree_map, tree_take
+from fnreg.image import Subject
+from fnreg.pytree import over_batch, stack, tree_leaves, tree_map, tree_take
 from fnreg.registration import Registration, SpeedWarning, register
 from fnreg.results import number
 from fnreg.settings import INITS
-from fnreg.solvers.base import Status
+from fnreg.solvers.base import Status, Stop
 from fnreg.transforms.base import Mapping
 
 COURSE = 33  # points of the course of a pair that are kept, three numbers each
@@ -57,7 +58,7 @@ def attempt(batch: Sequence[Loaded], asked: Asked, sizes: Sizes) -> list[Outcome
     clock = time.perf_counter()
     try:
         with Peak(asked.device) as peak:
-            found = solve(batch, asked)
+            found = solve(batch, asked, width=sizes.width(len(batch), voxels))
     except Exception as problem:
         lack = is_lack(problem)
         if len(batch) == 1:
@@ -74,8 +75,8 @@ def attempt(batch: Sequence[Loaded], asked: Asked, sizes: Sizes) -> list[Outcome
     return [one for start in range(0, len(batch), part) for one in attempt(batch[start : start + part], asked, sizes)]
 
 
-def solve(batch: Sequence[Loaded], asked: Asked) -> list[Outcome]:
-    """Register a batch of pairs of one key; raises what `register` raises."""
+def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]:
+    """Register a batch of pairs of one key, so many side by side; raises what `register` raises."""
     clock = time.perf_counter()
     fixed, moving, begun = (
         tree_map(lambda leaf: leaf.to(asked.device), stack(items))
@@ -84,11 +85,16 @@ def solve(batch: Sequence[Loaded], asked: Asked) -> list[Outcome]:
     grid, stages, padding = fixed.image.grid, asked.stages, asked.options.get("padding")
     init = batch[0].init if batch[0].init in INITS else "header"
     torch.manual_seed(asked.settings.seed)
+
+    def start_of(some: tuple[Subject, Subject, Begin]) -> Before:
+        return before(*some, stages, padding)
+
     with notes.hearing() as heard:
-        begin = before(fixed, moving, begun, stages, padding)
+        begin = _in_parts(start_of, (fixed, moving, begun), width)
         how = starting(begun, init, stages[0].transform, grid)
-        result = register(fixed, moving, stages, **how, **asked.options)
-    numbers = _numbers(result) | {"value_before": begin.value, "value_after": result.value}
+        how |= asked.options | ({"stop": Stop(width=width)} if width < len(batch) else {})
+        result = register(fixed, moving, stages, **how)
+    numbers = _in_parts(_numbers, result, width) | {"value_before": begin.value, "value_after": result.value}
     speed = _speed(result.mapping)
     start, result, numbers = tree_map(lambda leaf: leaf.cpu(), (begin.start, result, numbers))
     columns = {name: values.tolist() for name, values in numbers.items()}
@@ -111,6 +117,15 @@ def solve(batch: Sequence[Loaded], asked: Asked) -> list[Outcome]:
 
 
 _TOO_FAST = "a velocity is too fast for its squarings, so the inverse is inaccurate: use more, or a stronger penalty"
+
+
+def _in_parts(function: Callable[[Any], Any], tree: Any, width: int) -> Any:
+    """`function(tree)` of so many pairs at a time."""
+    size = len(tree_leaves(tree)[0])
+    if width >= size:
+        return function(tree)
+    found = [function(tree_take(tree, slice(start, start + width))) for start in range(0, size, width)]
+    return tree_map(lambda *leaves: torch.cat(leaves), found[0], *found[1:])
 
 
 def _speed(mapping: Mapping) -> Tensor | None:
