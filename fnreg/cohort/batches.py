@@ -28,6 +28,7 @@ class Sizes:
     """How many pairs share a batch.
 
     fixed : the same number for all, where it is given
+    share : of the free memory that a batch may take
 
     >>> import torch
     >>> from fnreg.cohort.batches import Sizes
@@ -39,10 +40,10 @@ class Sizes:
     4
     """
 
-    def __init__(self, device: torch.device, *, fixed: int | None = None) -> None:
+    def __init__(self, device: torch.device, *, fixed: int | None = None, share: float = SHARE) -> None:
         if fixed is not None and fixed < 1:
             raise SettingsError(f"batch size is {fixed}: expected at least 1, or none to choose it by the memory")
-        self.device, self.fixed = device, fixed
+        self.device, self.fixed, self.share = device, fixed, share
         self.window = 1  # pairs in the last batch that was asked for
         self._limit: dict[Hashable, int] = {}  # of shapes of which more did not fit
         self._fitted: dict[Hashable, int] = {}  # the largest batch so far
@@ -61,7 +62,7 @@ class Sizes:
         if not fitted:
             return 1
         rate = max(LEAST, self._measured[1])
-        room = int(SHARE * free(self.device) / (rate * voxels))
+        room = int(self.share * free(self.device) / (rate * voxels))
         if self.device.type == "cpu":
             limit = min(limit, VOXELS // voxels)
         return max(1, min(limit, room, GROWTH * fitted))
