@@ -17,13 +17,14 @@ from cohort_poison import poison
 from cohort_scenes import QUICK, leftovers, pairs, register, same_tables, whole
 
 from fnreg import cli, cohort
-from fnreg.cohort import ClusterError
+from fnreg.cohort import ClusterError, engine
 from fnreg.cohort.ledger import read_attempts, read_records
 from fnreg.cohort.manifest import Row, write_manifest
 from fnreg.extras import MissingExtraError
 from fnreg.settings import SettingsError
 
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+OWN = ("--engine", "ray")
 SMALL = {"num_cpus": 1, "object_store_memory": 2**27}
 
 
@@ -131,10 +132,8 @@ def test_a_run_that_is_asked_to_stop_ends_after_its_batches(cluster: Any, tmp_pa
 
 
 def test_what_ends_a_worker_ends_the_run(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fnreg.cohort import worker
-
-    rows = pairs(tmp_path, 4)
-    monkeypatch.setattr(worker.Order, "needed", property(lambda _: (tmp_path / "none.nii",)))
+    rows, real = pairs(tmp_path, 4), engine.Order
+    monkeypatch.setattr(engine, "Order", lambda *given: real(*given[:4], (tmp_path / "none.nii",)))
     with pytest.raises(FileNotFoundError, match="same path on all machines"):
         register(rows, tmp_path / "study", engine="ray")
     monkeypatch.undo()
@@ -155,9 +154,9 @@ def command(home: Path, rows: list[Row], *more: str) -> subprocess.Popen[str]:
     """`fnreg run` on a cluster that begins and ends with it, in a group of processes as at a terminal."""
     pytest.importorskip("ray", reason="needs Ray: pip install fnreg[ray]")
     (home / "pairs.tsv").write_bytes(write_manifest(rows))
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_ADDRESS": "local"}
     arguments = ["run", str(home / "pairs.tsv"), "-o", str(home / "study"), "--init", "header", "-n", "6"]
-    arguments += ["--levels", "2", "--figures", "none", "--engine", "ray", "--workers", "2", *more]
+    arguments += ["--levels", "2", "--figures", "none", "--workers", "2", *more]
     return subprocess.Popen(
         [sys.executable, "-m", "fnreg", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment, start_new_session=True,
@@ -180,6 +179,13 @@ def children(pid: int) -> list[str]:
         return []
 
 
+def name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -191,14 +197,18 @@ def test_when_the_run_is_killed_nobody_is_left_and_the_next_one_goes_on(tmp_path
     few = pairs(tmp_path, 8)
     rows = [Row(f"r{number:04d}", few[number % 8].files) for number in range(400)]
     study = tmp_path / "study"
-    child = command(tmp_path, rows, "--batch-size", "4")
+    child = command(tmp_path, rows, *OWN, "--batch-size", "4")
     soon(lambda: len(cohort.read_ledger(study)) >= 20 or child.poll() is not None)
+    assert child.poll() is None, child.communicate()
     there = descendants(child.pid)
-    assert len(there) > 5 and child.poll() is None, child.communicate()
+    workers = [pid for pid in there if "ray::Worker" in name_of(pid)]
+    assert len(workers) == 2
     child.kill()
     child.wait()
     known = set(cohort.read_ledger(study))
-    soon(lambda: not any(alive(pid) for pid in there), 30)
+    soon(lambda: not any(alive(pid) for pid in workers), 30)
+    for pid in filter(alive, there):  # agents of Ray's own outlive it for a while
+        os.kill(pid, signal.SIGKILL)
     child.communicate()
     assert 20 <= len(known) < 400
     rest = register(rows, study, batch_size=64)
@@ -211,8 +221,9 @@ def test_interrupts(times: int, tmp_path: Path) -> None:
     few = pairs(tmp_path, 8)
     rows = [Row(f"r{number:04d}", few[number % 8].files) for number in range(400)]
     study = tmp_path / "study"
-    child = command(tmp_path, rows, "--batch-size", "2")
+    child = command(tmp_path, rows, *OWN, "--batch-size", "2")
     soon(lambda: len(cohort.read_ledger(study)) >= 4 or child.poll() is not None)
+    assert child.poll() is None, child.communicate()
     there, clock = descendants(child.pid), time.monotonic()
     for _ in range(times):
         os.killpg(child.pid, signal.SIGINT)
@@ -232,8 +243,10 @@ def test_engines_that_there_are_not(tmp_path: Path, capsys: pytest.CaptureFixtur
     rows = pairs(tmp_path, 1)
     for more, told in (
         ({"engine": "dask"}, "unknown engine 'dask'.*local, ray, or the address"),
-        ({"engine": "rai"}, "did you mean ray"),
+        ({"engine": "locale"}, "did you mean local"),
         ({"engine": ""}, "unknown engine ''"),
+        ({"engine": "ray://head"}, "unknown engine 'ray://head'"),
+        ({"engine": "head:x"}, "unknown engine 'head:x'"),
         ({"engine": "ray", "workers": 0}, "workers is 0: expected at least 1"),
         ({"workers": 2}, "the engine is local"),
         ({"engine": "ray", "batch_size": 0}, "batch size is 0"),
@@ -270,6 +283,9 @@ class _Missing:
 
 
 def test_where_no_cluster_answers(tmp_path: Path) -> None:
+    """In a process of its own: a process is connected to one cluster."""
     pytest.importorskip("ray", reason="needs Ray: pip install fnreg[ray]")
-    with pytest.raises(ClusterError, match=r"127.0.0.1:9.*ray start"):
-        register(pairs(tmp_path, 1), tmp_path / "study", engine="127.0.0.1:9")
+    child = command(tmp_path, pairs(tmp_path, 1), "--engine", "127.0.0.1:9")
+    out, told = child.communicate(timeout=60)
+    assert child.returncode == 4 and out == ""
+    assert "127.0.0.1:9" in told and "ray start --head" in told and "Traceback" not in told

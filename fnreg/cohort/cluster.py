@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from fnreg.extras import require
 POLL = 0.2  # seconds in which an interrupt is noticed
 FALSE_STARTS = 3  # of a worker, one after the other, before its place is given up
 FAREWELL = 5.0  # seconds for a process to be gone
-OBJECTS = 2**27  # bytes that a cluster of our own keeps for objects: paths and records are small
+ANSWER = 10.0  # seconds in which a cluster is to be reached
 
 
 class ClusterError(RuntimeError):
@@ -169,20 +170,31 @@ def _connected(address: str) -> Generator[Any]:
     if ray.is_initialized() and address == "ray":
         yield ray
         return
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        ray.init(address="auto" if address == "ray" else address, **quiet)
-    except ConnectionError as problem:
         if address != "ray":
-            raise ClusterError(f"no Ray cluster answers at {address}: begin it with ray start --head") from problem
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECTS, **quiet)
-    except (RuntimeError, ValueError, ImportError) as problem:
+            _answers(address)
+        ray.init(
+            None if address == "ray" else address, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        )
+    except (ConnectionError, TimeoutError) as problem:
+        raise ClusterError(
+            f"no Ray cluster answers at {address}: begin it with ray start --head, and give this process Ray's token "
+            "where the cluster asks for one"
+        ) from problem
+    except (RuntimeError, ValueError, ImportError, OSError) as problem:
         told = " ".join(str(problem).split())[:500]
         raise ClusterError(f"the Ray cluster at {address} cannot be used: {told}") from problem
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """Raises OSError or ValueError at once, where Ray would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER):
+        pass
 
 
 def _places(ray: Any, gpus: bool, workers: int | None) -> list[_Place]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -118,7 +119,7 @@ def run(
 
 def _is_local(engine: str, workers: int | None, settings: Settings) -> bool:
     """Whether the engine is the local one.  Raises SettingsError."""
-    if ":" not in engine:
+    if not re.fullmatch(r"(ray://)?[^/\s:]+:[0-9]+", engine):
         choose("engine", engine, (*ENGINES, "or the address of a Ray cluster, as ray://head:10001 or head:6379"))
     if workers is not None and workers < 1:
         raise SettingsError(f"workers is {workers}: expected at least 1, or none for one on each machine or GPU")
