@@ -247,10 +247,11 @@ def _code(error: BaseException) -> int | None:
 
     if isinstance(error, MissingExtraError):
         return ENVIRONMENT
+    from fnreg.cohort.cluster import ClusterError
     from fnreg.loading import DeviceError
     from fnreg.registration import RegistrationError
 
-    if isinstance(error, DeviceError):
+    if isinstance(error, (DeviceError, ClusterError)):
         return ENVIRONMENT
     if isinstance(error, RegistrationError):
         return FAILED

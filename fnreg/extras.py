@@ -9,7 +9,12 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-EXTRAS: dict[str, tuple[str, ...]] = {"plot": ("matplotlib", "PIL"), "itk": ("SimpleITK",), "cohort": ("pyarrow",)}
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "plot": ("matplotlib", "PIL"),
+    "itk": ("SimpleITK",),
+    "cohort": ("pyarrow",),
+    "ray": ("ray",),
+}
 
 
 class MissingExtraError(ImportError):

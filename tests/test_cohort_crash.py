@@ -15,9 +15,11 @@ import pytest
 from cohort_scenes import QUICK, leftovers, pairs, register, results, same_tables, whole
 
 from fnreg import cohort
+from fnreg.cohort import local
 from fnreg.cohort.ledger import read_attempts, read_records
 from fnreg.cohort.manifest import Row, write_manifest
 from fnreg.cohort.save import sweep
+from fnreg.cohort.work import Work
 
 # What each process does: as `cohort_scenes.register`, on a table; a pair that is named kills who solves it.
 PROGRAM = """
@@ -103,7 +105,7 @@ def test_a_pair_that_kills_its_process_is_found_and_the_others_are_done(tmp_path
     found = register(rows, study, batch_size=3, retry_failed=True)
     assert {name: record["status"] for name, record in found.items()} == {"p001": "ok"}
     begun = [record for record in read_records(study) if record["status"] == "begun" and record["pair_id"] == "p001"]
-    assert [record["alone"] for record in begun] == [False, True, True, True]
+    assert [record["among"] for record in begun] == [4, 1, 1, 1]
     register(rows, tmp_path / "calm", batch_size=3)
     same_tables(study, tmp_path / "calm")
 
@@ -114,13 +116,11 @@ def test_a_process_that_dies_while_it_reads_is_counted(tmp_path: Path, monkeypat
     def dead(*_: object) -> None:
         raise SystemExit  # as if the process had ended here: nobody puts anything in order
 
-    from fnreg.cohort import engine
-
-    monkeypatch.setattr(engine, "load", dead)
-    monkeypatch.setattr(engine._Work, "__exit__", lambda *_: None)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(local, "load", dead)
+    monkeypatch.setattr(Work, "__exit__", lambda *_: None)
     with pytest.raises(SystemExit):
         register(rows, tmp_path / "study", batch_size=2)
-    assert {known.together for known in read_attempts(tmp_path / "study").values()} == {1}
+    assert {known.among for known in read_attempts(tmp_path / "study").values()} == {(3,)}
     monkeypatch.undo()
     found = register(rows, tmp_path / "study", batch_size=2)
     assert {record["attempts"] for record in found.values()} == {2}
@@ -246,4 +246,4 @@ def test_interrupts_end_a_run_in_order(times: int, tmp_path: Path) -> None:
     known = cohort.read_ledger(study)
     assert 4 <= len(known) < 600 and set(known) == set(results(study))
     attempts = read_attempts(study)
-    assert all(not (found.together or found.alone) for found in attempts.values())  # nobody is a suspect
+    assert all(not found.among for found in attempts.values())  # nobody is a suspect

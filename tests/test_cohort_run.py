@@ -16,7 +16,7 @@ from cohort_scenes import QUICK, SIZE, leftovers, pairs, picture, register, resu
 
 import fnreg
 from fnreg import Grid, Image, cohort, io
-from fnreg.cohort import batches, engine, solve
+from fnreg.cohort import batches, solve
 from fnreg.cohort.batches import Sizes
 from fnreg.cohort.ledger import Ledger, LedgerError
 from fnreg.cohort.load import Asked, Loaded, load
@@ -365,7 +365,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_that_is_asked_to_stop_keeps_what_is_done(tmp_path: Path) -> None:
     rows, stop = pairs(tmp_path, 9), threading.Event()
-    seen: list[engine.Progress] = []
+    seen: list[cohort.Progress] = []
     done = 0
     for _ in cohort.run(rows, QUICK, output=tmp_path / "study", batch_size=2, stop=stop, progress=seen.append):
         done += 1

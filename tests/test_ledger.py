@@ -105,17 +105,19 @@ def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
 
 
 def test_attempts_are_counted_and_deaths_told_apart(tmp_path: Path) -> None:
-    def begun(name: str, alone: bool = False) -> dict[str, object]:
-        return record(name, status="begun", alone=alone)
+    def begun(name: str, among: int = 4) -> dict[str, object]:
+        return record(name, status="begun", among=among)
 
     with Ledger(tmp_path) as ledger:
         for name in "abcd":
             ledger.append([begun(name)])
         ledger.append([record("a", status="ok"), record("d", status="released")])
     with Ledger(tmp_path, 1) as ledger:
-        ledger.append([begun("b", alone=True), begun("c", alone=True), begun("c", alone=True)])
+        ledger.append([begun("b", 1), begun("c", 1), begun("c", 1)])
         ledger.append([record("b", status="failed"), begun("b")])
-    assert read_attempts(tmp_path) == {"a": Attempts(1), "b": Attempts(3, 1), "c": Attempts(3, 1, 2), "d": Attempts(0)}
+    found = read_attempts(tmp_path)
+    assert found == {"a": Attempts(1), "b": Attempts(3, (4,)), "c": Attempts(3, (4, 1, 1)), "d": Attempts(0)}
+    assert [found[name].alone for name in "bc"] == [0, 2]
     assert {name: one["status"] for name, one in read_ledger(tmp_path).items()} == {"a": "ok", "b": "failed"}
 
 

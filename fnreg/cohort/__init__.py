@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fnreg.cohort.engine import Progress as Progress
+    from fnreg.cohort.cluster import ClusterError as ClusterError
     from fnreg.cohort.engine import run as run
     from fnreg.cohort.ledger import read_ledger as read_ledger
     from fnreg.cohort.manifest import ManifestError as ManifestError
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from fnreg.cohort.manifest import read_manifest as read_manifest
     from fnreg.cohort.study import Study as Study
     from fnreg.cohort.study import StudyError as StudyError
+    from fnreg.cohort.work import Progress as Progress
 
 _HOME = {
-    "engine": ("Progress", "run"),
+    "cluster": ("ClusterError",),
+    "engine": ("run",),
     "ledger": ("read_ledger",),
     "manifest": ("ManifestError", "Row", "all_pairs", "all_to", "find_bids", "find_images", "read_manifest"),
     "study": ("Study", "StudyError"),
+    "work": ("Progress",),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -33,6 +33,7 @@ class Sizes:
 
     fixed : the same number for all, where it is given
     refills : whether pairs may wait for others of their batch
+    share : of the free memory that a batch may take
 
     >>> import torch
     >>> from fnreg.cohort.batches import Sizes
@@ -44,10 +45,13 @@ class Sizes:
     4
     """
 
-    def __init__(self, device: torch.device, *, fixed: int | None = None, refills: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, *, fixed: int | None = None, refills: bool = True, share: float = SHARE
+    ) -> None:
         if fixed is not None and fixed < 1:
             raise SettingsError(f"batch size is {fixed}: expected at least 1, or none to choose it by the memory")
-        self.device, self.fixed, self.refills = device, fixed, refills and fixed is None
+        self.device, self.fixed, self.share = device, fixed, share
+        self.refills = refills and fixed is None
         self.window = 1  # pairs in the last batch that was asked for
         self._limit: dict[Hashable, int] = {}  # of shapes of which more did not fit
         self._fitted: dict[Hashable, int] = {}  # the largest batch so far
@@ -66,7 +70,7 @@ class Sizes:
         if not fitted:
             return 1
         rate = max(LEAST, self._measured[1])
-        room = int(SHARE * free(self.device) / (rate * voxels))
+        room = int(self.share * free(self.device) / (rate * voxels))
         if self.device.type == "cpu":
             width = VOXELS // voxels
             limit = min(limit, WAVES * width if self.refills and width >= WAVES else width)

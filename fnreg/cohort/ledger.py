@@ -3,9 +3,9 @@
 A record is on disk before the next batch begins.  A process that dies while it writes leaves a torn last line, which
 the next reader skips and the next writer closes.  Where a pair has several records the last one holds.
 
-Two kinds of records are of the work, not of its outcome: a pair is `BEGUN` before its files are read, and `RELEASED`
-where a run ended in order before its turn.  What was begun and is neither finished nor released was in a process that
-died.
+Two kinds of records are of the work, not of its outcome: a pair is `BEGUN` before its files are read, `among` so many
+that its process then has, and `RELEASED` where a run ended in order before its turn.  What was begun and is neither
+finished nor released was in a process that died.
 """
 
 from __future__ import annotations
@@ -108,35 +108,38 @@ def read_ledger(study: str | os.PathLike[str], *, without: Iterable[str] = ()) -
 
 
 class Attempts(NamedTuple):
-    """How often a pair was begun, and how often since its last outcome a process died with it: together with
-    others, and alone."""
+    """How often a pair was begun, and of those attempts since its last outcome among how many pairs each was: where the
+    attempt is over, a process died with these."""
 
     times: int = 0
-    together: int = 0
-    alone: int = 0
+    among: tuple[int, ...] = ()
+
+    @property
+    def alone(self) -> int:
+        """Attempts at this pair by itself."""
+        return self.among.count(1)
+
+    def begun(self, among: int) -> Attempts:
+        """With one more."""
+        return Attempts(self.times + 1, (*self.among, among))
 
 
 def read_attempts(study: str | os.PathLike[str]) -> dict[str, Attempts]:
     """The attempts at each pair, by id, over all shards."""
     found: dict[str, Attempts] = {}
-    last: dict[str, bool] = {}
     each: list[Record] = [
-        {name: record.get(name) for name in ("pair_id", "status", "alone")} | {"time": _when(record)}
+        {name: record.get(name) for name in ("pair_id", "status", "among")} | {"time": _when(record)}
         for record in read_records(study)
     ]
     for record in sorted(each, key=_when):
         name, status = record["pair_id"], record["status"]
-        count, together, alone = found.get(name, Attempts())
+        known = found.get(name, Attempts())
         if status == BEGUN:
-            last[name] = bool(record.get("alone"))
-            found[name] = Attempts(count + 1, together + (not last[name]), alone + last[name])
-        elif status == RELEASED:
-            was = last.pop(name, None)
-            if was is not None:
-                found[name] = Attempts(count - 1, together - (not was), alone - was)
-        else:
-            last.pop(name, None)
-            found[name] = Attempts(count)
+            found[name] = known.begun(record["among"] or 1)
+        elif status != RELEASED:
+            found[name] = Attempts(known.times)
+        elif known.among:
+            found[name] = Attempts(known.times - 1, known.among[:-1])
     return found
 
 

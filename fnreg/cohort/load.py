@@ -6,6 +6,7 @@ Nothing here ends a run: an image that cannot be read is a result like any other
 from __future__ import annotations
 
 import dataclasses
+import functools
 import traceback
 from collections.abc import Hashable
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from fnreg import agreement, optim
 from fnreg.beginning import Begin, begin
 from fnreg.cohort.manifest import Row
-from fnreg.cohort.study import PAIRS, fingerprint
+from fnreg.cohort.study import PAIRS, fingerprint, settings_sha
 from fnreg.extras import MissingExtraError
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
@@ -29,6 +30,7 @@ from fnreg.settings import Settings, SettingsError
 from fnreg.solvers.descent import Descent
 
 CPU = torch.device("cpu")
+NOT_OF_RESULTS = ("threads", "device")  # settings that change results by rounding only
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +62,17 @@ class Asked:
         """Whether pairs end each at its own time, so that others can take their places."""
         told = [stage.stop for stage in self.stages if stage.stop != "inherit"]
         return None not in (*told, self.options.get("stop", ""))
+
+    @functools.cached_property
+    def values(self) -> dict[str, Any]:
+        """The settings by which the results of a study are told from others."""
+        given = self.settings.given().items()
+        return {name: value for name, value in given if name not in NOT_OF_RESULTS} | {"space": self.space or ""}
+
+    @functools.cached_property
+    def sha(self) -> str:
+        """Of these settings."""
+        return settings_sha(self.values)
 
     def check(self, fixed: Subject, moving: Subject) -> None:
         """ValueError for what is wrong with images, SettingsError where a stage does not go with images of their size.

@@ -1,4 +1,4 @@
-"""What became of pairs, on disk: first the files of a pair, each whole or not at all, then its record in the ledger."""
+"""What became of pairs, on disk: the files of a pair, each whole or not at all, and what the ledger is to say of it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from fnreg import agreement, results
-from fnreg.cohort.ledger import Ledger, Record
+from fnreg.cohort.ledger import Record
 from fnreg.cohort.load import Asked, Loaded, Refused, files_of, told
 from fnreg.cohort.manifest import Row
 from fnreg.cohort.solve import Outcome
-from fnreg.cohort.study import DONE, OK, PAIRS, WARN, Study, command, is_scratch
+from fnreg.cohort.study import DONE, OK, PAIRS, WARN, command, is_scratch
 from fnreg.io.files import together, write_bytes
 from fnreg.output import OutputFolder
 
@@ -21,33 +21,26 @@ ERRORS = "errors"
 TRANSFORMS = ("transform.safetensors", "transform.tfm", "transform.h5", "displacement.nii.gz")  # the first one is told
 
 
-def save(
-    outcomes: Sequence[Outcome | Refused], study: Study, asked: Asked, ledger: Ledger, attempts: Sequence[int]
-) -> list[Record]:
-    """Write the files of some pairs, then their records, which are returned.
-
-    attempts : how often each was begun
+def save(outcomes: Sequence[Outcome | Refused], asked: Asked) -> list[Record]:
+    """Write the files of some pairs, and then give their records, which are not in the ledger yet.
 
     Raises OSError where something cannot be written: then no record says that it was.
     """
-    (study.folder / PAIRS).mkdir(exist_ok=True)
-    with together(study.folder):
-        found = [_save(outcome, study, asked) for outcome in outcomes]
-    records = [one | {"attempts": times} for one, times in zip(found, attempts, strict=True)]
-    ledger.append(records)
-    return records
+    (asked.folder / PAIRS).mkdir(exist_ok=True)
+    with together(asked.folder):
+        return [_save(outcome, asked) for outcome in outcomes]
 
 
-def _save(outcome: Outcome | Refused, study: Study, asked: Asked) -> Record:
+def _save(outcome: Outcome | Refused, asked: Asked) -> Record:
     if isinstance(outcome, Refused):
-        found = _record(outcome.row, study, outcome.status, outcome.reason) | {
+        found = _record(outcome.row, asked, outcome.status, outcome.reason) | {
             "inputs": outcome.inputs.files,
             "beside": outcome.inputs.beside,
         }
-        _told(outcome.row, study, found, outcome.trace)
+        _told(outcome.row, asked, found, outcome.trace)
         return found
     row = outcome.pair.row
-    found = _record(row, study, outcome.status, outcome.reason) | outcome.values
+    found = _record(row, asked, outcome.status, outcome.reason) | outcome.values
     found |= {"seconds": round(outcome.seconds, 6), "device": str(asked.device)}
     found |= {"inputs": outcome.pair.inputs.files, "beside": outcome.pair.inputs.beside, "history": outcome.history}
     found["peak_mb"] = results.peak_megabytes(asked.device)
@@ -60,16 +53,16 @@ def _save(outcome: Outcome | Refused, study: Study, asked: Asked) -> Record:
         except Exception as problem:
             found |= {"status": "failed", "reason": told(problem)}
             trace = repr(problem)
-    _told(row, study, found, trace)
+    _told(row, asked, found, trace)
     return found
 
 
-def _record(row: Row, study: Study, status: str, reason: str) -> Record:
+def _record(row: Row, asked: Asked, status: str, reason: str) -> Record:
     return {
         **row.record(),
         "status": status,
         "reason": reason,
-        "settings_sha": study.sha,
+        "settings_sha": asked.sha,
         "warnings": [],
         "history": [],
     }
@@ -120,17 +113,17 @@ def _results(outcome: Outcome, pair: Loaded, asked: Asked) -> Record:
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-def _told(row: Row, study: Study, record: Record, trace: str) -> None:
+def _told(row: Row, asked: Asked, record: Record, trace: str) -> None:
     """errors/ID.txt for a pair without a result; none for one with a result."""
-    path = study.folder / ERRORS / f"{row.pair_id}.txt"
+    path = asked.folder / ERRORS / f"{row.pair_id}.txt"
     if record["status"] in DONE:
         path.unlink(missing_ok=True)
         return
     lines = [f"{row.pair_id}: {record['status']}", str(record["reason"]), "", "It can be looked at alone by", ""]
-    lines += [f"  {command(row.record(), study.settings)}", *(["", trace] if trace else [])]
+    lines += [f"  {command(row.record(), asked.values)}", *(["", trace] if trace else [])]
     path.parent.mkdir(exist_ok=True)
     write_bytes(path, ("\n".join(lines).rstrip() + "\n").encode())
-    old = study.folder / PAIRS / row.pair_id
+    old = asked.folder / PAIRS / row.pair_id
     if old.is_dir():  # of an earlier run, with other inputs
         for name in results.KNOWN:
             (old / name).unlink(missing_ok=True)

@@ -63,6 +63,12 @@ def run(
     settings: options.SettingsFile = None,
     assign: options.Assigned = None,
     batch_size: Annotated[int | None, option("Pairs at a time. [default: as many as fit in memory]")] = None,
+    engine: Annotated[
+        str, option("Who computes: local, ray (many machines), or the address of a Ray cluster, as head:6379.")
+    ] = "local",
+    workers: Annotated[
+        int | None, option("Processes of a Ray cluster. [default: one on each machine, or each GPU with --device cuda]")
+    ] = None,
     shard: Annotated[str, option("The i-th of N parts of the table, as 1/4, for runs side by side.")] = "1/1",
     retry_failed: Annotated[bool, option("Do pairs without a result again.")] = False,
     figures: Figures = "worst",
@@ -93,8 +99,8 @@ def run(
     stop, told = threading.Event(), _Told(as_json)
     with _interrupts(stop), told:
         records = cohort.run(
-            rows, chosen, output=output, save=chosen.save, batch_size=batch_size, retry_failed=retry_failed,
-            shard=part, space=space, stop=stop, progress=told.progress,
+            rows, chosen, output=output, save=chosen.save, batch_size=batch_size, engine=engine, workers=workers,
+            retry_failed=retry_failed, shard=part, space=space, stop=stop, progress=told.progress,
         )  # fmt: skip
         try:
             for record in records:
