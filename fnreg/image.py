@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fnreg import filters
 from fnreg.grid import Grid, Scalars
-from fnreg.pytree import is_concrete, pytree_dataclass, tree_flatten, tree_map, tree_unflatten
+from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_map, tree_unflatten
 from fnreg.sampling import Mode, Padding, interpolate
 
 Unit = Literal["world", "voxel"]
@@ -238,6 +238,8 @@ class Subject:
     points : (N, D) world points
     point_weights : (N,) how much each point counts, 0 where it is to be ignored
     normals : (N, D) directions across a surface at the points, of any length
+    sharp : whether the mask ends as an image does: points between its voxels count where half of it at least is there,
+        and no derivative is taken of that; else its values are mixed as those of an image are
 
     Raises ValueError where shapes do not fit together, TypeError for labels that are no integers.
     """
@@ -248,6 +250,7 @@ class Subject:
     points: Tensor | None = None
     point_weights: Tensor | None = None
     normals: Tensor | None = None
+    sharp: bool = static(default=False)
 
     def __init__(
         self,
@@ -257,6 +260,7 @@ class Subject:
         points: Tensor | None = None,
         point_weights: Tensor | None = None,
         normals: Tensor | None = None,
+        sharp: bool = False,
     ) -> None:
         grid = image.grid
         for name, value in (("mask", mask), ("labels", labels)):
@@ -282,7 +286,7 @@ class Subject:
                 )
         if mask is not None and mask.dtype != image.data.dtype:
             mask = mask.to(image.data.dtype)
-        given = (image, mask, labels, points, point_weights, normals)
+        given = (image, mask, labels, points, point_weights, normals, sharp)
         for field, value in zip(dataclasses.fields(self), given, strict=True):
             object.__setattr__(self, field.name, value)
 

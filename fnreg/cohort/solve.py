@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fnreg import fields, notes
+from fnreg import fields, lattice, notes
 from fnreg.beginning import before, starting
 from fnreg.cohort.batches import Sizes
 from fnreg.cohort.load import Asked, Loaded, told
@@ -77,9 +77,9 @@ def attempt(batch: Sequence[Loaded], asked: Asked, sizes: Sizes) -> list[Outcome
 def solve(batch: Sequence[Loaded], asked: Asked) -> list[Outcome]:
     """Register a batch of pairs of one key; raises what `register` raises."""
     clock = time.perf_counter()
-    fixed, moving, begun = (
+    fixed, moving, begun, initial = (
         tree_map(lambda leaf: leaf.to(asked.device), stack(items))
-        for items in zip(*((pair.fixed, pair.moving, pair.begun) for pair in batch), strict=True)
+        for items in zip(*(pair.ready() for pair in batch), strict=True)
     )
     grid, stages, padding = fixed.image.grid, asked.stages, asked.options.get("padding")
     init = batch[0].init if batch[0].init in INITS else "header"
@@ -87,8 +87,10 @@ def solve(batch: Sequence[Loaded], asked: Asked) -> list[Outcome]:
     with notes.hearing() as heard:
         begin = before(fixed, moving, begun, stages, padding)
         how = starting(begun, init, stages[0].transform, grid)
+        if initial is not None:
+            how |= {"initial": initial, "start": "header"}
         result = register(fixed, moving, stages, **how, **asked.options)
-    numbers = _numbers(result) | {"value_before": begin.value, "value_after": result.value}
+    numbers = _numbers(result, batch) | {"value_before": begin.value, "value_after": result.value}
     speed = _speed(result.mapping)
     start, result, numbers = tree_map(lambda leaf: leaf.cpu(), (begin.start, result, numbers))
     columns = {name: values.tolist() for name, values in numbers.items()}
@@ -105,7 +107,7 @@ def solve(batch: Sequence[Loaded], asked: Asked) -> list[Outcome]:
             outcomes.append(Outcome(pair, status, code.remedy, values, history=history[place], seconds=seconds))
             continue
         more = common if speed is None or not bool(speed[place] > 1) else (*common, _TOO_FAST)
-        one, origin = tree_take((result, start), place)
+        origin, one = pair.own(*tree_take((start, result), place))
         outcomes.append(Outcome(pair, OK, "", values, (*pair.notes, *more), history[place], origin, one, seconds))
     return outcomes
 
@@ -122,7 +124,7 @@ def _speed(mapping: Mapping) -> Tensor | None:
     return over_batch(one, mapping=(mapping, mapping.ranks()))
 
 
-def _numbers(result: Registration) -> dict[str, Tensor]:
+def _numbers(result: Registration, batch: Sequence[Loaded]) -> dict[str, Tensor]:
     """How regular the maps are at the fixed voxels, by column, (B,) each."""
     mapping, grid = result.mapping, result.fixed_grid
     if mapping.transform.linear:
@@ -130,7 +132,10 @@ def _numbers(result: Registration) -> dict[str, Tensor]:
         folds = (found <= 0).to(found.dtype)
         return {"jac_min": found, "jac_max": found, "folds": folds, "sdlogj": torch.zeros_like(found)}
     field = mapping.displacement(grid)
-    known = over_batch(fields.statistics, displacement=(field, grid.ndim + 1), grid=(grid, grid.ranks()))
+    if batch[0].lattice is None:
+        known = over_batch(fields.statistics, displacement=(field, grid.ndim + 1), grid=(grid, grid.ranks()))
+    else:
+        known = lattice.statistics(field, [pair.grids[0] for pair in batch])
     return {
         "jac_min": known.min_determinant,
         "jac_max": known.max_determinant,
