@@ -1,4 +1,4 @@
-"""Images of which nearly each has a shape of its own, from files to files through `cohort.run`, one by one and on a lattice.
+"""Images that nearly all differ in shape, through `cohort.run` from files to files: as they are and on a lattice.
 
 All 132 ordered pairs of the twelve hippocampi, whose crops have 28 to 52 voxels along an axis: an affine map, then a
 field, both by correlation in windows, from where the centres of the crops meet.  Dice is that of the study's table, by
@@ -21,14 +21,15 @@ from fnreg.lattice import Lattice
 from fnreg.settings import Settings
 
 KINDS = {
-    "affine": Settings(
-        transform="affine", similarity="lncc:radius=3,flat=0.1", init="center", optimizer="adam:lr=0.3", steps="50x30x10"
-    ),
+    "affine": Settings(transform="affine", similarity="lncc:radius=3,flat=0.1", init="center", steps="50x30x10"),
     "affine, diffeomorphism": Settings(
-        transform="affine+diffeomorphism:gradient=1,smooth=1", similarity="lncc:radius=3,flat=0.1", init="center",
-        optimizer="adam:lr=0.5,b2=0.99,decay=1,relative=3", steps="50x30x10",
+        transform="affine+diffeomorphism:gradient=1,smooth=1",
+        similarity="lncc:radius=3,flat=0.1",
+        init="center",
+        optimizer="adam:lr=0.5,b2=0.99,decay=1,relative=3",
+        steps="50x30x10",
     ),
-}  # fmt: skip
+}
 LATTICES = ("none", "auto", "44x52x44")  # the last one is large enough for all
 
 
@@ -62,7 +63,7 @@ def run(options: Options) -> list[Table]:
         (
             "transform",
             "lattice",
-            "shapes of pairs",
+            "shapes",
             "fixed voxels",
             "seconds",
             "pairs a second",

@@ -238,8 +238,9 @@ class Subject:
     points : (N, D) world points
     point_weights : (N,) how much each point counts, 0 where it is to be ignored
     normals : (N, D) directions across a surface at the points, of any length
-    sharp : whether the mask ends as an image does: points between its voxels count where half of it at least is there,
-        and no derivative is taken of that; else its values are mixed as those of an image are
+    sharp : whether the image ends where the mask does: points between voxels count where half of the mask at least is
+        there, no derivative is taken of that, and they see what the image holds beyond; else the mask is interpolated
+        as an image is, and what it hides is filled from its surroundings
 
     Raises ValueError where shapes do not fit together, TypeError for labels that are no integers.
     """

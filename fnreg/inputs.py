@@ -286,9 +286,11 @@ def check_dimension(name: str, mapping: Mapping, grid: Grid) -> None:
 def _fill(known: Subject) -> Subject:
     """Voxels without weight get values of their surroundings: what a mask hides must have no influence.
 
+    But for a sharp mask: its image ends there, and has what is to be seen beyond.
+
     A Gaussian of one voxel over the voxels that count, normalised by how many these are; far from them their mean.
     """
-    if known.mask is None:
+    if known.mask is None or known.sharp:
         return known
     grid = known.image.grid
 

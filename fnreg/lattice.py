@@ -5,7 +5,8 @@ do not count.  So pairs of ragged shapes go through one batch, and each result i
 
 What is added beyond the moving image is what the padding of the registration sees there, so on the finest level that
 sees the same as without a lattice; where voxels beyond count nothing (padding None) they get the weight 0 instead.
-Voxels without weight are filled from those that have some before anything is smoothed, so no pyramid lets them in.
+These repeat the outermost ones, for the voxels at the border are seen half a voxel far.  On coarser levels images with
+weights are smoothed by these, so no pyramid lets in what was added.
 """
 
 from __future__ import annotations

@@ -316,7 +316,7 @@ class Settings:
         if not all(part.strip().lstrip("-").isdecimal() for part in parts):
             choose("lattice", self.lattice, (*LATTICES, "or a size such as 64x64x48"))
         size = tuple(map(int, parts))
-        if not 1 <= len(size) <= 3 or min(size) < 1:
+        if not 2 <= len(size) <= 3 or min(size) < 1:
             raise SettingsError(
                 f"lattice {self.lattice!r}: expected auto, or a size of at least 1 for each of two or three axes, x "
                 "first, such as 64x64x48"
