@@ -37,10 +37,10 @@ PADDINGS: tuple[Padding | None, ...] = (None, "zeros", "border", "reflection", 0
 sizes = st.integers(1, 300)
 
 
-def ragged(dimension: int, *, turned: bool = True) -> tuple[Subject, Subject]:
+def ragged(dimension: int, *, turned: bool = True, fine: bool = False) -> tuple[Subject, Subject]:
     """Images of other shapes and places, of which each sees something that the other does not; the grids of both are
     parts of one, or, turned, lie to each other as it happens."""
-    whole = scene(dimension, grow=3)
+    whole = scene(dimension, grow=8, spacing=0.6) if fine else scene(dimension, grow=3)
     here = whole.grid.crop([2, 1, 3][:dimension], [1, 2, 0][:dimension])
     there = whole.grid.crop(0, [4, 0, 2][:dimension])
     if turned:
@@ -72,7 +72,8 @@ def test_there_are_eight_sizes_per_doubling() -> None:
 def test_what_is_added_is_what_interpolation_sees_there(size: Any, more: Any) -> None:
     data = torch.rand(2, *size[::-1])
     target = tuple(n + k for n, k in zip(size, more, strict=True))
-    where = torch.stack(torch.meshgrid(*(torch.arange(m) - (m - n) // 2 for n, m in zip(size, target, strict=True))))
+    axes = [torch.arange(m) - (m - n) // 2 for n, m in zip(size, target, strict=True)]
+    where = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     for beyond in PADDINGS[1:]:
         assert beyond is not None
         seen = interpolate(data, where.to(data.dtype), padding=beyond).mT
@@ -163,15 +164,15 @@ def test_pyramids_do_not_let_in_what_was_added(dimension: int, padding: Padding 
 @pytest.mark.parametrize("dimension", [2, 3])
 @pytest.mark.parametrize("start", ["header", "center", "moments"])
 def test_a_registration_ends_where_that_of_the_images_does(dimension: int, start: Any) -> None:
-    fixed, moving = ragged(dimension)
-    options: Any = {"levels": 2, "steps": 80, "objective": fnreg.ncc}
-    plain = register(fixed, moving, Affine(), start=start, **options)
+    """On two levels, whose voxels are others on the lattice; what a start makes of the end is of this size as well."""
+    fixed, moving = ragged(dimension, fine=True)
+    plain = register(fixed, moving, Affine(), start=start, levels=2, steps=80)
     lattice = Lattice()
     initial = lattice.start(start, Affine(), fixed, moving)
     assert (initial is None) == (start == "header")
-    found = register(*lattice.place(fixed, moving), Affine(), initial=initial, **options)
+    found = register(*lattice.place(fixed, moving), Affine(), initial=initial, levels=2, steps=80)
     placed = own(found, fixed.image.grid, moving.image.grid)
-    assert voxels_apart(placed.mapping, plain.mapping, fixed.image.grid) < 0.1
+    assert voxels_apart(placed.mapping, plain.mapping, fixed.image.grid) < {2: 0.03, 3: 0.3}[dimension]
     begun = register(fixed, moving, Affine(), start=start, levels=1, steps=0)
     assert initial is None or voxels_apart(initial, begun.mapping, fixed.image.grid) < 1e-12
 
