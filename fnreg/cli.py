@@ -68,6 +68,7 @@ def register(
     space: options.Space = None,
     init: options.Init = None,
     padding: options.Padding = None,
+    lattice: options.Lattice = None,
     save: Annotated[
         str | None, _option(f"What to write, joined by +, of: {', '.join(SAVES)}. [default: params+xfm+warped+figures]")
     ] = None,
@@ -92,7 +93,8 @@ def register(
     """
     given = options.by_name(
         penalty, preset=preset, transform=transform, similarity=similarity, symmetric=symmetric, optimizer=optimizer,
-        levels=levels, steps=steps, init=init, padding=padding, save=save, seed=seed, threads=threads, device=device,
+        levels=levels, steps=steps, init=init, padding=padding, lattice=lattice, save=save, seed=seed,
+        threads=threads, device=device,
     )  # fmt: skip
     here = options.named(given, assign)
     with pointing(settings, here):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fnreg import filters
 from fnreg.grid import Grid, Scalars
-from fnreg.pytree import is_concrete, pytree_dataclass, tree_flatten, tree_map, tree_unflatten
+from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_map, tree_unflatten
 from fnreg.sampling import Mode, Padding, interpolate
 
 Unit = Literal["world", "voxel"]
@@ -238,6 +238,9 @@ class Subject:
     points : (N, D) world points
     point_weights : (N,) how much each point counts, 0 where it is to be ignored
     normals : (N, D) directions across a surface at the points, of any length
+    sharp : whether the image ends where the mask does: points between voxels count where half of the mask at least is
+        there, no derivative is taken of that, and they see what the image holds beyond; else the mask is interpolated
+        as an image is, and what it hides is filled from its surroundings
 
     Raises ValueError where shapes do not fit together, TypeError for labels that are no integers.
     """
@@ -248,6 +251,7 @@ class Subject:
     points: Tensor | None = None
     point_weights: Tensor | None = None
     normals: Tensor | None = None
+    sharp: bool = static(default=False)
 
     def __init__(
         self,
@@ -257,6 +261,7 @@ class Subject:
         points: Tensor | None = None,
         point_weights: Tensor | None = None,
         normals: Tensor | None = None,
+        sharp: bool = False,
     ) -> None:
         grid = image.grid
         for name, value in (("mask", mask), ("labels", labels)):
@@ -282,7 +287,7 @@ class Subject:
                 )
         if mask is not None and mask.dtype != image.data.dtype:
             mask = mask.to(image.data.dtype)
-        given = (image, mask, labels, points, point_weights, normals)
+        given = (image, mask, labels, points, point_weights, normals, sharp)
         for field, value in zip(dataclasses.fields(self), given, strict=True):
             object.__setattr__(self, field.name, value)
 

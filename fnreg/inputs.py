@@ -31,6 +31,7 @@ class Inputs:
     """Pyramids of both sides with their masks, finest first, and the map that acts after.
 
     sizes : length of the leading axis of every batched leaf, by name; wrapped : inside a torch.func transform
+    sharp : of the masks of both sides, see `Subject`
     needs : what objectives ask for; labels and points, (fixed, moving), are there where these ask for them
     """
 
@@ -41,6 +42,7 @@ class Inputs:
     then: Mapping | None
     sizes: dict[str, int]
     wrapped: bool
+    sharp: tuple[bool, bool] = (False, False)
     needs: frozenset[str] = frozenset()
     labels: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
     labels_differ: Tensor | None = None
@@ -83,7 +85,7 @@ class Inputs:
             to_moving = to_moving @ then.matrix() if then.transform.linear else None
         from_fixed = over_batch(_from_index, grid=(fixed.grid, fixed.grid.ranks()))
         masks = self.fixed_masks[number], self.moving_masks[other]
-        pairs = Pair(fixed, moving, objective, from_fixed, *masks, then, to_moving, domain, annotations)
+        pairs = Pair(fixed, moving, objective, from_fixed, *masks, then, to_moving, domain, annotations, self.sharp)
         return Level(transform, pairs, batch_axes("pair", pairs, pairs.ranks())[0], size, padding)
 
     def _annotations(self, number: int, other: int) -> Annotations | None:
@@ -186,7 +188,8 @@ def prepare(
     for objective in objectives:
         check(objective, subjects[0][0], subjects[1][0])
     needs = frozenset(name for objective in objectives for name in objective.needs)
-    made = Inputs(fixed_images, moving_images, fixed_masks, moving_masks, then, sizes, wrapped, needs)
+    sharp = subjects[0][0].sharp, subjects[1][0].sharp
+    made = Inputs(fixed_images, moving_images, fixed_masks, moving_masks, then, sizes, wrapped, sharp, needs)
     if not needs.isdisjoint(OF_LABELS):
         classes, labels = _labels(subjects, (len(fixed_images), len(moving_images)), min_size)
         made = dataclasses.replace(made, labels=labels, labels_differ=classes.differ)
@@ -283,9 +286,11 @@ def check_dimension(name: str, mapping: Mapping, grid: Grid) -> None:
 def _fill(known: Subject) -> Subject:
     """Voxels without weight get values of their surroundings: what a mask hides must have no influence.
 
+    But for a sharp mask: its image ends there, and has what is to be seen beyond.
+
     A Gaussian of one voxel over the voxels that count, normalised by how many these are; far from them their mean.
     """
-    if known.mask is None:
+    if known.mask is None or known.sharp:
         return known
     grid = known.image.grid
 

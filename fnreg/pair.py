@@ -15,7 +15,7 @@ from fnreg.annotations import Annotations
 from fnreg.grid import Grid, apply_matrix, index_points
 from fnreg.image import Image
 from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
-from fnreg.pytree import pytree_dataclass, tree_flatten, tree_leaves, tree_unflatten
+from fnreg.pytree import pytree_dataclass, static, tree_flatten, tree_leaves, tree_unflatten
 from fnreg.sampling import Padding, Sampled, sample
 from fnreg.transforms.base import (
     Domain,
@@ -41,6 +41,7 @@ class Pair:
     to_moving: Tensor | None = None  # (D + 1, D + 1) world, before `then` where that is linear, to moving index
     given_domain: Domain | None = None  # of the transform, where it is not the fixed grid
     annotations: Annotations | None = None  # labels and points, where the objective asks for them
+    sharp: tuple[bool, bool] = static(default=(False, False))  # of the fixed and the moving mask, see `Subject`
 
     @property
     def domain(self) -> Domain:
@@ -90,8 +91,14 @@ def pair_weights(inside: Tensor, coords: Tensor, pair: Pair, padding: Padding | 
         weights = mask if weights is None else weights * mask
     if pair.moving_mask is not None:
         mask = sample(pair.moving_mask, coords, padding="zeros").value
+        mask = cut(mask) if pair.sharp[1] else mask
         weights = mask if weights is None else weights * mask
     return weights
+
+
+def cut(mask: Tensor) -> Tensor:
+    """1 where half of a mask at least is there, else 0."""
+    return (mask >= 0.5).to(mask.dtype)
 
 
 def pair_seen(pair: Pair, coords: Tensor, padding: Padding | None) -> tuple[Sampled, Tensor | None]:

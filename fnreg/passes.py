@@ -21,7 +21,7 @@ from fnreg.lengths import scale_
 from fnreg.losses.terms import OF_IMAGES, OF_THE_MAP, Objective
 from fnreg.mapped import ByMap, Maps, Squares, pull, serves, squares, warp
 from fnreg.optim import scale
-from fnreg.pair import Pair, in_sight, pair_map, splits
+from fnreg.pair import Pair, cut, in_sight, pair_map, splits
 from fnreg.pytree import (
     Axes,
     batch_axes,
@@ -104,7 +104,7 @@ class Passes:
         images, penalties = pairs.objective.divided(OF_IMAGES)
         if not images.terms or not images.needs <= {*OF_IMAGES, "grid"} or not penalties.needs <= {*OF_THE_MAP}:
             return None
-        squared = images.mean_squares() if pairs.moving_mask is None else None
+        squared = images.mean_squares() if pairs.moving_mask is None or pairs.sharp[1] else None
         return Passes(transform, pairs, images, penalties, squared, padding)
 
     def value(self, params: Any) -> tuple[Tensor, dict[str, Tensor]] | None:
@@ -201,6 +201,9 @@ class Passes:
     def _squares(self, maps: Maps, *, by_shift: bool = False, by_matrix: bool = False) -> Squares:
         pairs = self.pairs
         moving, fixed, mask = (self._batched(t) for t in (pairs.moving.data, pairs.fixed.data, pairs.fixed_mask))
+        if pairs.moving_mask is not None:  # a sharp one, which is constant here
+            seen = self._moving_mask(maps)
+            mask = seen if mask is None else mask * seen
         return squares(moving, fixed, mask, maps, padding=self.padding, by_shift=by_shift, by_matrix=by_matrix)
 
     def _mean(self, found: Squares) -> tuple[Tensor, Tensor]:
@@ -238,8 +241,16 @@ class Passes:
             rest = self._batched(pairs.fixed_mask) if rest is None else rest * pairs.fixed_mask
         if pairs.moving_mask is None:
             return warped, rest, None, rest
-        mask = warp(self._batched(pairs.moving_mask), maps, padding="zeros")[0]
+        mask = self._moving_mask(maps)
+        if pairs.sharp[1]:  # constant but for jumps: no derivative goes through it
+            rest = mask if rest is None else rest * mask
+            return warped, rest, None, rest
         return warped, mask if rest is None else rest * mask, mask, rest
+
+    def _moving_mask(self, maps: Maps) -> Tensor:
+        """The moving mask warped (B, 1, [Z,] Y, X)."""
+        mask = warp(self._batched(self.pairs.moving_mask), maps, padding="zeros")[0]
+        return cut(mask) if self.pairs.sharp[1] else mask
 
     @functools.cached_property
     def _statistics(self) -> tuple[Any, Axes]:

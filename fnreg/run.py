@@ -24,10 +24,11 @@ from fnreg import agreement, extras, results
 from fnreg.beginning import Begin, before, begin, starting
 from fnreg.image import Subject
 from fnreg.io.files import write_bytes
+from fnreg.lattice import Lattice, own, own_mapping
 from fnreg.loading import Files, device_of, read, stages_of, try_stage
 from fnreg.output import OutputFolder
 from fnreg.registration import Event, SpeedWarning, Stage, register
-from fnreg.settings import Settings
+from fnreg.settings import Settings, SettingsError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ class Plan:
     stages: list[Stage]
     options: dict[str, Any]  # of `register`
     begin: Begin | None
+    lattice: Lattice | None
     figures: bool
     notes: list[str]
 
@@ -96,8 +98,15 @@ def prepare(files: Files, settings: Settings) -> Plan:
         notes.append('no figures were drawn, matplotlib is not installed: pip install "fnreg[plot]"')
     for stage in stages:
         try_stage(stage, subjects[0].image)
-    start = begin(settings.init, stages[0].transform, subjects[0].image.grid)
-    return Plan(files, settings, *subjects, pair.known, stages, options, start, figures, notes)
+    lattice = Lattice.of(settings, [stage.transform for stage in stages], options.get("padding"))
+    domain = subjects[0].image.grid
+    if lattice is not None:
+        try:
+            domain, _ = lattice.grids(domain, subjects[1].image.grid)
+        except ValueError as problem:
+            raise SettingsError(str(problem)) from None
+    start = begin(settings.init, stages[0].transform, domain)
+    return Plan(files, settings, *subjects, pair.known, stages, options, start, lattice, figures, notes)
 
 
 def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] | None = None) -> dict[str, Any]:
@@ -109,17 +118,18 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
     first, last = plan.stages[0].transform, plan.stages[-1]
     grid = plan.fixed.image.grid
     begun = plan.begin or Begin()
+    fixed, moving, initial = plan.fixed, plan.moving, None
+    if plan.lattice is not None:
+        initial = plan.lattice.start(settings.init, first, fixed, moving)
+        fixed, moving = plan.lattice.place(fixed, moving)
+    how = starting(begun, settings.init, first, fixed.image.grid)
+    how |= {} if initial is None else {"initial": initial, "start": "header"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        start, value, terms = before(plan.fixed, plan.moving, begun, plan.stages, plan.options.get("padding"))
-        result = register(
-            plan.fixed,
-            plan.moving,
-            plan.stages,
-            **starting(begun, settings.init, first, grid),
-            progress=progress,
-            **plan.options,
-        )
+        start, value, terms = before(fixed, moving, begun, plan.stages, plan.options.get("padding"))
+        result = register(fixed, moving, plan.stages, **how, progress=progress, **plan.options)
+    if plan.lattice is not None:
+        start, result = own_mapping(start, grid), own(result, grid, plan.moving.image.grid)
     seconds = time.perf_counter() - clock
     ours = UserWarning, SpeedWarning  # not those of what torch imports
     notes = [str(warning.message) for warning in caught if warning.category in ours]

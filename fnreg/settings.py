@@ -45,6 +45,7 @@ PENALTIES = (
 SIMILARITIES = ("mse", "mae", "huber", "charbonnier", "ncc", "lncc", "mi", "nmi", "cr", "ngf", "mind")
 OPTIMIZERS = ("adam", "sgd", "normalized", "gauss-newton")
 INITS = ("auto", "header", "center", "moments", "search")
+LATTICES = ("none", "auto")
 PADDINGS = ("none", "zeros", "border", "reflection")
 DRAWN = ("worst", "all", "none")  # pairs of whom a report has pictures
 SAVES = ("params", "xfm", "warped", "figures", "inverse", "displacement", "jacobian")
@@ -181,6 +182,8 @@ class Settings:
     init : "auto" chooses among headers, centres, moments and rotations by trying, for a linear first stage; "header",
         "center", "moments", "search" over angles, or a transform file
     padding : what moving is outside of its image: "none" counts nothing there, or a name of `PADDINGS`, or a number
+    lattice : images of different shapes are padded, without loss, to sizes that many of them share: "auto", or the size
+        of all, x first, such as "64x64x48"; "none" leaves them
     save : what is written, joined by +; see `SAVES`
     seed : of torch's random numbers; threads : of torch, 0 leaves them; device : of torch
     """
@@ -195,6 +198,7 @@ class Settings:
     steps: str = "100"
     init: str = "auto"
     padding: str = "none"
+    lattice: str = "none"
     save: str = "params+xfm+warped+figures"
     seed: int = 0
     threads: int = 0
@@ -266,6 +270,7 @@ class Settings:
         if self.seed >= 2**64:
             raise SettingsError(f"seed is {self.seed}: expected less than 2^64")
         self.outside()
+        self.lattice_size()
         if self.init not in INITS and "." not in self.init and "/" not in self.init:
             choose("init", self.init, (*INITS, "or a file"))
 
@@ -302,6 +307,21 @@ class Settings:
         if not math.isfinite(value):
             raise SettingsError(f"padding is {self.padding}: expected a finite number, or none to count nothing there")
         return value
+
+    def lattice_size(self) -> tuple[int, ...] | None:
+        """The size that images are padded to, x first, () where it is chosen; None where they stay as they are."""
+        if self.lattice in LATTICES:
+            return () if self.lattice == "auto" else None
+        parts = self.lattice.lower().split("x")
+        if not all(part.strip().lstrip("-").isdecimal() for part in parts):
+            choose("lattice", self.lattice, (*LATTICES, "or a size such as 64x64x48"))
+        size = tuple(map(int, parts))
+        if not 2 <= len(size) <= 3 or min(size) < 1:
+            raise SettingsError(
+                f"lattice {self.lattice!r}: expected auto, or a size of at least 1 for each of two or three axes, x "
+                "first, such as 64x64x48"
+            )
+        return size
 
     # -- values, which need torch -----------------------------------------------------------------------------
 

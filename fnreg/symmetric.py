@@ -56,6 +56,7 @@ def mirrored(level: Level) -> Level:
         pairs.fixed_mask,
         to_moving=to_fixed,
         annotations=annotations,
+        sharp=(pairs.sharp[1], pairs.sharp[0]),
     )
     return dataclasses.replace(level, pairs=back, axes=batch_axes("pair", back, back.ranks())[0])
 

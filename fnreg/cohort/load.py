@@ -23,11 +23,13 @@ from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.inputs import prepare
 from fnreg.io.files import Print, fingerprints
+from fnreg.lattice import Lattice, own, own_mapping
 from fnreg.loading import Files, device_of, read, stages_of, try_stage
 from fnreg.pytree import tree_flatten
-from fnreg.registration import Stage
+from fnreg.registration import Registration, Stage
 from fnreg.settings import Settings, SettingsError
 from fnreg.solvers.descent import Descent
+from fnreg.transforms.base import Mapping
 
 CPU = torch.device("cpu")
 NOT_OF_RESULTS = ("threads", "device")  # settings that change results by rounding only
@@ -38,6 +40,7 @@ class Asked:
     """What all pairs of a study share.
 
     stages, options : of `register`; space : of points that do not say it; folder : of the study
+    lattice : that images of different shapes share, where they do
     """
 
     settings: Settings
@@ -46,6 +49,7 @@ class Asked:
     options: dict[str, Any]
     device: torch.device
     space: str | None = None
+    lattice: Lattice | None = None
     tried: dict[Hashable, str] = dataclasses.field(default_factory=dict)
 
     @staticmethod
@@ -55,7 +59,8 @@ class Asked:
         solver = options.get("solver")
         if isinstance(solver, Descent):  # torchopt's counts the steps of all pairs together: they could not take turns
             options["solver"] = dataclasses.replace(solver, optimizer=optim.purely(solver.optimizer))
-        return Asked(settings, folder, stages, options, device_of(settings), space)
+        lattice = Lattice.of(settings, [stage.transform for stage in stages], options.get("padding"))
+        return Asked(settings, folder, stages, options, device_of(settings), space, lattice)
 
     @property
     def refills(self) -> bool:
@@ -104,12 +109,22 @@ class Inputs(NamedTuple):
     beside: dict[str, Print]
 
 
+class Ready(NamedTuple):
+    """A pair as a batch takes it; initial : its start, where that was found before."""
+
+    fixed: Subject
+    moving: Subject
+    begun: Begin
+    initial: Mapping | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loaded:
     """A pair in memory, on the CPU.
 
     init : as of `Settings`, for this pair; begun : what a file of it says
     key : pairs with equal keys can share a batch
+    lattice : on which it does, else as it is
     """
 
     row: Row
@@ -121,11 +136,30 @@ class Loaded:
     inputs: Inputs
     notes: tuple[str, ...]
     key: Hashable
+    initial: Mapping | None = None
+    lattice: Lattice | None = None
+
+    @property
+    def grids(self) -> tuple[Grid, Grid]:
+        """Those of the images as they are."""
+        return self.fixed.image.grid, self.moving.image.grid
 
     @property
     def voxels(self) -> int:
-        """Values of both images."""
-        return self.fixed.image.data.numel() + self.moving.image.data.numel()
+        """Values of both images as a batch takes them."""
+        grids = self.grids if self.lattice is None else self.lattice.grids(*self.grids)
+        return self.fixed.image.channels * sum(grid.numel for grid in grids)
+
+    def ready(self) -> Ready:
+        """What goes into a batch: the images, on the lattice where there is one."""
+        sides = self.fixed, self.moving
+        return Ready(*(sides if self.lattice is None else self.lattice.place(*sides)), self.begun, self.initial)
+
+    def own(self, start: Mapping, result: Registration) -> tuple[Mapping, Registration]:
+        """What came out of a batch, on the grids of the images as they are."""
+        if self.lattice is None:
+            return start, result
+        return own_mapping(start, self.grids[0]), own(result, *self.grids)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,11 +208,17 @@ def _load(row: Row, asked: Asked) -> Loaded:
     pair = read(files_of(row, asked), init, first)
     fixed, moving = Subject(pair.fixed, pair.masks[0]), Subject(pair.moving, pair.masks[1])
     asked.check(fixed, moving)
-    found = begin(init, first, pair.fixed.grid)
+    lattice, initial, domain = asked.lattice, None, pair.fixed.grid
+    kind: Hashable = _structure((fixed, moving))
+    if lattice is not None:
+        grids = domain, _ = lattice.grids(pair.fixed.grid, pair.moving.grid)
+        masked = fixed.mask is not None, moving.mask is not None
+        kind = tuple(grid.size for grid in grids), pair.fixed.channels, pair.fixed.data.dtype, masked
+        initial = lattice.start(init, first, fixed, moving)
+    found = begin(init, first, domain)
     begun = Begin() if found is None else found
-    how = init if found is None else _structure(begun)
-    key = how, _structure((fixed, moving))
-    return Loaded(row, fixed, moving, pair.known, init, begun, Inputs({}, {}), pair.notes, key)
+    key = init if found is None else _structure(begun), kind
+    return Loaded(row, fixed, moving, pair.known, init, begun, Inputs({}, {}), pair.notes, key, initial, lattice)
 
 
 def _is_plain(side: Subject) -> bool:

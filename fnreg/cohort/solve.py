@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fnreg import fields, notes
+from fnreg import fields, lattice, notes
 from fnreg.beginning import Before, Begin, before, starting
 from fnreg.cohort.batches import Sizes
 from fnreg.cohort.load import Asked, Loaded, told
 from fnreg.cohort.memory import Peak, is_lack
 from fnreg.cohort.study import OK
 from fnreg.image import Subject
-from fnreg.pytree import over_batch, stack, tree_leaves, tree_map, tree_take
+from fnreg.pytree import over_batch, stack, tree_map, tree_take
 from fnreg.registration import Registration, SpeedWarning, register
 from fnreg.results import number
 from fnreg.settings import INITS
@@ -78,23 +78,26 @@ def attempt(batch: Sequence[Loaded], asked: Asked, sizes: Sizes) -> list[Outcome
 def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]:
     """Register a batch of pairs of one key, so many side by side; raises what `register` raises."""
     clock = time.perf_counter()
-    fixed, moving, begun = (
+    fixed, moving, begun, initial = (
         tree_map(lambda leaf: leaf.to(asked.device), stack(items))
-        for items in zip(*((pair.fixed, pair.moving, pair.begun) for pair in batch), strict=True)
+        for items in zip(*(pair.ready() for pair in batch), strict=True)
     )
     grid, stages, padding = fixed.image.grid, asked.stages, asked.options.get("padding")
     init = batch[0].init if batch[0].init in INITS else "header"
     torch.manual_seed(asked.settings.seed)
 
-    def start_of(some: tuple[Subject, Subject, Begin]) -> Before:
+    def start_of(some: tuple[Subject, Subject, Begin], _: Sequence[Loaded]) -> Before:
         return before(*some, stages, padding)
 
     with notes.hearing() as heard:
-        begin = _in_parts(start_of, (fixed, moving, begun), width)
+        begin = _in_parts(start_of, (fixed, moving, begun), batch, width)
         how = starting(begun, init, stages[0].transform, grid)
+        if initial is not None:
+            how |= {"initial": initial, "start": "header"}
         how |= asked.options | ({"stop": Stop(width=width)} if width < len(batch) else {})
         result = register(fixed, moving, stages, **how)
-    numbers = _in_parts(_numbers, result, width) | {"value_before": begin.value, "value_after": result.value}
+    found = _in_parts(_numbers, result, batch, width)
+    numbers = found | {"value_before": begin.value, "value_after": result.value}
     speed = _speed(result.mapping)
     start, result, numbers = tree_map(lambda leaf: leaf.cpu(), (begin.start, result, numbers))
     columns = {name: values.tolist() for name, values in numbers.items()}
@@ -111,7 +114,7 @@ def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]
             outcomes.append(Outcome(pair, status, code.remedy, values, history=history[place], seconds=seconds))
             continue
         more = common if speed is None or not bool(speed[place] > 1) else (*common, _TOO_FAST)
-        one, origin = tree_take((result, start), place)
+        origin, one = pair.own(*tree_take((start, result), place))
         outcomes.append(Outcome(pair, OK, "", values, (*pair.notes, *more), history[place], origin, one, seconds))
     return outcomes
 
@@ -119,12 +122,12 @@ def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]
 _TOO_FAST = "a velocity is too fast for its squarings, so the inverse is inaccurate: use more, or a stronger penalty"
 
 
-def _in_parts(function: Callable[[Any], Any], tree: Any, width: int) -> Any:
-    """`function(tree)` of so many pairs at a time."""
-    size = len(tree_leaves(tree)[0])
-    if width >= size:
-        return function(tree)
-    found = [function(tree_take(tree, slice(start, start + width))) for start in range(0, size, width)]
+def _in_parts(function: Callable[..., Any], tree: Any, batch: Sequence[Loaded], width: int) -> Any:
+    """`function(tree, batch)` of so many pairs at a time."""
+    if width >= len(batch):
+        return function(tree, batch)
+    parts = [slice(start, start + width) for start in range(0, len(batch), width)]
+    found = [function(tree_take(tree, part), batch[part]) for part in parts]
     return tree_map(lambda *leaves: torch.cat(leaves), found[0], *found[1:])
 
 
@@ -137,7 +140,7 @@ def _speed(mapping: Mapping) -> Tensor | None:
     return over_batch(one, mapping=(mapping, mapping.ranks()))
 
 
-def _numbers(result: Registration) -> dict[str, Tensor]:
+def _numbers(result: Registration, batch: Sequence[Loaded]) -> dict[str, Tensor]:
     """How regular the maps are at the fixed voxels, by column, (B,) each."""
     mapping, grid = result.mapping, result.fixed_grid
     if mapping.transform.linear:
@@ -145,7 +148,10 @@ def _numbers(result: Registration) -> dict[str, Tensor]:
         folds = (found <= 0).to(found.dtype)
         return {"jac_min": found, "jac_max": found, "folds": folds, "sdlogj": torch.zeros_like(found)}
     field = mapping.displacement(grid)
-    known = over_batch(fields.statistics, displacement=(field, grid.ndim + 1), grid=(grid, grid.ranks()))
+    if batch[0].lattice is None:
+        known = over_batch(fields.statistics, displacement=(field, grid.ndim + 1), grid=(grid, grid.ranks()))
+    else:
+        known = lattice.statistics(field, [pair.grids[0] for pair in batch])
     return {
         "jac_min": known.min_determinant,
         "jac_max": known.max_determinant,

@@ -53,6 +53,7 @@ def run(
     space: options.Space = None,
     init: options.Init = None,
     padding: options.Padding = None,
+    lattice: options.Lattice = None,
     save: Annotated[
         str | None,
         option("Of each pair, joined by +: params, xfm, warped, inverse, displacement, jacobian. [default: params]"),
@@ -85,7 +86,8 @@ def run(
     """
     given = options.by_name(
         penalty, preset=preset, transform=transform, similarity=similarity, symmetric=symmetric, optimizer=optimizer,
-        levels=levels, steps=steps, init=init, padding=padding, save=save, seed=seed, threads=threads, device=device,
+        levels=levels, steps=steps, init=init, padding=padding, lattice=lattice, save=save, seed=seed,
+        threads=threads, device=device,
     )  # fmt: skip
     with pointing(settings, options.named(given, assign)):
         chosen = Settings.gather(given, settings, assigned=assign or (), defaults={"save": "params"})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fnreg.commands.base import option
-from fnreg.settings import OPTIMIZERS, PADDINGS, PENALTIES, PRESETS, SIMILARITIES, SYMMETRIC, TRANSFORMS
+from fnreg.settings import LATTICES, OPTIMIZERS, PADDINGS, PENALTIES, PRESETS, SIMILARITIES, SYMMETRIC, TRANSFORMS
 
 SPACES = ("LPS", "RAS", "voxel")
 
@@ -51,6 +51,13 @@ Init = Annotated[
 Padding = Annotated[
     str | None,
     option(f"Outside of the moving image: {', '.join(PADDINGS)} or a number; none counts nothing. [default: none]"),
+]
+Lattice = Annotated[
+    str | None,
+    option(
+        f"Pad images of different shapes to sizes that many share: {', '.join(LATTICES)} or a size, x first, as "
+        "64x64x48. [default: none]"
+    ),
 ]
 Seed = Annotated[int | None, option("Of random numbers. [default: 0]")]
 Threads = Annotated[int | None, option("Of torch. [default: as torch chooses]")]
