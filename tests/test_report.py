@@ -259,7 +259,7 @@ def test_folders_that_are_no_studies_are_refused(
         assert main(["report", str(tmp_path / name)]) == 3
         assert told in capsys.readouterr().err
         assert not (tmp_path / name / "report.html").exists()
-    for content, told in (("a\tb\n1\t2\n", "line 2 has no pair_id"), ("", "no rows"), ("\xff", "that can be read")):
+    for content, told in (("a\tb\n1\t2\n", "row 2 has no pair_id"), ("", "no rows"), ("\xff", "that can be read")):
         (tmp_path / "half" / "manifest.tsv").write_bytes(content.encode("latin-1"))
         with pytest.raises(StudyError, match=told):
             read_pairs(tmp_path / "half")

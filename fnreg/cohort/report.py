@@ -87,10 +87,6 @@ def read_pairs(folder: Path) -> list[Pair]:
         rows = [{k: v for k, v in row.items() if v} for row in read_table(folder / "manifest.tsv")]
     except ManifestError as problem:
         raise StudyError(f"{folder} has no manifest.tsv that can be read: {problem}") from problem
-    unnamed = [number for number, row in enumerate(rows, 2) if "pair_id" not in row]
-    if unnamed or not rows:
-        what = f"line {unnamed[0]} has no pair_id" if unnamed else "it has no rows"
-        raise StudyError(f"{folder / 'manifest.tsv'} is no table of a study: {what}")
     known = read_ledger(folder)
     return [(row, {"status": "pending"} | known.get(row["pair_id"], {})) for row in rows]
 

@@ -13,56 +13,23 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fnreg.cohort.columns import COLUMNS as COLUMNS
+from fnreg.cohort.columns import DONE as DONE
+from fnreg.cohort.columns import OF_RECORDS, meaning
+from fnreg.cohort.columns import OK as OK
+from fnreg.cohort.columns import STATUSES as STATUSES
+from fnreg.cohort.columns import WARN as WARN
 from fnreg.cohort.ledger import Record, read_ledger
 from fnreg.cohort.manifest import FILES, REQUIRED, Row, write_manifest
+from fnreg.cohort.parquet import is_there, parquet_bytes
 from fnreg.io.files import Print, write_bytes
 from fnreg.settings import Settings
-
-OK, WARN = "ok", "warn"
-DONE = (OK, WARN)
-STATUSES = {
-    OK: "registered",
-    WARN: "registered, but look at it: `reason` says why",
-    "invalid_input": "an input could not be used",
-    "failed": "the registration ended without a result",
-    "diverged": "the registration diverged",
-    "crashed": "the process ended while it worked on this pair, twice",
-    "timeout": "the pair took too long",
-    "pending": "not done yet",
-}
-COLUMNS = {
-    "pair_id": "the id of the pair",
-    "status": f"one of {', '.join(STATUSES)}",
-    "reason": "why it is not ok, in a sentence",
-    "fixed": "the image that stays",
-    "moving": "the image that is moved",
-    "transform": "the file of the map, from fixed to moving points, in the folder of the study",
-    "value_before": "the objective at the start",
-    "value_after": "the objective at the end, on the finest level",
-    "dice_mean": "mean Dice overlap of the labels, 1 is best",
-    "tre_mean": "mean distance of the mapped fixed points from the moving ones, mm",
-    "tre_p95": "95th percentile of these distances, mm",
-    "jac_min": "smallest determinant of the map's Jacobian matrix at the fixed voxels",
-    "jac_max": "largest determinant",
-    "folds": "share of the fixed voxels at which the determinant is 0 or less",
-    "sdlogj": "standard deviation of the logarithm of the determinant",
-    "inverse_consistency_mm": "mean distance of the way there and back, mm",
-    "steps": "steps taken on all levels",
-    "seconds": "time of the batch over its pairs",
-    "peak_mb": "highest memory of the process, MB",
-    "device": "where it was computed",
-    "settings_sha": "SHA-256 of settings.toml",
-    "attempts": "how often the pair was begun",
-}
-
-
-OF_RECORDS = ("inputs", "beside", "history", "warnings", "time")  # what the ledger knows and the table does not tell
-
 
 PAIRS = "pairs"  # the folder of the folders of pairs
 
@@ -133,14 +100,19 @@ class Study:
         return [{**row.record(), **known.get(row.pair_id, {"status": "pending"})} for row in self.rows]
 
     def write_table(self) -> None:
-        """pairs.tsv and pairs.json, what its columns mean; where they say so already they stay."""
+        """pairs.tsv, with the extra `cohort` also pairs.parquet, and pairs.json, what the columns mean; where they say
+        so already they stay."""
         table = self.table()
         names = dict.fromkeys(name for row in table for name in row)
         columns = [*COLUMNS, *(name for name in names if name not in COLUMNS)]
         _write(self.folder / "pairs.tsv", _tsv(columns, table))
+        if is_there():
+            _write(self.folder / "pairs.parquet", parquet_bytes(columns, table))
+        else:  # it would be that of an earlier run
+            (self.folder / "pairs.parquet").unlink(missing_ok=True)
         given = {name for row in self.rows for name in row.record()}
-        meaning = {name: {"Description": _meaning(name, given)} for name in columns}
-        _write(self.folder / "pairs.json", (json.dumps(meaning, indent=2) + "\n").encode())
+        told = {name: {"Description": meaning(name, given)} for name in columns}
+        _write(self.folder / "pairs.json", (json.dumps(told, indent=2) + "\n").encode())
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -208,23 +180,6 @@ def unchanged(row: Row, inputs: Mapping[str, Sequence[Any]], beside: Mapping[str
     return True
 
 
-MORE = {
-    "ended": "how the descent ended",
-    "tre_max": "largest distance of the mapped fixed points from the moving ones, mm",
-    "dice_mean_before": "mean Dice overlap of the labels at the start",
-    "tre_mean_before": "mean distance of the points at the start, mm",
-}
-
-
-def _meaning(name: str, given: Iterable[str]) -> str:
-    """What a column holds; given : those of the table of pairs."""
-    if name in COLUMNS or name in MORE:
-        return COLUMNS.get(name) or MORE[name]
-    if name.startswith("dice_") and name not in given:
-        return f"Dice overlap of label {name.removeprefix('dice_')}"
-    return "of the table of pairs"
-
-
 def _write(path: Path, content: bytes) -> None:
     if not path.is_file() or path.read_bytes() != content:
         write_bytes(path, content)
@@ -250,4 +205,4 @@ def _cell(value: Any) -> str:
         return "n/a"
     if isinstance(value, float):
         return f"{value:.8g}"
-    return " ".join(str(value).split())
+    return re.sub(r"[\t\r\n]+", " ", str(value))

@@ -137,15 +137,18 @@ def status(study: Path, /, *, as_json: Json = False, verbose: Verbose = False) -
     study
         The folder that run writes to; it may be at work.
     """
+    from fnreg.cohort.columns import OF_RECORDS, STATUSES
     from fnreg.cohort.ledger import read_ledger
-    from fnreg.cohort.manifest import ManifestError, read_ids
+    from fnreg.cohort.manifest import ManifestError, read_table
 
     table = study / "manifest.tsv"
     if not table.is_file():
         raise ManifestError(f"{study} holds no study: it has no manifest.tsv")
-    known = read_ledger(study)
-    found = Counter(known.get(name, {}).get("status", "pending") for name in read_ids(table))
-    print_table({"study": str(study), "pairs": sum(found.values()), **dict(found.most_common())}, as_json)
+    known = read_ledger(study, without=OF_RECORDS)
+    found = Counter(known.get(row["pair_id"], {}).get("status", "pending") for row in read_table(table))
+    order = [*STATUSES, *sorted(set(found) - set(STATUSES))]
+    counts = {name: found[name] for name in order if found[name]}
+    print_table({"study": str(study), "pairs": sum(found.values()), **counts}, as_json)
     return _code(found, (1, 1))
 
 
@@ -165,7 +168,9 @@ def validate(
     """Check a table of pairs: its columns, its ids, and that all files are there."""
     rows = _rows(table, all_to, all_pairs, bids, suffix, glob)
     files = Counter(name for row in rows for name in row.files)
-    print_table({"pairs": len(rows), **files}, as_json)
+    carried = dict.fromkeys(name for row in rows for name in row.extra)
+    told = {"carried through": ", ".join(carried)} if carried else {}
+    print_table({"pairs": len(rows), **files, **told}, as_json)
     return OK
 
 
