@@ -15,7 +15,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +96,21 @@ class Study:
 
     def table(self) -> list[dict[str, Any]]:
         """One row per pair of the study, in its order, with the columns of `COLUMNS` and all others that there are."""
-        known = read_ledger(self.folder, without=OF_RECORDS)
-        return [{**row.record(), **known.get(row.pair_id, {"status": "pending"})} for row in self.rows]
+        return list(self._rows(read_ledger(self.folder, without=OF_RECORDS)))
+
+    def _rows(self, known: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
+        """Made one by one: of very many pairs not even the table is small."""
+        return ({**row.record(), **known.get(row.pair_id, {"status": "pending"})} for row in self.rows)
 
     def write_table(self) -> None:
         """pairs.tsv, with the extra `cohort` also pairs.parquet, and pairs.json, what the columns mean; where they say
         so already they stay."""
-        table = self.table()
-        names = dict.fromkeys(name for row in table for name in row)
+        known = read_ledger(self.folder, without=OF_RECORDS)
+        names = dict.fromkeys(name for row in self._rows(known) for name in row)
         columns = [*COLUMNS, *(name for name in names if name not in COLUMNS)]
-        _write(self.folder / "pairs.tsv", _tsv(columns, table))
+        _write(self.folder / "pairs.tsv", _tsv(columns, self._rows(known)))
         if is_there():
-            _write(self.folder / "pairs.parquet", parquet_bytes(columns, table))
+            _write(self.folder / "pairs.parquet", parquet_bytes(columns, list(self._rows(known))))
         else:  # it would be that of an earlier run
             (self.folder / "pairs.parquet").unlink(missing_ok=True)
         given = {name for row in self.rows for name in row.record()}
@@ -191,12 +194,14 @@ def is_scratch(name: str) -> bool:
 
 
 def _tsv(columns: Sequence[str], table: Iterable[Mapping[str, Any]]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(columns)
-    for row in table:
-        writer.writerow(_cell(row.get(name)) for name in columns)
-    return text.getvalue().encode()
+    content = io.BytesIO()
+    with io.TextIOWrapper(content, "utf-8", newline="") as text:
+        writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+        writer.writerow(columns)
+        for row in table:
+            writer.writerow(_cell(row.get(name)) for name in columns)
+        text.flush()
+        return content.getvalue()
 
 
 def _cell(value: Any) -> str:
