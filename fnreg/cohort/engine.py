@@ -28,6 +28,7 @@ from fnreg.cohort.ledger import BEGUN, RELEASED, Attempts, Ledger, LedgerError, 
 from fnreg.cohort.load import Asked, Loaded, Refused, crashed, load
 from fnreg.cohort.manifest import Row, checked, read_manifest
 from fnreg.cohort.save import save, sweep
+from fnreg.cohort.shared import SharedImages
 from fnreg.cohort.solve import Outcome, attempt
 from fnreg.cohort.study import DONE, OF_RECORDS, Study
 from fnreg.io.files import PathLike, TransformReadError
@@ -113,6 +114,7 @@ def run(
         if not path.is_file():
             raise TransformReadError(f"{chosen.init} does not exist: check the path of the start")
         rows = [dataclasses.replace(row, files={"initial": path, **row.files}) for row in rows]
+    asked = dataclasses.replace(asked, images=SharedImages.of(rows))
     return _run(rows, asked, sizes, retry_failed, (part, parts), stop, progress or (lambda _: None))
 
 

@@ -16,6 +16,7 @@ import torch
 from fnreg import agreement
 from fnreg.beginning import Begin, begin
 from fnreg.cohort.manifest import Row
+from fnreg.cohort.shared import SharedImages
 from fnreg.cohort.study import PAIRS, fingerprint
 from fnreg.extras import MissingExtraError
 from fnreg.grid import Grid
@@ -35,6 +36,7 @@ class Asked:
     """What all pairs of a study share.
 
     stages, options : of `register`; space : of points that do not say it; folder : of the study
+    images : what reads images, those that several pairs have only once
     """
 
     settings: Settings
@@ -44,6 +46,7 @@ class Asked:
     device: torch.device
     space: str | None = None
     tried: dict[Hashable, str] = dataclasses.field(default_factory=dict)
+    images: SharedImages = dataclasses.field(default_factory=SharedImages)
 
     @staticmethod
     def of(settings: Settings, folder: Path, space: str | None = None) -> Asked:
@@ -148,7 +151,7 @@ def load(row: Row, asked: Asked) -> Loaded | Refused:
 def _load(row: Row, asked: Asked) -> Loaded:
     init = str(row.files.get("initial", asked.settings.init))
     first = asked.stages[0].transform
-    pair = read(files_of(row, asked), init, first)
+    pair = read(files_of(row, asked), init, first, asked.images.read)
     fixed, moving = Subject(pair.fixed, pair.masks[0]), Subject(pair.moving, pair.masks[1])
     asked.check(fixed, moving)
     found = begin(init, first, pair.fixed.grid)
