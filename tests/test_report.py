@@ -147,9 +147,26 @@ def test_figures_are_drawn_for_whom_they_are_asked(tmp_path: Path, monkeypatch: 
     assert write_report(study.folder)["drawn"] == 0
     assert write_report(study.folder, figures="all")["drawn"] == 2
     assert sorted(data_of(study.folder, 1)) == ["pair-1", "pair-3"]
-    assert figures_of(study.folder, "pair-4") == []  # it is not done
+    assert figures_of(study.folder, *read_pairs(study.folder)[4]) == []  # it is not done
     with pytest.raises(ValueError, match="choose from worst, all, none"):
         write_report(study.folder, figures="best")
+
+
+def test_pictures_of_another_map_are_not_shown(tmp_path: Path) -> None:
+    """As after a run with --retry-failed, or with an image that has changed since."""
+    study = make_study(tmp_path, count=1)
+    write_report(study.folder)
+    (_, record) = read_pairs(study.folder)[0]
+    assert data_of(study.folder)["rest"][0]["pictures"] == list(NAMES)
+    moving = record["moving"]
+    changed = {**record["inputs"], moving: [1, 2, "other content"]}
+    with Ledger(study.folder) as ledger:
+        ledger.append([{**record, "status": "invalid_input", "reason": "moving is damaged", "inputs": changed}])
+    Path(moving).write_bytes(b"no image")
+    told = write_report(study.folder)
+    assert "pair-0" in told["not_drawn"]
+    (rest,) = data_of(study.folder)["rest"]
+    assert rest["pictures"] == [] and "moving-0" in rest["why"] and data_of(study.folder, 1) == {}
 
 
 def test_without_pillow_there_is_a_report_without_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ class Ledger:
         self.path = Path(study) / FOLDER / f"shard-{shard:04d}.jsonl"
         self._file = -1
         self._turn = threading.Lock()
+        self._torn = False  # whether the last line may be cut off
 
     def __enter__(self) -> Ledger:
         try:
@@ -68,8 +69,11 @@ class Ledger:
         lines = "".join(json.dumps({**record, **now}, allow_nan=False) + "\n" for record in records).encode()
         try:
             with self._turn:
+                lines = (b"\n" if self._torn else b"") + lines
+                self._torn = True  # until all of it is there: the disk may be full in the middle of a line
                 while lines:
                     lines = lines[os.write(self._file, lines) :]
+                self._torn = False
                 os.fsync(self._file)
         except OSError as problem:
             raise LedgerError(f"{self.path} cannot be written: {problem.strerror or problem}") from problem

@@ -149,7 +149,7 @@ def _page(folder: Path, pairs: Sequence[Pair], measure: str, why: Mapping[str, s
     """The template with what belongs into it, in one pass: no text of the data is taken for a place of it."""
     from fnreg.cohort.album import figures_of
 
-    there = {row["pair_id"]: figures_of(folder, row["pair_id"]) for row, _ in pairs}
+    there = {row["pair_id"]: figures_of(folder, row, record) for row, record in pairs}
     inside = (row["pair_id"] for row, record in pairs[:INSIDE] if record["status"] != "pending")
     pictures = {name: _inside(folder, name, there[name]) for name in inside if there[name]}
     name = os.path.basename(os.path.abspath(folder))

@@ -26,9 +26,9 @@ from fnreg.cohort.columns import OK as OK
 from fnreg.cohort.columns import STATUSES as STATUSES
 from fnreg.cohort.columns import WARN as WARN
 from fnreg.cohort.ledger import Record, read_ledger
-from fnreg.cohort.manifest import FILES, REQUIRED, Row, write_manifest
+from fnreg.cohort.manifest import FILES, REQUIRED, ManifestError, Row, read_table, write_manifest
 from fnreg.cohort.parquet import is_there, parquet_bytes
-from fnreg.io.files import Print, write_bytes
+from fnreg.io.files import Print, WriteError, write_bytes
 from fnreg.settings import Settings
 
 PAIRS = "pairs"  # the folder of the folders of pairs
@@ -50,7 +50,8 @@ class Study:
     rows : the pairs
     settings : plain values by name
 
-    Raises StudyError where the folder holds something else, or a study with other settings.
+    Raises StudyError where the folder holds something else, or a study with other settings or none of these pairs;
+    WriteError where it cannot be written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str], rows: Sequence[Row], settings: Mapping[str, Any]) -> None:
@@ -58,13 +59,21 @@ class Study:
         self.sha = settings_sha(self.settings)
         if self.folder.exists() and not self.folder.is_dir():
             raise StudyError(f"{self.folder} is a file: give a folder")
-        there = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        try:
+            there = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        except OSError as problem:
+            raise WriteError(f"{self.folder} cannot be read: {problem.strerror or problem}") from problem
         there = [name for name in there if not is_scratch(name)]
         if there and "settings.toml" not in there:
             raise StudyError(f"{self.folder} holds {there[0]!r} and no study: give an empty folder, or that of a study")
         if there:
             self._check_settings()
-        self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_pairs()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            told = f"{self.folder} cannot be made: {problem.strerror or problem}"
+            raise WriteError(f"{told}; give a folder that can be written to") from problem
         if not there:
             write_bytes(self.folder / "settings.toml", toml(self.settings).encode())
         self.write_manifest()
@@ -77,6 +86,16 @@ class Study:
             raise StudyError(
                 f"{self.folder} was made with other settings: {told}; give another folder, or the same ones"
             )
+
+    def _check_pairs(self) -> None:
+        """A table may grow and shrink, but of a wholly other one the results would take the place of these."""
+        try:
+            before = [row["pair_id"] for row in read_table(self.folder / "manifest.tsv")]
+        except ManifestError:  # it will be written anew
+            return
+        if not set(before) & {row.pair_id for row in self.rows}:
+            told = f"{self.folder} is a study of {len(before)} other pairs, such as {before[0]}, and of none of these"
+            raise StudyError(f"{told}: give another folder, or a table that goes on with those")
 
     def write_manifest(self) -> None:
         """manifest.tsv, where it is not there or has other rows."""
@@ -131,6 +150,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def command(row: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     """The `fnreg register` that does with a pair what a study does; its columns, and the settings of the study."""
     words = ["fnreg", "register", row["fixed"], row["moving"], "-o", row["pair_id"]]
+    if row["pair_id"].startswith("-"):  # no option
+        words[-2:] = [f"--output={row['pair_id']}"]
     given = dict(settings) | ({"init": row["initial"]} if "initial" in row else {})
     for name, value in given.items():
         if value != getattr(Settings(), name, "") and (not given.get("preset") or name != "transform"):
