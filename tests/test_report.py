@@ -24,7 +24,7 @@ from study_scenes import HOSTILE, make_study, many_pairs
 
 import fnreg.extras
 from fnreg.cli import main
-from fnreg.cohort.album import figures_of
+from fnreg.cohort.album import _key, figures_of
 from fnreg.cohort.figures import NAMES
 from fnreg.cohort.ledger import Ledger
 from fnreg.cohort.report import COURSE, INSIDE, _course, as_script, read_pairs, worst_first, write_report
@@ -120,11 +120,12 @@ def test_the_worst_have_their_pictures_inside(made: Path) -> None:
 
 def test_only_the_worst_hundred_are_inside(tmp_path: Path) -> None:
     study = many_pairs(tmp_path, INSIDE + 20)
-    for row in study.rows:  # pictures that are there already
-        place = study.folder / "pairs" / row.pair_id / "figures"
+    for row, record in read_pairs(study.folder):  # pictures that are there already
+        pair = study.folder / "pairs" / row["pair_id"]
+        place, key = pair / "figures", _key(row, record, pair / "transform.safetensors")
         place.mkdir(parents=True)
         (place / "before.webp").write_bytes(b"picture")
-        (place / "figures.json").write_text(json.dumps({"of": "", "names": ["before.webp"]}))
+        (place / "figures.json").write_text(json.dumps({"of": key, "names": ["before.webp"]}))
     told = write_report(study.folder, figures="none")
     inside, data = data_of(study.folder, 1), data_of(study.folder)
     assert told["drawn"] == 0

@@ -43,8 +43,8 @@ def is_name(pair_id: str) -> bool:
 
 
 def figures_of(study: Path, row: Mapping[str, str], record: Record) -> list[str]:
-    """The pictures that a pair has, of `figures.NAMES`; none where they were not drawn to the end, or are of another map
-    or of other images than its last record."""
+    """The pictures that a pair has, of `figures.NAMES`; none where they were not drawn to the end, or where its last
+    record is of another map or of other images."""
     if not is_name(row["pair_id"]):
         return []
     pair = study / PAIRS / row["pair_id"]
