@@ -106,6 +106,31 @@ def test_pairs_of_images(rows: list[Row], capsys: Captured) -> None:
     assert cli.main(["validate", "--all-pairs", "--bids", "bids", "--suffix", "T2w"]) == 0
 
 
+def test_what_a_study_has_written_is_none_of_its_images(rows: list[Row], capsys: Captured) -> None:
+    images = ["--all-to", "f0.nii", "--glob", "**/[fmw][01a]*.nii", "-o", "fresh", "--save", "params+warped"]
+    for _ in range(2):
+        assert cli.main(["run", *images, *SHORT]) == 0
+    assert "nothing was left to do" in capsys.readouterr().out
+    assert len(list(Path("fresh").glob("pairs/*/warped.nii"))) == len(cohort.read_ledger("fresh")) == 3
+
+
+def test_a_report_that_fails_does_not_touch_the_results(
+    rows: list[Row], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, code, told in (
+        (OSError("no room"), 0, "fnreg: warning: no report was written: no room"),
+        (KeyboardInterrupt(), 130, "interrupted, all pairs are done: fnreg report writes the page"),
+    ):
+
+        def failing(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("fnreg.cohort.report.write_report", failing)
+        assert cli.main(["run", "pairs.tsv", "-o", f"out{code}", *SHORT]) == code
+        assert told in capsys.readouterr().err
+        whole(Path(f"out{code}"), rows)
+
+
 def test_parts(rows: list[Row], capsys: Captured) -> None:
     for part in ("1/2", "2/2"):
         assert cli.main(["run", "pairs.tsv", "-o", "out", "--shard", part, *SHORT]) == 0

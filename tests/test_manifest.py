@@ -185,6 +185,9 @@ def test_rows_of_python_are_made_whole(home: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(home)
     row = Row("a", {"fixed": Path("a.nii.gz"), "moving": "sub/../b.nii.gz"})  # type: ignore[dict-item]
     assert checked([row])[0].files == {"fixed": home / "a.nii.gz", "moving": home / "b.nii.gz"}
+    numbers = {"age": 7, "weight": float("nan"), "note": None}
+    (made,) = checked([Row(7, row.files, extra=numbers)])  # type: ignore[arg-type]
+    assert made.pair_id == "7" and made.extra == {"age": "7", "weight": "", "note": ""}
     with pytest.raises(
         ManifestError, match="row 1: fixed_maks is no column of files: those are fixed, moving, fixed_m"
     ):

@@ -100,7 +100,9 @@ def test_a_row_for_every_pair_worst_first(made: Path) -> None:
     assert data["measure"] == "value_after"
     assert values == sorted(values, reverse=True)
     assert all(row["reader"] == HOSTILE and row["group"] == "site-1" for row in rows)
-    assert all(column["meaning"] for column in data["columns"])
+    meanings = {column["name"]: column["meaning"] for column in data["columns"]}
+    assert all(meanings.values()) and meanings["reader"] == meanings["group"] == "of the table of pairs"
+    assert "smallest determinant" in meanings["jac_min"]
     course = dict(zip([row["pair_id"] for row in rows], data["rest"], strict=True))
     assert [level[0] for level in course["pair-0"]["history"]] == [1, 0]
     assert course["pair-0"]["history"][0][1] == [0, 1, 2, 3, 4, 5]

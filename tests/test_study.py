@@ -68,6 +68,24 @@ def test_changed_inputs_are_noticed_by_their_content(rows: list[Row], tmp_path: 
     assert study.todo() == rows
 
 
+def test_a_file_that_was_touched_is_read_once_for_all_pairs(
+    rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, read = Study(tmp_path / "study", rows, SETTINGS), list[str]()
+    with Ledger(study.folder) as ledger:
+        ledger.append([record(study, row) for row in rows])
+    os.utime(tmp_path / "a.png", ns=(5, 5))
+
+    def counted(path: Path) -> Any:
+        read.append(path.name)
+        return fingerprint(path)
+
+    monkeypatch.setattr("fnreg.cohort.study.fingerprint", counted)
+    assert study.todo() == [] and read == ["a.png"]
+    (tmp_path / "a.png").write_bytes(b"A")  # as long as it was
+    assert study.todo() == rows and read == ["a.png"] * 2
+
+
 def test_another_file_is_a_change(rows: list[Row], tmp_path: Path) -> None:
     inputs = record(Study(tmp_path / "study", rows, SETTINGS), rows[0])["inputs"]
     assert unchanged(rows[0], inputs)

@@ -110,10 +110,7 @@ def read_table(path: str | os.PathLike[str]) -> list[dict[str, str]]:
 
 def checked(rows: Iterable[Row]) -> list[Row]:
     """Rows that were made otherwise, checked as those of a table; ManifestError with all that is wrong."""
-    made = [
-        dataclasses.replace(row, files={name: Path(os.path.abspath(path)) for name, path in row.files.items()})
-        for row in rows
-    ]
+    made = [_plain(row) for row in rows]
     if not made:
         raise ManifestError("there are no rows: give a pair or more")
     return _checked(made, "the rows", [f"row {number}" for number in range(1, len(made) + 1)])
@@ -241,6 +238,13 @@ def _row(record: Mapping[str, str], home: Path) -> Row:
     files = {name: home / record[name] for name in FILES if record.get(name)}
     extra = {name: value for name, value in record.items() if name not in COLUMNS}
     return Row(record.get("pair_id", ""), files, record.get("group", ""), extra)
+
+
+def _plain(row: Row) -> Row:
+    """A row as a table gives it: absolute paths, and text."""
+    files = {name: Path(os.path.abspath(path)) for name, path in row.files.items()}
+    extra = {str(name): _text(value) for name, value in row.extra.items()}
+    return Row(_text(row.pair_id), files, _text(row.group), extra)
 
 
 def _of_images(pairs: Iterable[tuple[Path, Path]]) -> list[Row]:

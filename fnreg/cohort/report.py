@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from fnreg import __version__
+from fnreg.cohort.columns import COLUMNS, STATUSES, meaning
 from fnreg.cohort.ledger import Record, read_ledger
 from fnreg.cohort.manifest import ManifestError, read_table
-from fnreg.cohort.study import COLUMNS, PAIRS, STATUSES, StudyError, command, read_settings
+from fnreg.cohort.study import PAIRS, StudyError, command, read_settings
 from fnreg.extras import MissingExtraError
 from fnreg.io.files import write_bytes
 from fnreg.settings import DRAWN
@@ -187,6 +188,7 @@ def _data(
     found = [{**row, **{key: v for key, v in record.items() if key not in APART}} for row, record in pairs]
     names = [column for column in dict.fromkeys([*COLUMNS, *(key for row in found for key in row)])]
     names = [column for column in names if any(_told(row.get(column)) is not None for row in found)]
+    given = {column for row, _ in pairs for column in row}
     rest = [
         {
             "history": _course(record.get("history"), COURSE if rank < INSIDE else COURSE_OUTSIDE),
@@ -205,7 +207,7 @@ def _data(
         "statuses": STATUSES,
         "severity": SEVERITY,
         "measure": measure,
-        "columns": [{"name": column, "meaning": COLUMNS.get(column, "of the table of pairs")} for column in names],
+        "columns": [{"name": column, "meaning": meaning(column, given)} for column in names],
         "table": [column for column in TABLE if column in names],
         "histograms": [column for column in HISTOGRAMS if column in names],
         "rows": [[_told(row.get(column)) for column in names] for row in found],

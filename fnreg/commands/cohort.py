@@ -87,7 +87,7 @@ def run(
         choose("space", space, options.SPACES)
     choose("figures", figures, DRAWN)
     part = _shard(shard)
-    rows = _rows(table, all_to, all_pairs, bids, suffix, glob)
+    rows = _rows(table, all_to, all_pairs, bids, suffix, glob, output)
     from fnreg import cohort
 
     stop, told = threading.Event(), _Told(as_json)
@@ -119,9 +119,11 @@ def _report(study: Path, figures: str, quiet: bool) -> None:
 
     try:
         found = write_report(study, figures=figures, progress=None if quiet else drawn())
-    except OSError as problem:
+    except (OSError, ValueError) as problem:
         print(f"fnreg: warning: no report was written: {problem}", file=sys.stderr)
         return
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("all pairs are done: fnreg report writes the page") from None
     for note in found["notes"]:
         print(f"fnreg: warning: {note}", file=sys.stderr)
     if not quiet:
@@ -175,9 +177,15 @@ def validate(
 
 
 def _rows(
-    table: Path | None, all_to: Path | None, all_pairs: bool, bids: Path | None, suffix: str, glob: str | None
+    table: Path | None,
+    all_to: Path | None,
+    all_pairs: bool,
+    bids: Path | None,
+    suffix: str,
+    glob: str | None,
+    output: Path | None = None,
 ) -> list[Row]:
-    """The pairs that were asked for."""
+    """The pairs that were asked for; what a study has written into its folder is none of its images."""
     from fnreg.cohort import manifest
 
     made = all_to is not None or all_pairs
@@ -190,6 +198,8 @@ def _rows(
             "no pairs are given: give a table, or images by --glob or --bids with --all-to IMAGE or --all-pairs"
         )
     images = manifest.find_bids(bids, suffix) if bids is not None else manifest.find_images(glob or "")
+    if output is not None:
+        images = [image for image in images if output.absolute() not in image.absolute().parents]
     return manifest.all_pairs(images) if all_to is None else manifest.all_to(all_to, images)
 
 
