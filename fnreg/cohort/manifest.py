@@ -1,4 +1,4 @@
-"""The table of pairs: from CSV, TSV, JSON Lines or Parquet, or made of a set of images; checked before any work.
+"""The table of pairs: from a file, or made of a set of images; checked before any work.
 
 This module does not import torch: `fnreg validate` is quick.
 """
@@ -11,38 +11,23 @@ import glob
 import hashlib
 import io
 import itertools
-import json
-import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from fnreg.cohort.columns import is_result
-from fnreg.cohort.parquet import ParquetError, read_parquet
+from fnreg.cohort.tables import ManifestError as ManifestError
+from fnreg.cohort.tables import as_text, read_lines
 
 REQUIRED = ("fixed", "moving")
 FILES = (
     *REQUIRED, "fixed_mask", "moving_mask", "fixed_labels", "moving_labels", "fixed_points", "moving_points", "initial",
 )  # fmt: skip
 COLUMNS = ("pair_id", *FILES, "group")
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 LONGEST = 128  # characters of an id: file systems allow 255 bytes, and names are made of it
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
 _IMAGES = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|nhdr|png|jpe?g|tiff?)\Z", re.IGNORECASE)
-SHOWN = 20  # problems that an error lists
-
-
-class ManifestError(ValueError):
-    """A table of pairs is missing, damaged, or has rows that cannot be registered; `problems` has all of them."""
-
-    def __init__(self, told: str, problems: Sequence[str] = ()) -> None:
-        self.problems = tuple(problems)
-        lines = [f"  {problem}" for problem in problems[:SHOWN]]
-        if len(problems) > SHOWN:
-            lines.append(f"  and {len(problems) - SHOWN} more")
-        super().__init__("\n".join([told, *lines]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +61,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
     with ids that are no file names or not unique, or with files that do not exist: all of these at once.
     """
     table = Path(path)
-    kind = table.suffix.lower()
-    if kind not in SUFFIXES:
-        raise ManifestError(f"{table} ends in {kind!r}: readable are {', '.join(SUFFIXES)}")
-    lines = _lines(table, kind)
+    lines = read_lines(table)
     if not lines:
         raise ManifestError(f"{table} has no rows: each is a pair, with the columns {' and '.join(REQUIRED)}")
     records = [record for _, record in lines]
@@ -100,7 +82,7 @@ def read_table(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     Raises ManifestError where it is none.
     """
     table = Path(path)
-    lines = _lines(table, table.suffix.lower())
+    lines = read_lines(table)
     unnamed = [number for number, record in lines if not record.get("pair_id")]
     if unnamed or not lines:
         what = f"row {unnamed[0]} has no pair_id" if unnamed else "it has no rows"
@@ -166,71 +148,6 @@ def write_manifest(rows: Iterable[Row]) -> bytes:
     return text.getvalue().encode()
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def _lines(table: Path, kind: str) -> list[tuple[int, dict[str, str]]]:
-    """What each row holds, with its number in the file, as an editor or a spreadsheet counts."""
-    if not table.is_file():
-        raise ManifestError(f"{table} {'is a folder' if table.is_dir() else 'does not exist'}: give a table of pairs")
-    try:
-        content = table.read_bytes()
-        if kind == ".parquet":
-            return [(number, _texts(row)) for number, row in enumerate(read_parquet(table, content), 1)]
-        text = content.decode("utf-8-sig")
-    except OSError as problem:
-        raise ManifestError(f"{table} cannot be read: {problem.strerror or problem}") from problem
-    except ParquetError as problem:
-        raise ManifestError(str(problem)) from problem
-    except UnicodeDecodeError as problem:
-        raise ManifestError(f"{table} is not text in UTF-8: {problem}") from problem
-    if kind in (".jsonl", ".ndjson"):
-        return list(_json_lines(table, text))
-    return list(_delimited(table, text, "\t" if kind == ".tsv" else ","))
-
-
-def _delimited(table: Path, text: str, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        lines = [(reader.line_num, line) for line in reader if any(line)]
-    except csv.Error as problem:
-        raise ManifestError(f"{table}, line {reader.line_num} is damaged: {problem}") from problem
-    if not lines:
-        return
-    names = [name.strip() for name in lines[0][1]]
-    twice = sorted({name for name in names if names.count(name) > 1 or not name})
-    if twice:
-        raise ManifestError(f"{table} has columns of the same name, or of none: {', '.join(map(repr, twice))}")
-    nothing = ("", "n/a") if delimiter == "\t" else ("",)  # as BIDS has it
-    for number, line in lines[1:]:
-        if len(line) != len(names):
-            raise ManifestError(f"{table}, line {number}: {len(line)} fields for {len(names)} columns")
-        values = (value.strip() for value in line)
-        yield number, {name: "" if value in nothing else value for name, value in zip(names, values, strict=True)}
-
-
-def _json_lines(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in enumerate(text.split("\n"), 1):  # and at nothing else: text may hold other ends of lines
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as problem:
-            raise ManifestError(f"{table}, line {number} is not JSON: {problem}") from problem
-        if not isinstance(found, dict):
-            raise ManifestError(f"{table}, line {number}: expected an object, {{...}}")
-        yield number, _texts(found)
-
-
-def _texts(record: Mapping[Any, Any]) -> dict[str, str]:
-    return {str(name): _text(value) for name, value in record.items()}
-
-
-def _text(value: Any) -> str:
-    """What a CSV file would hold; NaN is how pandas stores that nothing is there."""
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
-
-
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
@@ -243,8 +160,8 @@ def _row(record: Mapping[str, str], home: Path) -> Row:
 def _plain(row: Row) -> Row:
     """A row as a table gives it: absolute paths, and text."""
     files = {name: Path(os.path.abspath(path)) for name, path in row.files.items()}
-    extra = {str(name): _text(value) for name, value in row.extra.items()}
-    return Row(_text(row.pair_id), files, _text(row.group), extra)
+    extra = {str(name): as_text(value) for name, value in row.extra.items()}
+    return Row(as_text(row.pair_id), files, as_text(row.group), extra)
 
 
 def _of_images(pairs: Iterable[tuple[Path, Path]]) -> list[Row]:
