@@ -15,7 +15,7 @@ from cohort_scenes import QUICK, SIZE, leftovers, pairs, picture, register, resu
 
 import fnreg
 from fnreg import Grid, Image, cohort, io
-from fnreg.cohort import batches, engine, solve
+from fnreg.cohort import batches, engine, memory, solve
 from fnreg.cohort.batches import Sizes
 from fnreg.cohort.ledger import Ledger, LedgerError
 from fnreg.cohort.load import Asked, Loaded, load
@@ -266,6 +266,31 @@ def test_the_size_of_a_batch_by_what_one_pair_took(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="at least 1"):
         Sizes(cpu, fixed=0)
     assert free(cpu) > 2**20
+
+
+def test_what_a_container_or_a_job_may_still_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nested groups the smallest rest; what the system keeps of files is to be had."""
+
+    def group(place: str, limit: object, current: int, **stat: int) -> None:
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        lines = "".join(f"{name} {value}\n" for name, value in stat.items())
+        for name, value in (("max", limit), ("current", current), ("stat", lines)):
+            (tmp_path / place / f"memory.{name}").write_text(f"{value}\n")
+
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUP", tmp_path / "own")
+    assert free(torch.device("cpu")) > 2**20  # no groups, no limits
+    (tmp_path / "own").write_text("1:cpu:/old\n0::/jobs/7\n")
+    (tmp_path / "jobs" / "7").mkdir(parents=True)
+    assert free(torch.device("cpu")) > 2**20
+    group("jobs/7", 5000, 4500, anon=500, active_file=1000, inactive_file=2000)
+    assert free(torch.device("cpu")) == 3500
+    group("jobs", 9000, 8000, anon=8000)
+    assert free(torch.device("cpu")) == 1000
+    group("jobs/7", "max", 4500)
+    assert free(torch.device("cpu")) == 1000
+    group("jobs", 9000, 9500, anon=9500)
+    assert free(torch.device("cpu")) == 0
 
 
 def test_the_peak_is_of_what_was_done_within() -> None:
