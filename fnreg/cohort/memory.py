@@ -44,9 +44,9 @@ def _left(group: Path) -> int | None:
     """
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        kept = sum(int(told.get(name, 0)) for name in ("active_file", "inactive_file"))
-    except (OSError, ValueError):
+        lines = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
+        kept = sum(int(line[1]) for line in lines if line[:1] in (["active_file"], ["inactive_file"]))
+    except (OSError, ValueError, IndexError):
         return None
     return max(0, limit - max(0, used - kept))
 
