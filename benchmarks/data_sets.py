@@ -8,6 +8,7 @@ reading and writing included.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import tempfile
 import time
@@ -21,8 +22,9 @@ from benchmarks.measure import Options, Table, apart
 from fnreg import Image, Transform, cohort, io, register
 from fnreg.settings import Settings
 
+SIDES = ("fixed", "moving")
 KINDS = {"rigid": "rigid", "free-form": "ffd:stride=4"}
-DISTINCT = 1000  # pairs of files; more pairs are these again
+DISTINCT = 1000  # pairs of images; more are these under other names, for what pairs share is read once
 
 
 def study(home: Path, kind: str, count: int) -> tuple[float, float, float]:
@@ -52,9 +54,17 @@ def settings_of(kind: str) -> Settings:
 
 
 def rows_of(home: Path, count: int) -> list[cohort.Row]:
-    """Pairs with ids of their own."""
-    each = [{side: home / f"{side}{n}.nii" for side in ("fixed", "moving")} for n in range(min(count, DISTINCT))]
-    return [cohort.Row(f"pair{n:06d}", each[n % len(each)]) for n in range(count)]
+    """Pairs with ids and files of their own."""
+    return [cohort.Row(f"pair{n:06d}", {side: home / f"{side}{n}.nii" for side in SIDES}) for n in range(count)]
+
+
+def write(home: Path, count: int) -> None:
+    """Their files."""
+    for side, images in zip(SIDES, same_digit_pairs(min(count, DISTINCT)), strict=True):
+        for number, values in enumerate(images):
+            io.write_image(home / f"{side}{number}.nii", Image(torch.from_numpy(values)[None]))
+        for number in range(len(images), count):
+            os.link(home / f"{side}{number % len(images)}.nii", home / f"{side}{number}.nii")
 
 
 def run(options: Options) -> list[Table]:
@@ -67,9 +77,7 @@ def run(options: Options) -> list[Table]:
     )
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
-        for side, images in zip(("fixed", "moving"), same_digit_pairs(min(max(counts), DISTINCT)), strict=True):
-            for number, values in enumerate(images):
-                io.write_image(home / f"{side}{number}.nii", Image(torch.from_numpy(values)[None]))
+        write(home, max(counts))
         for kind in KINDS:
             alone = apart(loop, home, kind, few) / few
             for count in counts:

@@ -266,7 +266,8 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code.  Errors are one line on standard error, unless -v is given."""
+    """Run the command line; returns the exit code.  Errors are one line on standard error, lists of problems one
+    line each, unless -v is given."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     prepare()
     try:
@@ -281,7 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "-v" in tokens or "--verbose" in tokens:
             traceback.print_exc()
         code = _code(error)
-        told = " ".join(str(error).split()) or type(error).__name__
+        # A list of what is wrong is one line for each; all else is one.
+        lines = str(error).splitlines() if getattr(error, "problems", ()) else [str(error)]
+        told = "\n  ".join(" ".join(line.split()) for line in lines) or type(error).__name__
         if code is None:
             told = f"internal error, {type(error).__name__}: {told}; run it again with -v and report this"
         print(f"fnreg: error: {told}", file=sys.stderr)

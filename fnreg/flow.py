@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.grid import index_points
-from fnreg.pytree import constant, fold, forward_asked, forward_levels, is_stored, leading
+from fnreg.pytree import constant, fold, forward_asked, forward_levels, is_differentiated, is_stored, leading
 from fnreg.sampling import KNOT, sample
 
 Plain = Callable[[Tensor], Tensor]  # the same by compositions, for one field
@@ -54,7 +54,8 @@ def flow(velocity: Tensor, steps: int, midpoint: bool, plain: Plain) -> Tensor |
     """The shift (D, [Z,] Y, X) at time one, in voxels; None where the kernel does not serve."""
     if not _serves(velocity):
         return None
-    return _Flow.apply(velocity.unsqueeze(0), steps, midpoint, plain)[0].squeeze(0)  # type: ignore[no-untyped-call]
+    asked = is_differentiated(velocity)
+    return _Flow.apply(velocity.unsqueeze(0), steps, midpoint, plain, asked)[0].squeeze(0)  # type: ignore[no-untyped-call]
 
 
 def _geometry(like: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
@@ -121,32 +122,41 @@ class _Compose(torch.autograd.Function):
 
 
 class _Flow(torch.autograd.Function):
-    """velocity (B, D, *shape) -> its flow, and the fields on the way as a second output that is only for backward."""
+    """velocity (B, D, *shape) -> its flow, and the fields on the way as a second output that is only for backward.
+
+    Where no derivative can be asked two fields serve in turn: of a large volume that saves most of the memory.
+    """
 
     @staticmethod
-    def forward(velocity: Tensor, steps: int, midpoint: bool, plain: Plain) -> tuple[Tensor, Tensor]:
-        before = velocity.new_empty(steps + midpoint, *velocity.shape)
-        places = [*before, torch.empty_like(velocity, memory_format=torch.contiguous_format)]
+    def forward(velocity: Tensor, steps: int, midpoint: bool, plain: Plain, asked: bool) -> tuple[Tensor, Tensor]:
+        count = steps + midpoint
+        before = velocity.new_empty(count if asked else 0, *velocity.shape)
+        ends = torch.empty_like(velocity, memory_format=torch.contiguous_format)
+        if asked:
+            places = [*before, ends]
+        else:
+            other = torch.empty_like(ends) if count else ends
+            places = [ends if (count - number) % 2 == 0 else other for number in range(count + 1)]
         torch.div(velocity, 2**steps, out=places[0])
         matrix, one = _one(velocity.shape[1], velocity.dtype)[None], _one(0, velocity.dtype)[None]
-        for number, (field, ends) in enumerate(itertools.pairwise(places)):
+        for number, (field, composed) in enumerate(itertools.pairwise(places)):
             first = midpoint and number == 0
-            _composed(field, field, ends, None if first else matrix, one / 2 if first else one)
-        return places[-1], before.movedim(0, 1)  # (B, D, ...), (B, K, D, ...)
+            _composed(field, field, composed, None if first else matrix, one / 2 if first else one)
+        return ends, before.movedim(0, 1)  # (B, D, ...), (B, K, D, ...)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        velocity, ctx.steps, ctx.midpoint, ctx.plain = inputs
+        velocity, ctx.steps, ctx.midpoint, ctx.plain, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(velocity, output[1])
 
     @staticmethod
-    def backward(ctx: Any, by_flow: Tensor, _: Any) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, by_flow: Tensor, _: Any) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         velocity, fields = ctx.saved_tensors
         if forward_levels():
-            return _pulled(ctx.plain, by_flow, velocity), None, None, None
+            return _pulled(ctx.plain, by_flow, velocity), None, None, None, None
         found = _Pull.apply(by_flow, velocity, fields, ctx.steps, ctx.midpoint, ctx.plain)  # type: ignore[no-untyped-call]
-        return found, None, None, None
+        return found, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

@@ -6,6 +6,7 @@ Everything that can be wrong with them is looked at here, before the work begins
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,19 @@ class Read:
         return fixed, self.known.of(1, self.moving.to(device), self.masks[1])
 
 
-def read(files: Files, init: str, first: Transform) -> Read:
+def read(files: Files, init: str, first: Transform, image: Callable[[Path], Image] = io.read_image) -> Read:
     """Read a pair and check that its parts fit together.
 
     init : as of `Settings`; first : the transform of the first stage
+    image : what reads an image
 
     Raises ImageReadError, PointReadError, SettingsError or MissingExtraError.
     """
     with notes.hearing() as heard:
-        fixed, moving = io.read_image(files.fixed), io.read_image(files.moving)
+        fixed, moving = image(files.fixed), image(files.moving)
         told = _fit(files, init, first, fixed, moving)
-        masks = _mask(files.fixed_mask, files.fixed, fixed), _mask(files.moving_mask, files.moving, moving)
+        sides = (files.fixed_mask, files.fixed, fixed), (files.moving_mask, files.moving, moving)
+        masks = _mask(*sides[0], image), _mask(*sides[1], image)
         known = agreement.read(files.known, (files.fixed, files.moving), (fixed, moving))
     told += [note.text for note in heard if note.kind is io.GeometryWarning]
     if fixed.data.dtype != moving.data.dtype:
@@ -94,10 +97,10 @@ def _fit(files: Files, init: str, first: Transform, fixed: Image, moving: Image)
     raise ImageReadError(f"{told}; give --init center, or moments, or check their headers")
 
 
-def _mask(path: Path | None, of: Path, image: Image) -> Tensor | None:
+def _mask(path: Path | None, of: Path, image: Image, read: Callable[[Path], Image]) -> Tensor | None:
     if path is None:
         return None
-    mask = io.read_image(path)
+    mask = read(path)
     if mask.grid.size != image.grid.size:
         sizes = [" x ".join(map(str, grid.size)) for grid in (mask.grid, image.grid)]
         raise ImageReadError(f"mask {path} has {sizes[0]} pixels but {of} has {sizes[1]}: give a mask of its size")

@@ -32,7 +32,8 @@ def refused(capsys: Captured, arguments: list[str], code: int, told: str) -> Non
     """The command ends with this code and one line, and no folder appears."""
     assert cli.main(arguments) == code
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("fnreg: error: ") and err.count("\n") == 1
+    assert out == "" and err.startswith("fnreg: error: ")
+    assert all(line.startswith("  ") for line in err.splitlines()[1:])  # a list of what is wrong
     assert told in err
     assert not Path("out").exists()
 
@@ -42,7 +43,7 @@ def test_run_goes_through_a_table_and_then_has_nothing_to_do(rows: list[Row], ca
     out, err = capsys.readouterr()
     assert out.startswith("3 pairs: 3 ok\n") and "a second" in out and "pairs.tsv" in out and err == ""
     whole(Path("out"), rows)
-    assert sorted(path.name for path in Path("out").iterdir()) == [
+    assert sorted(path.name for path in Path("out").iterdir() if path.name != "pairs.parquet") == [
         "dataset_description.json", "ledger", "manifest.tsv", "pairs", "pairs.json", "pairs.tsv", "report.html",
         "run.json", "settings.toml",
     ]  # fmt: skip
@@ -90,6 +91,9 @@ def test_json(rows: list[Row], capsys: Captured) -> None:
 
 
 def test_pairs_of_images(rows: list[Row], capsys: Captured) -> None:
+    Path("more.csv").write_text("fixed,moving,age,fixed_maks\nf0.nii,m0.nii,7,f1.nii\n")
+    assert cli.main(["validate", "more.csv"]) == 0
+    assert "carried through  age, fixed_maks" in capsys.readouterr().out  # a name that is misspelt is seen
     assert cli.main(["validate", "--all-pairs", "--glob", "f*.nii"]) == 0
     assert capsys.readouterr().out.split()[:2] == ["pairs", "6"]
     assert cli.main(["run", "--all-to", "f0.nii", "--glob", "?[01].nii", "-o", "out", *SHORT]) == 0
@@ -100,6 +104,31 @@ def test_pairs_of_images(rows: list[Row], capsys: Captured) -> None:
         io.write_image(place, Image(torch.rand(1, 8, 8)))
     Path("bids/dataset_description.json").write_text("{}")
     assert cli.main(["validate", "--all-pairs", "--bids", "bids", "--suffix", "T2w"]) == 0
+
+
+def test_what_a_study_has_written_is_none_of_its_images(rows: list[Row], capsys: Captured) -> None:
+    images = ["--all-to", "f0.nii", "--glob", "**/[fmw][01a]*.nii", "-o", "fresh", "--save", "params+warped"]
+    for _ in range(2):
+        assert cli.main(["run", *images, *SHORT]) == 0
+    assert "nothing was left to do" in capsys.readouterr().out
+    assert len(list(Path("fresh").glob("pairs/*/warped.nii"))) == len(cohort.read_ledger("fresh")) == 3
+
+
+def test_a_report_that_fails_does_not_touch_the_results(
+    rows: list[Row], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, code, told in (
+        (OSError("no room"), 0, "fnreg: warning: no report was written: no room"),
+        (KeyboardInterrupt(), 130, "interrupted, all pairs are done: fnreg report writes the page"),
+    ):
+
+        def failing(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("fnreg.cohort.report.write_report", failing)
+        assert cli.main(["run", "pairs.tsv", "-o", f"out{code}", *SHORT]) == code
+        assert told in capsys.readouterr().err
+        whole(Path(f"out{code}"), rows)
 
 
 def test_parts(rows: list[Row], capsys: Captured) -> None:
@@ -121,6 +150,7 @@ def test_what_is_refused(rows: list[Row], capsys: Captured) -> None:
     refused(capsys, ["run", "columns.csv", *run[1:]], 3, "no column fixed")
     refused(capsys, ["run", "lost.csv", *run[1:]], 3, "x.nii does not exist")
     refused(capsys, ["validate", "lost.csv"], 3, "y.nii does not exist")
+    refused(capsys, ["validate", "lost.csv"], 3, "\n  row 3: moving")
     refused(capsys, ["run", "none.csv", *run[1:]], 3, "none.csv does not exist")
     refused(capsys, run, 2, "no pairs are given")
     refused(capsys, [*run, "pairs.tsv", "--glob", "*.nii"], 2, "give one of the two")
@@ -153,13 +183,20 @@ def test_a_settings_file_says_what_is_saved(rows: list[Row]) -> None:
     assert 'transform = "rigid"\n' in Path("out/settings.toml").read_text()
 
 
-def test_validate_is_quick(rows: list[Row]) -> None:
-    code = (
-        "import sys\nfrom fnreg import cli\n"
-        "assert cli.main(['validate', 'pairs.tsv']) == 0\nprint('torch' in sys.modules)"
-    )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.endswith("False\n")
+def test_looking_is_quick(rows: list[Row]) -> None:
+    """Neither command needs torch, which takes seconds to load."""
+    assert cli.main(["run", "pairs.tsv", "-o", "out", "--figures", "none", *SHORT]) == 0
+    for command, told in (
+        (["validate", "pairs.tsv"], "3"),
+        (["status", "out"], "ok"),
+        (["status", "out", "--json"], "ok"),
+    ):
+        code = (
+            f"import sys\nfrom fnreg import cli\nassert cli.main({command}) == 0\n"
+            "print({'torch', 'numpy', 'pyarrow'} & set(sys.modules))"
+        )
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert told in found and found.endswith("set()\n")
 
 
 def test_a_bar_on_a_terminal(rows: list[Row], monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:

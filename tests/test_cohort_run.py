@@ -16,7 +16,7 @@ from cohort_scenes import QUICK, SIZE, leftovers, pairs, picture, register, resu
 
 import fnreg
 from fnreg import Grid, Image, cohort, io
-from fnreg.cohort import batches, solve
+from fnreg.cohort import batches, memory, solve
 from fnreg.cohort.batches import Sizes
 from fnreg.cohort.ledger import Ledger, LedgerError
 from fnreg.cohort.load import Asked, Loaded, load
@@ -292,6 +292,31 @@ def test_pairs_that_wait_for_others_of_their_batch(
         for column in ("value_before", "value_after", "jac_min", "sdlogj", "folds", "steps", "status"):
             near = record[column] if column == "status" else pytest.approx(record[column], rel=1e-4, abs=1e-5)
             assert together[name][column] == near, (name, column)
+
+
+def test_what_a_container_or_a_job_may_still_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nested groups the smallest rest; what the system keeps of files is to be had."""
+
+    def group(place: str, limit: object, current: int, **stat: int) -> None:
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        lines = "".join(f"{name} {value}\n" for name, value in stat.items())
+        for name, value in (("max", limit), ("current", current), ("stat", lines)):
+            (tmp_path / place / f"memory.{name}").write_text(f"{value}\n")
+
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUP", tmp_path / "own")
+    assert free(torch.device("cpu")) > 2**20  # no groups, no limits
+    (tmp_path / "own").write_text("1:cpu:/old\n0::/jobs/7\n")
+    (tmp_path / "jobs" / "7").mkdir(parents=True)
+    assert free(torch.device("cpu")) > 2**20
+    group("jobs/7", 5000, 4500, anon=500, active_file=1000, inactive_file=2000)
+    assert free(torch.device("cpu")) == 3500
+    group("jobs", 9000, 8000, anon=8000)
+    assert free(torch.device("cpu")) == 1000
+    group("jobs/7", "max", 4500)
+    assert free(torch.device("cpu")) == 1000
+    group("jobs", 9000, 9500, anon=9500)
+    assert free(torch.device("cpu")) == 0
 
 
 def test_the_peak_is_of_what_was_done_within() -> None:

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vjp, vmap
 from torch.testing import assert_close
 
+from fnreg import flow as native_flow
 from fnreg import native
 from fnreg.fields import compose_shift, exp_shift
 from fnreg.filters import gaussian
@@ -52,6 +53,41 @@ def test_a_flow_and_its_gradient_are_those_of_the_samplings(shape: tuple[int, ..
     assert_close(vmap(grad(total))(several), expected, rtol=0, atol=1e-12)
     outside = vjp(vmap(flow), several)[1](weights.expand_as(several))[0]
     assert_close(outside, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("midpoint", (False, True))
+@pytest.mark.parametrize("steps", (0, 1, 2, 5))
+def test_fields_on_the_way_are_kept_only_where_a_derivative_may_be_asked(
+    steps: int, midpoint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whichever way it may be asked; what comes out is the same to the last bit."""
+    velocity, places = smooth((12, 15)), set[int]()
+
+    def traced(*given: Tensor) -> None:
+        places.add(given[2].data_ptr())
+        composed(*given)
+
+    def kept(function: Callable[..., Tensor], given: Tensor) -> tuple[Tensor, int]:
+        places.clear()
+        found = function(given)
+        return found, len(places)
+
+    composed = native_flow._composed  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(native_flow, "_composed", traced)
+
+    def flow(v: Tensor) -> Tensor:
+        return exp_shift(v, steps, midpoint=midpoint)
+
+    plain, few = kept(flow, velocity)
+    many, several = kept(vmap(flow), torch.stack([velocity, -velocity]))
+    assert few == several == min(2, steps + midpoint)
+    tracked, all_of_them = kept(flow, velocity.clone().requires_grad_())
+    assert all_of_them == steps + midpoint
+    both = torch.stack([velocity, -velocity])
+    asking = grad(lambda v: flow(v).sum())
+    for function, given in ((asking, velocity), (vmap(asking), both), (lambda v: vjp(vmap(flow), v)[0], both)):
+        assert kept(function, given)[1] == steps + midpoint
+    assert torch.equal(plain, tracked.detach()) and torch.equal(plain, many[0])
 
 
 @pytest.mark.parametrize("shape", ((5,), (4, 5), (3, 4, 3)))

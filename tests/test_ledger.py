@@ -97,6 +97,27 @@ def test_what_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert read_ledger(tmp_path / "study") == {}
 
 
+def test_a_line_that_found_no_room_spoils_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full in the middle of a line, and then there is room again."""
+    write = os.write
+
+    def full(file: int, content: bytes) -> int:
+        if len(content) < 20:
+            raise OSError(28, "No space left on device")
+        return write(file, content[: len(content) // 2])
+
+    with Ledger(tmp_path) as ledger:
+        ledger.append([record("a")])
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(LedgerError, match="No space left"):
+            ledger.append([record("b"), record("c")])
+        monkeypatch.undo()
+        ledger.append([record("d")])
+        ledger.append([record("e")])
+    lines = (tmp_path / FOLDER / "shard-0000.jsonl").read_bytes().split(b"\n")
+    assert {"a", "d", "e"} <= set(read_ledger(tmp_path)) and len(lines) == len(set(read_ledger(tmp_path))) + 2
+
+
 def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
     lines = ['{"pair_id": "a"}', "[1]", '{"pair_id": 3}', '{"other": 1}', "nonsense", json.dumps(record("b"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from fnreg.cohort.manifest import (
     LONGEST,
     ManifestError,
+    Row,
     all_pairs,
     all_to,
+    checked,
     find_bids,
     find_images,
     read_manifest,
@@ -111,6 +114,7 @@ def test_other_bad_tables(home: Path) -> None:
     for name, text, told in (
         ("pairs.jsonl", '{"fixed": "a.nii.gz"', "line 1 is not JSON"),
         ("pairs.jsonl", "[1]", "line 1: expected an object"),
+        ("pairs.jsonl", "\n\n" + "[" * 100_000, "line 3 is not JSON"),
         ("pairs.xlsx", "", "ends in '.xlsx': readable are .csv"),
     ):
         with pytest.raises(ManifestError, match=re.escape(told)):
@@ -126,6 +130,68 @@ def test_other_bad_tables(home: Path) -> None:
     (home / "pairs.parquet").write_bytes(b"PAR1 no")
     with pytest.raises((ManifestError, MissingExtraError), match=r"damaged|fnreg\[cohort\]"):
         read_manifest(home / "pairs.parquet")
+
+
+def test_rows_are_counted_as_editors_do(home: Path) -> None:
+    """Lines that are empty, or of a spreadsheet's empty cells, are no rows, but they count."""
+    text = 'fixed,moving,note\n\na.nii.gz,b.nii.gz,"two\nlines"\n,,\na.nii.gz,lost.nii.gz,\n'
+    with pytest.raises(ManifestError, match=r"row 6: moving .*lost\.nii\.gz does not exist") as caught:
+        read_manifest(table(home, text))
+    assert len(caught.value.problems) == 1
+    lines = ['{"fixed": "a.nii.gz", "moving": "b.nii.gz", "note": "\u2028"}', "", '{"fixed": "a.nii.gz"}']
+    with pytest.raises(ManifestError, match="row 3: moving is empty"):
+        read_manifest(table(home, "\n".join(lines), "pairs.jsonl"))
+
+
+def test_what_is_not_there_is_written_in_several_ways(home: Path) -> None:
+    """BIDS has n/a in TSV files, JSON null; pandas stores NaN."""
+    for name, text in (
+        ("pairs.tsv", "fixed\tmoving\tfixed_mask\tage\na.nii.gz\tb.nii.gz\tn/a\tn/a\n"),
+        (
+            "pairs.jsonl",
+            '{"fixed": "a.nii.gz", "moving": "b.nii.gz", "fixed_mask": null, "age": NaN, "moving_mask": NaN}',
+        ),
+    ):
+        (row,) = read_manifest(table(home, text, name))
+        assert set(row.files) == {"fixed", "moving"} and row.extra == {"age": ""}
+
+
+def test_columns_of_results_cannot_be_given(home: Path) -> None:
+    names = ["status", "folds", "dice_3", "history", "time", "age", "group", "dice_rater"]
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(table(home, f"fixed,moving,{','.join(names)}\na.nii.gz,b.nii.gz{',1' * len(names)}\n"))
+    assert [problem.split()[1] for problem in caught.value.problems] == names[:5]
+    assert "give it another name" in str(caught.value)
+
+
+def test_files_that_cannot_be_looked_at(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is told as the others are; none ends the checks."""
+    (home / "shut.nii.gz").write_bytes(b"x")
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "shut.nii.gz" and real(path, mode))
+    lines = [f"a.nii.gz,{name}" for name in ("x" * 300 + ".nii", "a.nii.gz/b.nii", "shut.nii.gz", "lost.nii")]
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(table(home, "fixed,moving\n" + "\n".join(lines)))
+    told = ["name too long", "does not exist", "Permission denied", "does not exist"]
+    assert len(caught.value.problems) == 4
+    assert all(text in problem for text, problem in zip(told, caught.value.problems, strict=True))
+    strange = os.fsdecode(os.fsencode(home) + b"/\xff.png")
+    Path(strange).write_bytes(b"x")
+    with pytest.raises(ManifestError, match="not UTF-8"):
+        all_to(home / "a.nii.gz", find_images(str(home / "*.png")))
+
+
+def test_rows_of_python_are_made_whole(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    row = Row("a", {"fixed": Path("a.nii.gz"), "moving": "sub/../b.nii.gz"})  # type: ignore[dict-item]
+    assert checked([row])[0].files == {"fixed": home / "a.nii.gz", "moving": home / "b.nii.gz"}
+    numbers = {"age": 7, "weight": float("nan"), "note": None}
+    (made,) = checked([Row(7, row.files, extra=numbers)])  # type: ignore[arg-type]
+    assert made.pair_id == "7" and made.extra == {"age": "7", "weight": "", "note": ""}
+    with pytest.raises(
+        ManifestError, match="row 1: fixed_maks is no column of files: those are fixed, moving, fixed_m"
+    ):
+        checked([Row("a", {**row.files, "fixed_maks": home / "mask.nii.gz"})])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from study_scenes import HOSTILE, make_study, many_pairs
 
 import fnreg.extras
 from fnreg.cli import main
-from fnreg.cohort.album import figures_of
+from fnreg.cohort.album import _key, figures_of
 from fnreg.cohort.figures import NAMES
 from fnreg.cohort.ledger import Ledger
 from fnreg.cohort.report import COURSE, INSIDE, _course, as_script, read_pairs, worst_first, write_report
@@ -100,7 +100,9 @@ def test_a_row_for_every_pair_worst_first(made: Path) -> None:
     assert data["measure"] == "value_after"
     assert values == sorted(values, reverse=True)
     assert all(row["reader"] == HOSTILE and row["group"] == "site-1" for row in rows)
-    assert all(column["meaning"] for column in data["columns"])
+    meanings = {column["name"]: column["meaning"] for column in data["columns"]}
+    assert all(meanings.values()) and meanings["reader"] == meanings["group"] == "of the table of pairs"
+    assert "smallest determinant" in meanings["jac_min"]
     course = dict(zip([row["pair_id"] for row in rows], data["rest"], strict=True))
     assert [level[0] for level in course["pair-0"]["history"]] == [1, 0]
     assert course["pair-0"]["history"][0][1] == [0, 1, 2, 3, 4, 5]
@@ -120,11 +122,12 @@ def test_the_worst_have_their_pictures_inside(made: Path) -> None:
 
 def test_only_the_worst_hundred_are_inside(tmp_path: Path) -> None:
     study = many_pairs(tmp_path, INSIDE + 20)
-    for row in study.rows:  # pictures that are there already
-        place = study.folder / "pairs" / row.pair_id / "figures"
+    for row, record in read_pairs(study.folder):  # pictures that are there already
+        pair = study.folder / "pairs" / row["pair_id"]
+        place, key = pair / "figures", _key(row, record, pair / "transform.safetensors")
         place.mkdir(parents=True)
         (place / "before.webp").write_bytes(b"picture")
-        (place / "figures.json").write_text(json.dumps({"of": "", "names": ["before.webp"]}))
+        (place / "figures.json").write_text(json.dumps({"of": key, "names": ["before.webp"]}))
     told = write_report(study.folder, figures="none")
     inside, data = data_of(study.folder, 1), data_of(study.folder)
     assert told["drawn"] == 0
@@ -147,9 +150,26 @@ def test_figures_are_drawn_for_whom_they_are_asked(tmp_path: Path, monkeypatch: 
     assert write_report(study.folder)["drawn"] == 0
     assert write_report(study.folder, figures="all")["drawn"] == 2
     assert sorted(data_of(study.folder, 1)) == ["pair-1", "pair-3"]
-    assert figures_of(study.folder, "pair-4") == []  # it is not done
+    assert figures_of(study.folder, *read_pairs(study.folder)[4]) == []  # it is not done
     with pytest.raises(ValueError, match="choose from worst, all, none"):
         write_report(study.folder, figures="best")
+
+
+def test_pictures_of_another_map_are_not_shown(tmp_path: Path) -> None:
+    """As after a run with --retry-failed, or with an image that has changed since."""
+    study = make_study(tmp_path, count=1)
+    write_report(study.folder)
+    (_, record) = read_pairs(study.folder)[0]
+    assert data_of(study.folder)["rest"][0]["pictures"] == list(NAMES)
+    moving = record["moving"]
+    changed = {**record["inputs"], moving: [1, 2, "other content"]}
+    with Ledger(study.folder) as ledger:
+        ledger.append([{**record, "status": "invalid_input", "reason": "moving is damaged", "inputs": changed}])
+    Path(moving).write_bytes(b"no image")
+    told = write_report(study.folder)
+    assert "pair-0" in told["not_drawn"]
+    (rest,) = data_of(study.folder)["rest"]
+    assert rest["pictures"] == [] and "moving-0" in rest["why"] and data_of(study.folder, 1) == {}
 
 
 def test_without_pillow_there_is_a_report_without_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +279,7 @@ def test_folders_that_are_no_studies_are_refused(
         assert main(["report", str(tmp_path / name)]) == 3
         assert told in capsys.readouterr().err
         assert not (tmp_path / name / "report.html").exists()
-    for content, told in (("a\tb\n1\t2\n", "line 2 has no pair_id"), ("", "no rows"), ("\xff", "that can be read")):
+    for content, told in (("a\tb\n1\t2\n", "row 2 has no pair_id"), ("", "no rows"), ("\xff", "that can be read")):
         (tmp_path / "half" / "manifest.tsv").write_bytes(content.encode("latin-1"))
         with pytest.raises(StudyError, match=told):
             read_pairs(tmp_path / "half")

@@ -217,9 +217,9 @@ def test_drawn_once_and_again_when_something_changed(dimension: int, tmp_path: P
     assert [one.pair_id for one in first] == [row.pair_id for row in study.rows]
     assert [one.there for one in first] == [one.new for one in first] == [True, True, False, True, True, True]
     assert "moving-2" in first[2].reason
-    assert figures_of(study.folder, "pair-0") == list(NAMES)
-    assert figures_of(study.folder, "pair-3") == list(UNMAPPED)
-    assert figures_of(study.folder, "pair-2") == []
+    assert figures_of(study.folder, *pairs[0]) == list(NAMES)
+    assert figures_of(study.folder, *pairs[3]) == list(UNMAPPED)
+    assert figures_of(study.folder, *pairs[2]) == []
     assert [one.new for one in draw_pairs(study.folder, pairs)] == [False] * 6
     place = study.folder / "pairs" / "pair-0"
     os.utime(place / "transform.safetensors", ns=(1, 1))
@@ -236,7 +236,7 @@ def test_ids_do_not_leave_the_study(tmp_path: Path) -> None:
     row, record = pairs_of(study)[0]
     for name in ("../../out", "..", "/tmp/out", "a\\b", ""):
         assert "no name of a folder" in draw_pairs(study.folder, [(row | {"pair_id": name}, record)])[0].reason
-        assert figures_of(study.folder, name) == []
+        assert figures_of(study.folder, {"pair_id": name}, {}) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
     assert list((study.folder / "pairs").iterdir()) == [study.folder / "pairs" / "pair-0"]
 

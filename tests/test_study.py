@@ -13,7 +13,17 @@ import pytest
 
 from fnreg.cohort.ledger import Ledger
 from fnreg.cohort.manifest import Row, read_manifest
-from fnreg.cohort.study import COLUMNS, STATUSES, Study, StudyError, fingerprint, read_settings, toml, unchanged
+from fnreg.cohort.study import (
+    COLUMNS,
+    STATUSES,
+    Study,
+    StudyError,
+    command,
+    fingerprint,
+    read_settings,
+    toml,
+    unchanged,
+)
 
 SETTINGS = {"transform": "rigid", "levels": 3, "symmetric": False, "note": 'a "b" ü\t\\'}
 
@@ -58,6 +68,24 @@ def test_changed_inputs_are_noticed_by_their_content(rows: list[Row], tmp_path: 
     assert study.todo() == rows
 
 
+def test_a_file_that_was_touched_is_read_once_for_all_pairs(
+    rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, read = Study(tmp_path / "study", rows, SETTINGS), list[str]()
+    with Ledger(study.folder) as ledger:
+        ledger.append([record(study, row) for row in rows])
+    os.utime(tmp_path / "a.png", ns=(5, 5))
+
+    def counted(path: Path) -> Any:
+        read.append(path.name)
+        return fingerprint(path)
+
+    monkeypatch.setattr("fnreg.cohort.study.fingerprint", counted)
+    assert study.todo() == [] and read == ["a.png"]
+    (tmp_path / "a.png").write_bytes(b"A")  # as long as it was
+    assert study.todo() == rows and read == ["a.png"] * 2
+
+
 def test_another_file_is_a_change(rows: list[Row], tmp_path: Path) -> None:
     inputs = record(Study(tmp_path / "study", rows, SETTINGS), rows[0])["inputs"]
     assert unchanged(rows[0], inputs)
@@ -78,6 +106,31 @@ def test_other_settings_and_other_folders_are_refused(rows: list[Row], tmp_path:
     (tmp_path / "study" / "settings.toml").write_text("levels = ")
     with pytest.raises(StudyError, match="has no settings"):
         Study(tmp_path / "study", rows, SETTINGS)
+
+
+def test_a_table_may_grow_and_shrink_but_not_become_another(rows: list[Row], tmp_path: Path) -> None:
+    Study(tmp_path / "study", rows[:1], SETTINGS)
+    Study(tmp_path / "study", rows, SETTINGS)
+    Study(tmp_path / "study", rows[1:], SETTINGS)
+    before = (tmp_path / "study" / "manifest.tsv").read_bytes()
+    with pytest.raises(StudyError, match="is a study of 1 other pairs, such as c-to-a, and of none of these"):
+        Study(tmp_path / "study", [Row("new", rows[0].files)], SETTINGS)
+    assert (tmp_path / "study" / "manifest.tsv").read_bytes() == before
+    (tmp_path / "study" / "manifest.tsv").unlink()
+    Study(tmp_path / "study", [Row("new", rows[0].files)], SETTINGS)
+
+
+def test_text_is_told_as_it_is(rows: list[Row], tmp_path: Path) -> None:
+    """But for what would break a line of the table."""
+    study = Study(
+        tmp_path / "study", [Row("a", rows[0].files, extra={"note": "two  blanks,\t\r\nä 'quoted'"})], SETTINGS
+    )
+    study.write_table()
+    assert "\ttwo  blanks, ä 'quoted'" in (study.folder / "pairs.tsv").read_text(encoding="utf-8")
+
+
+def test_the_command_of_an_id_that_looks_like_an_option(rows: list[Row]) -> None:
+    assert command({"pair_id": "-v", "fixed": "a.png", "moving": "b.png"}, {}).endswith(" a.png b.png --output=-v")
 
 
 def test_settings_come_back_as_they_were(tmp_path: Path) -> None:

@@ -42,12 +42,16 @@ def is_name(pair_id: str) -> bool:
     return pair_id not in ("", ".", "..") and not set(pair_id) & {"/", "\\", "\0"}
 
 
-def figures_of(study: Path, pair_id: str) -> list[str]:
-    """The pictures that a pair has, of `figures.NAMES`; none where they were not drawn to the end."""
-    if not is_name(pair_id):
+def figures_of(study: Path, row: Mapping[str, str], record: Record) -> list[str]:
+    """The pictures that a pair has, of `figures.NAMES`; none where they were not drawn to the end, or where its last
+    record is of another map or of other images."""
+    if not is_name(row["pair_id"]):
         return []
+    pair = study / PAIRS / row["pair_id"]
     try:
-        stamp = json.loads((study / PAIRS / pair_id / FIGURES / STAMP).read_text(encoding="utf-8"))
+        stamp = json.loads((pair / FIGURES / STAMP).read_text(encoding="utf-8"))
+        if stamp["of"] != _key(row, record, pair / TRANSFORM):
+            return []
         return [name for name in NAMES if name in stamp["names"]]
     except (OSError, ValueError, TypeError, KeyError):
         return []

@@ -26,6 +26,7 @@ from fnreg.cohort.load import Asked
 from fnreg.cohort.local import local
 from fnreg.cohort.manifest import Row, checked, read_manifest
 from fnreg.cohort.save import sweep
+from fnreg.cohort.shared import SharedImages, shared_images
 from fnreg.cohort.study import OF_RECORDS, Study
 from fnreg.cohort.work import Engine, Progress, Work
 from fnreg.cohort.worker import Order
@@ -98,7 +99,7 @@ def run(
         raise SettingsError(f"shard is {part}/{parts}: expected i/N with i from 1 to N")
     folder, stop = Path(output).absolute(), threading.Event() if stop is None else stop
     if _is_local(engine, workers, chosen):
-        asked = Asked.of(chosen, folder, space)
+        asked = dataclasses.replace(Asked.of(chosen, folder, space), images=SharedImages(shared_images(rows)))
         sizes = Sizes(asked.device, fixed=batch_size, refills=asked.refills)
         if chosen.threads:
             torch.set_num_threads(chosen.threads)
@@ -107,7 +108,7 @@ def run(
         asked = Asked.of(dataclasses.replace(chosen, device="cpu"), folder, space)  # the devices are elsewhere
         Sizes(asked.device, fixed=batch_size)  # raises
         require("ray", "ray", f"the engine {engine}")
-        order = Order(chosen, folder, space, batch_size, tuple(rows[0].files.values()))
+        order = Order(chosen, folder, space, batch_size, tuple(rows[0].files.values()), shared_images(rows))
         work_by = partial(cluster, order=order, address=engine, workers=workers)
     if chosen.init not in INITS:  # the content of the file is an input of every pair
         path = Path(chosen.init).absolute()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,6 +45,7 @@ class Ledger:
         self.path = Path(study) / FOLDER / f"shard-{shard:04d}.jsonl"
         self._file = -1
         self._turn = threading.Lock()
+        self._torn = False  # whether the last line may be cut off
 
     def __enter__(self) -> Ledger:
         try:
@@ -68,8 +70,11 @@ class Ledger:
         lines = "".join(json.dumps({**record, **now}, allow_nan=False) + "\n" for record in records).encode()
         try:
             with self._turn:
+                lines = (b"\n" if self._torn else b"") + lines
+                self._torn = True  # until all of it is there: the disk may be full in the middle of a line
                 while lines:
                     lines = lines[os.write(self._file, lines) :]
+                self._torn = False
                 os.fsync(self._file)
         except OSError as problem:
             raise LedgerError(f"{self.path} cannot be written: {problem.strerror or problem}") from problem
@@ -95,15 +100,14 @@ def read_ledger(study: str | os.PathLike[str], *, without: Iterable[str] = ()) -
 
     without : what is left out of the records: those of many pairs are large by their history
     """
-    dropped = tuple(without)
+    dropped = set(without)
     found: dict[str, Record] = {}
     for record in read_records(study):
         before = found.get(record["pair_id"])
         if record.get("status") in (BEGUN, RELEASED) or (before and _when(record) < _when(before)):
             continue
-        for name in dropped:
-            record.pop(name, None)
-        found[record["pair_id"]] = record
+        # Of many records the names of their columns would take most of the memory.
+        found[record["pair_id"]] = {sys.intern(name): value for name, value in record.items() if name not in dropped}
     return found
 
 

@@ -17,6 +17,7 @@ import torch
 from fnreg import agreement, optim
 from fnreg.beginning import Begin, begin
 from fnreg.cohort.manifest import Row
+from fnreg.cohort.shared import SharedImages
 from fnreg.cohort.study import PAIRS, fingerprint, settings_sha
 from fnreg.extras import MissingExtraError
 from fnreg.grid import Grid
@@ -41,6 +42,7 @@ class Asked:
 
     stages, options : of `register`; space : of points that do not say it; folder : of the study
     lattice : that images of different shapes share, where they do
+    images : what reads images, those that several pairs have only once
     """
 
     settings: Settings
@@ -51,6 +53,7 @@ class Asked:
     space: str | None = None
     lattice: Lattice | None = None
     tried: dict[Hashable, str] = dataclasses.field(default_factory=dict)
+    images: SharedImages = dataclasses.field(default_factory=SharedImages)
 
     @staticmethod
     def of(settings: Settings, folder: Path, space: str | None = None) -> Asked:
@@ -205,7 +208,7 @@ def load(row: Row, asked: Asked) -> Loaded | Refused:
 def _load(row: Row, asked: Asked) -> Loaded:
     init = str(row.files.get("initial", asked.settings.init))
     first = asked.stages[0].transform
-    pair = read(files_of(row, asked), init, first)
+    pair = read(files_of(row, asked), init, first, asked.images.read)
     fixed, moving = Subject(pair.fixed, pair.masks[0]), Subject(pair.moving, pair.masks[1])
     asked.check(fixed, moving)
     lattice, initial, domain = asked.lattice, None, pair.fixed.grid

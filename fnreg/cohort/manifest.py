@@ -1,4 +1,4 @@
-"""The table of pairs: from CSV, TSV, JSON Lines or Parquet, or made of a set of images; checked before any work.
+"""The table of pairs: from a file, or made of a set of images; checked before any work.
 
 This module does not import torch: `fnreg validate` is quick.
 """
@@ -11,36 +11,23 @@ import glob
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from fnreg.extras import require
+from fnreg.cohort.columns import is_result
+from fnreg.cohort.tables import ManifestError as ManifestError
+from fnreg.cohort.tables import as_text, read_lines
 
 REQUIRED = ("fixed", "moving")
 FILES = (
     *REQUIRED, "fixed_mask", "moving_mask", "fixed_labels", "moving_labels", "fixed_points", "moving_points", "initial",
 )  # fmt: skip
 COLUMNS = ("pair_id", *FILES, "group")
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 LONGEST = 128  # characters of an id: file systems allow 255 bytes, and names are made of it
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
 _IMAGES = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|nhdr|png|jpe?g|tiff?)\Z", re.IGNORECASE)
-SHOWN = 20  # problems that an error lists
-
-
-class ManifestError(ValueError):
-    """A table of pairs is missing, damaged, or has rows that cannot be registered; `problems` has all of them."""
-
-    def __init__(self, told: str, problems: Sequence[str] = ()) -> None:
-        self.problems = tuple(problems)
-        lines = [f"  {problem}" for problem in problems[:SHOWN]]
-        if len(problems) > SHOWN:
-            lines.append(f"  and {len(problems) - SHOWN} more")
-        super().__init__("\n".join([told, *lines]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +61,10 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
     with ids that are no file names or not unique, or with files that do not exist: all of these at once.
     """
     table = Path(path)
-    kind = table.suffix.lower()
-    if kind not in SUFFIXES:
-        raise ManifestError(f"{table} ends in {kind!r}: readable are {', '.join(SUFFIXES)}")
-    records = _records(table, kind)
-    if not records:
+    lines = read_lines(table)
+    if not lines:
         raise ManifestError(f"{table} has no rows: each is a pair, with the columns {' and '.join(REQUIRED)}")
+    records = [record for _, record in lines]
     columns = list(dict.fromkeys(key for record in records for key in record))
     missing = [name for name in REQUIRED if name not in columns]
     if missing:
@@ -88,22 +73,26 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
             f"{', '.join(columns)}"
         )
     home = Path(os.path.abspath(table)).parent
-    return _checked([_row(record, home) for record in records], str(table), _places(table, kind, len(records)))
-
-
-def read_ids(path: str | os.PathLike[str]) -> list[str]:
-    """The ids of a table that `write_manifest` made, whether or not its files are there."""
-    return [record["pair_id"] for record in read_table(path)]
+    return _checked([_row(record, home) for record in records], str(table), [f"row {number}" for number, _ in lines])
 
 
 def read_table(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """The lines of a table by column, unchecked, whether or not its files are there; raises ManifestError."""
-    return _records(Path(path), Path(path).suffix.lower())
+    """The lines of a table that `write_manifest` made, by column, whether or not its files are there.
+
+    Raises ManifestError where it is none.
+    """
+    table = Path(path)
+    lines = read_lines(table)
+    unnamed = [number for number, record in lines if not record.get("pair_id")]
+    if unnamed or not lines:
+        what = f"row {unnamed[0]} has no pair_id" if unnamed else "it has no rows"
+        raise ManifestError(f"{table} is no table of a study: {what}")
+    return [record for _, record in lines]
 
 
 def checked(rows: Iterable[Row]) -> list[Row]:
     """Rows that were made otherwise, checked as those of a table; ManifestError with all that is wrong."""
-    made = list(rows)
+    made = [_plain(row) for row in rows]
     if not made:
         raise ManifestError("there are no rows: give a pair or more")
     return _checked(made, "the rows", [f"row {number}" for number in range(1, len(made) + 1)])
@@ -159,73 +148,6 @@ def write_manifest(rows: Iterable[Row]) -> bytes:
     return text.getvalue().encode()
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def _records(table: Path, kind: str) -> list[dict[str, str]]:
-    if not table.is_file():
-        raise ManifestError(f"{table} {'is a folder' if table.is_dir() else 'does not exist'}: give a table of pairs")
-    if kind == ".parquet":
-        return _parquet(table)
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except OSError as problem:
-        raise ManifestError(f"{table} cannot be read: {problem.strerror or problem}") from problem
-    except UnicodeDecodeError as problem:
-        raise ManifestError(f"{table} is not text in UTF-8: {problem}") from problem
-    if kind in (".jsonl", ".ndjson"):
-        return list(_json_lines(table, text))
-    return list(_delimited(table, text, "\t" if kind == ".tsv" else ","))
-
-
-def _delimited(table: Path, text: str, delimiter: str) -> Iterator[dict[str, str]]:
-    try:
-        lines = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if line]
-    except csv.Error as problem:
-        raise ManifestError(f"{table} is damaged: {problem}") from problem
-    if not lines:
-        return
-    names = [name.strip() for name in lines[0]]
-    twice = sorted({name for name in names if names.count(name) > 1 or not name})
-    if twice:
-        raise ManifestError(f"{table} has columns of the same name, or of none: {', '.join(map(repr, twice))}")
-    for number, line in enumerate(lines[1:], 2):
-        if len(line) != len(names):
-            raise ManifestError(f"{table}, line {number}: {len(line)} fields for {len(names)} columns")
-        yield {name: value.strip() for name, value in zip(names, line, strict=True)}
-
-
-def _json_lines(table: Path, text: str) -> Iterator[dict[str, str]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except ValueError as problem:
-            raise ManifestError(f"{table}, line {number} is not JSON: {problem}") from problem
-        if not isinstance(found, dict):
-            raise ManifestError(f"{table}, line {number}: expected an object, {{...}}")
-        yield _texts(found)
-
-
-def _parquet(table: Path) -> list[dict[str, str]]:
-    parquet: Any = require("pyarrow.parquet", "cohort", f"reading {table}")
-    try:
-        return [_texts(row) for row in parquet.read_table(table).to_pylist()]
-    except (OSError, ValueError) as problem:  # ArrowInvalid is a ValueError
-        raise ManifestError(f"{table} is not a Parquet table, or it is damaged: {problem}") from problem
-
-
-def _texts(record: Mapping[Any, Any]) -> dict[str, str]:
-    return {str(name): "" if value is None else str(value) for name, value in record.items()}
-
-
-def _places(table: Path, kind: str, count: int) -> list[str]:
-    """What errors call the rows: lines of a text, with the one of the names."""
-    first = 1 if kind in (".jsonl", ".ndjson", ".parquet") else 2
-    return [f"row {first + number}" for number in range(count)]
-
-
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +155,13 @@ def _row(record: Mapping[str, str], home: Path) -> Row:
     files = {name: home / record[name] for name in FILES if record.get(name)}
     extra = {name: value for name, value in record.items() if name not in COLUMNS}
     return Row(record.get("pair_id", ""), files, record.get("group", ""), extra)
+
+
+def _plain(row: Row) -> Row:
+    """A row as a table gives it: absolute paths, and text."""
+    files = {name: Path(os.path.abspath(path)) for name, path in row.files.items()}
+    extra = {str(name): as_text(value) for name, value in row.extra.items()}
+    return Row(as_text(row.pair_id), files, as_text(row.group), extra)
 
 
 def _of_images(pairs: Iterable[tuple[Path, Path]]) -> list[Row]:
@@ -256,6 +185,8 @@ def _checked(rows: list[Row], told: str, places: list[str]) -> list[Row]:
     ]
     if problems:
         raise ManifestError(f"{told} has rows without an image", problems)
+    extra = dict.fromkeys(name for row in rows for name in row.extra)
+    problems = [f"column {name} is one of the results: give it another name" for name in extra if is_result(name)]
     rows = _named(rows)
     owner: dict[str, str] = {}
     for place, row in zip(places, rows, strict=True):
@@ -268,14 +199,33 @@ def _checked(rows: list[Row], told: str, places: list[str]) -> list[Row]:
         known = owner.setdefault(name.lower(), place)  # some file systems do not tell capitals from small letters
         if known != place:
             problems.append(f"{place}: id {name!r} is that of {known} too")
-    exists: dict[Path, bool] = {}
+    looked: dict[Path, str] = {}
     for place, row in zip(places, rows, strict=True):
         for column, path in row.files.items():
-            if not exists.setdefault(path, path.exists()):
-                problems.append(f"{place}: {column} {path} does not exist")
+            if column not in FILES:
+                problems.append(f"{place}: {column} is no column of files: those are {', '.join(FILES)}")
+            if path not in looked:
+                looked[path] = _fault(path)
+            if looked[path]:
+                problems.append(f"{place}: {column} {path} {looked[path]}")
     if problems:
         raise ManifestError(f"{told} cannot be registered as it is", problems)
     return rows
+
+
+def _fault(path: Path) -> str:
+    """Why a file cannot be read, as far as its name tells; "" where it can."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return "has a name that is not UTF-8: rename it"
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "does not exist"
+    except (OSError, ValueError) as problem:
+        return f"cannot be read: {getattr(problem, 'strerror', None) or problem}"
+    return "" if os.access(path, os.R_OK) else "cannot be read: Permission denied"
 
 
 def _named(rows: list[Row]) -> list[Row]:

@@ -11,22 +11,44 @@ from types import TracebackType
 import torch
 
 PAGE = resource.getpagesize()
+GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _LACKING = ("not enough memory", "can't allocate memory", "out of memory")  # of torch's errors on CPU and CUDA
 
 
 def free(device: torch.device) -> int:
-    """Bytes that a device, or the machine, has to give; within a container what that may still take."""
+    """Bytes that a device, or the machine, has to give; within a container or a job what that may still take."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     found = 2**33  # where nothing tells
     with suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    with suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
+    return min([found, *(left for group in _groups() if (left := _left(group)) is not None)])
+
+
+def _groups() -> list[Path]:
+    """The control groups of this process, its own and those around it; none where there are no such."""
+    try:
+        own = next(line[3:] for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    inner = GROUPS / own.strip("/")
+    return [inner, *(group for group in inner.parents if group.is_relative_to(GROUPS))]
+
+
+def _left(group: Path) -> int | None:
+    """Bytes that a control group may still take; None where it has no limit.
+
+    What the system keeps of files counts as used, but is given back when it is needed: a run that has read many images
+    would else be told that there is no memory.
+    """
+    try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        found = min(found, max(0, limit - used))
-    return found
+        lines = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
+        kept = sum(int(line[1]) for line in lines if line[:1] in (["active_file"], ["inactive_file"]))
+    except (OSError, ValueError, IndexError):
+        return None
+    return max(0, limit - max(0, used - kept))
 
 
 def is_lack(problem: BaseException) -> bool:

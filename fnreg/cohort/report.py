@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from fnreg import __version__
+from fnreg.cohort.columns import COLUMNS, STATUSES, meaning
 from fnreg.cohort.ledger import Record, read_ledger
 from fnreg.cohort.manifest import ManifestError, read_table
-from fnreg.cohort.study import COLUMNS, PAIRS, STATUSES, StudyError, command, read_settings
+from fnreg.cohort.study import PAIRS, StudyError, command, read_settings
 from fnreg.extras import MissingExtraError
 from fnreg.io.files import write_bytes
 from fnreg.settings import DRAWN
@@ -87,10 +88,6 @@ def read_pairs(folder: Path) -> list[Pair]:
         rows = [{k: v for k, v in row.items() if v} for row in read_table(folder / "manifest.tsv")]
     except ManifestError as problem:
         raise StudyError(f"{folder} has no manifest.tsv that can be read: {problem}") from problem
-    unnamed = [number for number, row in enumerate(rows, 2) if "pair_id" not in row]
-    if unnamed or not rows:
-        what = f"line {unnamed[0]} has no pair_id" if unnamed else "it has no rows"
-        raise StudyError(f"{folder / 'manifest.tsv'} is no table of a study: {what}")
     known = read_ledger(folder)
     return [(row, {"status": "pending"} | known.get(row["pair_id"], {})) for row in rows]
 
@@ -153,7 +150,7 @@ def _page(folder: Path, pairs: Sequence[Pair], measure: str, why: Mapping[str, s
     """The template with what belongs into it, in one pass: no text of the data is taken for a place of it."""
     from fnreg.cohort.album import figures_of
 
-    there = {row["pair_id"]: figures_of(folder, row["pair_id"]) for row, _ in pairs}
+    there = {row["pair_id"]: figures_of(folder, row, record) for row, record in pairs}
     inside = (row["pair_id"] for row, record in pairs[:INSIDE] if record["status"] != "pending")
     pictures = {name: _inside(folder, name, there[name]) for name in inside if there[name]}
     name = os.path.basename(os.path.abspath(folder))
@@ -191,6 +188,7 @@ def _data(
     found = [{**row, **{key: v for key, v in record.items() if key not in APART}} for row, record in pairs]
     names = [column for column in dict.fromkeys([*COLUMNS, *(key for row in found for key in row)])]
     names = [column for column in names if any(_told(row.get(column)) is not None for row in found)]
+    given = {column for row, _ in pairs for column in row}
     rest = [
         {
             "history": _course(record.get("history"), COURSE if rank < INSIDE else COURSE_OUTSIDE),
@@ -209,7 +207,7 @@ def _data(
         "statuses": STATUSES,
         "severity": SEVERITY,
         "measure": measure,
-        "columns": [{"name": column, "meaning": COLUMNS.get(column, "of the table of pairs")} for column in names],
+        "columns": [{"name": column, "meaning": meaning(column, given)} for column in names],
         "table": [column for column in TABLE if column in names],
         "histograms": [column for column in HISTOGRAMS if column in names],
         "rows": [[_told(row.get(column)) for column in names] for row in found],

@@ -48,9 +48,9 @@ def _save(outcome: Outcome | Refused, asked: Asked) -> Record:
     if outcome.result is not None:
         try:
             found |= _results(outcome, outcome.pair, asked)
-        except OSError:
-            raise  # of the disk, not of the pair
         except Exception as problem:
+            if isinstance(problem, OSError) and not isinstance(problem, ValueError):
+                raise  # of the disk; what cannot be read is a ValueError too, and of the pair
             found |= {"status": "failed", "reason": told(problem)}
             trace = repr(problem)
     _told(row, asked, found, trace)

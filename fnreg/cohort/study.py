@@ -8,61 +8,29 @@ What is done is what the ledger says: a pair is done with the same settings, for
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fnreg.cohort.columns import COLUMNS as COLUMNS
+from fnreg.cohort.columns import DONE as DONE
+from fnreg.cohort.columns import OF_RECORDS, meaning
+from fnreg.cohort.columns import OK as OK
+from fnreg.cohort.columns import STATUSES as STATUSES
+from fnreg.cohort.columns import WARN as WARN
 from fnreg.cohort.ledger import Record, read_ledger
-from fnreg.cohort.manifest import FILES, REQUIRED, Row, write_manifest
-from fnreg.io.files import Print, write_bytes
+from fnreg.cohort.manifest import FILES, REQUIRED, ManifestError, Row, read_table, write_manifest
+from fnreg.cohort.parquet import is_there, parquet_bytes
+from fnreg.io.files import Print, WriteError, write_bytes
 from fnreg.settings import Settings
-
-OK, WARN = "ok", "warn"
-DONE = (OK, WARN)
-STATUSES = {
-    OK: "registered",
-    WARN: "registered, but look at it: `reason` says why",
-    "invalid_input": "an input could not be used",
-    "failed": "the registration ended without a result",
-    "diverged": "the registration diverged",
-    "crashed": "the process ended while it worked on this pair, twice",
-    "timeout": "the pair took too long",
-    "pending": "not done yet",
-}
-COLUMNS = {
-    "pair_id": "the id of the pair",
-    "status": f"one of {', '.join(STATUSES)}",
-    "reason": "why it is not ok, in a sentence",
-    "fixed": "the image that stays",
-    "moving": "the image that is moved",
-    "transform": "the file of the map, from fixed to moving points, in the folder of the study",
-    "value_before": "the objective at the start",
-    "value_after": "the objective at the end, on the finest level",
-    "dice_mean": "mean Dice overlap of the labels, 1 is best",
-    "tre_mean": "mean distance of the mapped fixed points from the moving ones, mm",
-    "tre_p95": "95th percentile of these distances, mm",
-    "jac_min": "smallest determinant of the map's Jacobian matrix at the fixed voxels",
-    "jac_max": "largest determinant",
-    "folds": "share of the fixed voxels at which the determinant is 0 or less",
-    "sdlogj": "standard deviation of the logarithm of the determinant",
-    "inverse_consistency_mm": "mean distance of the way there and back, mm",
-    "steps": "steps taken on all levels",
-    "seconds": "time of the batch over its pairs",
-    "peak_mb": "highest memory of the process, MB",
-    "device": "where it was computed",
-    "settings_sha": "SHA-256 of settings.toml",
-    "attempts": "how often the pair was begun",
-}
-
-
-OF_RECORDS = ("inputs", "beside", "history", "warnings", "time")  # what the ledger knows and the table does not tell
-
 
 PAIRS = "pairs"  # the folder of the folders of pairs
 
@@ -83,7 +51,8 @@ class Study:
     rows : the pairs
     settings : plain values by name
 
-    Raises StudyError where the folder holds something else, or a study with other settings.
+    Raises StudyError where the folder holds something else, or a study with other settings or none of these pairs;
+    WriteError where it cannot be written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str], rows: Sequence[Row], settings: Mapping[str, Any]) -> None:
@@ -91,13 +60,21 @@ class Study:
         self.sha = settings_sha(self.settings)
         if self.folder.exists() and not self.folder.is_dir():
             raise StudyError(f"{self.folder} is a file: give a folder")
-        there = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        try:
+            there = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        except OSError as problem:
+            raise WriteError(f"{self.folder} cannot be read: {problem.strerror or problem}") from problem
         there = [name for name in there if not is_scratch(name)]
         if there and "settings.toml" not in there:
             raise StudyError(f"{self.folder} holds {there[0]!r} and no study: give an empty folder, or that of a study")
         if there:
             self._check_settings()
-        self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_pairs()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            told = f"{self.folder} cannot be made: {problem.strerror or problem}"
+            raise WriteError(f"{told}; give a folder that can be written to") from problem
         if not there:
             write_bytes(self.folder / "settings.toml", toml(self.settings).encode())
         self.write_manifest()
@@ -110,6 +87,16 @@ class Study:
             raise StudyError(
                 f"{self.folder} was made with other settings: {told}; give another folder, or the same ones"
             )
+
+    def _check_pairs(self) -> None:
+        """A table may grow and shrink, but of a wholly other one the results would take the place of these."""
+        try:
+            before = [row["pair_id"] for row in read_table(self.folder / "manifest.tsv")]
+        except ManifestError:  # it will be written anew
+            return
+        if not set(before) & {row.pair_id for row in self.rows}:
+            told = f"{self.folder} is a study of {len(before)} other pairs, such as {before[0]}, and of none of these"
+            raise StudyError(f"{told}: give another folder, or a table that goes on with those")
 
     def write_manifest(self) -> None:
         """manifest.tsv, where it is not there or has other rows."""
@@ -129,18 +116,26 @@ class Study:
 
     def table(self) -> list[dict[str, Any]]:
         """One row per pair of the study, in its order, with the columns of `COLUMNS` and all others that there are."""
-        known = read_ledger(self.folder, without=OF_RECORDS)
-        return [{**row.record(), **known.get(row.pair_id, {"status": "pending"})} for row in self.rows]
+        return list(self._rows(read_ledger(self.folder, without=OF_RECORDS)))
+
+    def _rows(self, known: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
+        """Made one by one: of very many pairs not even the table is small."""
+        return ({**row.record(), **known.get(row.pair_id, {"status": "pending"})} for row in self.rows)
 
     def write_table(self) -> None:
-        """pairs.tsv and pairs.json, what its columns mean; where they say so already they stay."""
-        table = self.table()
-        names = dict.fromkeys(name for row in table for name in row)
+        """pairs.tsv, with the extra `cohort` also pairs.parquet, and pairs.json, what the columns mean; where they say
+        so already they stay."""
+        known = read_ledger(self.folder, without=OF_RECORDS)
+        names = dict.fromkeys(name for row in self._rows(known) for name in row)
         columns = [*COLUMNS, *(name for name in names if name not in COLUMNS)]
-        _write(self.folder / "pairs.tsv", _tsv(columns, table))
+        _write(self.folder / "pairs.tsv", _tsv(columns, self._rows(known)))
+        if is_there():
+            _write(self.folder / "pairs.parquet", parquet_bytes(columns, list(self._rows(known))))
+        else:  # it would be that of an earlier run
+            (self.folder / "pairs.parquet").unlink(missing_ok=True)
         given = {name for row in self.rows for name in row.record()}
-        meaning = {name: {"Description": _meaning(name, given)} for name in columns}
-        _write(self.folder / "pairs.json", (json.dumps(meaning, indent=2) + "\n").encode())
+        told = {name: {"Description": meaning(name, given)} for name in columns}
+        _write(self.folder / "pairs.json", (json.dumps(told, indent=2) + "\n").encode())
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -156,6 +151,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def command(row: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     """The `fnreg register` that does with a pair what a study does; its columns, and the settings of the study."""
     words = ["fnreg", "register", row["fixed"], row["moving"], "-o", row["pair_id"]]
+    if row["pair_id"].startswith("-"):  # no option
+        words[-2:] = [f"--output={row['pair_id']}"]
     given = dict(settings) | ({"init": row["initial"]} if "initial" in row else {})
     for name, value in given.items():
         if value != getattr(Settings(), name, "") and (not given.get("preset") or name != "transform"):
@@ -181,6 +178,12 @@ def fingerprint(path: Path) -> Print:
     return size, changed, whole.hexdigest()
 
 
+@functools.lru_cache(maxsize=2**12)
+def _content(path: Path, size: int, changed: int) -> str:
+    """The SHA-256 of a file as it is now: one that was touched may be that of thousands of pairs."""
+    return fingerprint(path)[2]
+
+
 def _stat(path: Path) -> tuple[int, int]:
     each = [file.stat() for file in _files(path)]
     return sum(told.st_size for told in each), max((told.st_mtime_ns for told in each), default=0)
@@ -201,28 +204,11 @@ def unchanged(row: Row, inputs: Mapping[str, Sequence[Any]], beside: Mapping[str
         path = Path(name)
         try:
             now, when = _stat(path)
-            if now != size or (when != changed and fingerprint(path)[2] != sha):
+            if now != size or (when != changed and _content(path, now, when) != sha):
                 return False
         except OSError:
             return False
     return True
-
-
-MORE = {
-    "ended": "how the descent ended",
-    "tre_max": "largest distance of the mapped fixed points from the moving ones, mm",
-    "dice_mean_before": "mean Dice overlap of the labels at the start",
-    "tre_mean_before": "mean distance of the points at the start, mm",
-}
-
-
-def _meaning(name: str, given: Iterable[str]) -> str:
-    """What a column holds; given : those of the table of pairs."""
-    if name in COLUMNS or name in MORE:
-        return COLUMNS.get(name) or MORE[name]
-    if name.startswith("dice_") and name not in given:
-        return f"Dice overlap of label {name.removeprefix('dice_')}"
-    return "of the table of pairs"
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -236,12 +222,14 @@ def is_scratch(name: str) -> bool:
 
 
 def _tsv(columns: Sequence[str], table: Iterable[Mapping[str, Any]]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(columns)
-    for row in table:
-        writer.writerow(_cell(row.get(name)) for name in columns)
-    return text.getvalue().encode()
+    content = io.BytesIO()
+    with io.TextIOWrapper(content, "utf-8", newline="") as text:
+        writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+        writer.writerow(columns)
+        for row in table:
+            writer.writerow(_cell(row.get(name)) for name in columns)
+        text.flush()
+        return content.getvalue()
 
 
 def _cell(value: Any) -> str:
@@ -250,4 +238,4 @@ def _cell(value: Any) -> str:
         return "n/a"
     if isinstance(value, float):
         return f"{value:.8g}"
-    return " ".join(str(value).split())
+    return re.sub(r"[\t\r\n]+", " ", str(value))

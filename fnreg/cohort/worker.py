@@ -6,6 +6,7 @@ goes back to the process that keeps the ledger.
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import threading
 from collections import deque
@@ -21,6 +22,7 @@ from fnreg.cohort.ledger import Record
 from fnreg.cohort.load import Asked
 from fnreg.cohort.local import Pipeline
 from fnreg.cohort.manifest import Row
+from fnreg.cohort.shared import SharedImages
 from fnreg.settings import Settings
 
 
@@ -28,7 +30,7 @@ class Order(NamedTuple):
     """What all workers are to do.
 
     settings : with their device; folder : of the study; space, batch_size : as of `cohort.run`
-    needed : files that every worker has to see
+    needed : files that every worker has to see; shared : images of several pairs
     """
 
     settings: Settings
@@ -36,6 +38,7 @@ class Order(NamedTuple):
     space: str | None = None
     batch_size: int | None = None
     needed: tuple[Path, ...] = ()
+    shared: tuple[Path, ...] = ()
 
 
 class Answer(NamedTuple):
@@ -51,17 +54,18 @@ class Answer(NamedTuple):
 class Worker:
     """A pipeline in a thread of its own.
 
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from fnreg.cohort.worker import Order, Worker
-    >>> from fnreg.settings import Settings
-    >>> worker = Worker()
-    >>> with tempfile.TemporaryDirectory() as study:
-    ...     _ = (Path(study) / "settings.toml").write_text("")
-    ...     version = worker.start(Order(Settings(), Path(study)), threads=1, share=1.0)
-    ...     worker.step([], True).wanted
-    ...     worker.end()
-    4
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from fnreg.cohort.worker import Order, Worker
+        >>> from fnreg.cohort.shared import SharedImages
+    from fnreg.settings import Settings
+        >>> worker = Worker()
+        >>> with tempfile.TemporaryDirectory() as study:
+        ...     _ = (Path(study) / "settings.toml").write_text("")
+        ...     version = worker.start(Order(Settings(), Path(study)), threads=1, share=1.0)
+        ...     worker.step([], True).wanted
+        ...     worker.end()
+        4
     """
 
     def __init__(self) -> None:
@@ -85,6 +89,7 @@ class Worker:
                     f"{platform.node()} does not see {path}: data and study need the same path on all machines"
                 )
         asked = Asked.of(order.settings, order.folder, order.space)
+        asked = dataclasses.replace(asked, images=SharedImages(order.shared))
         sizes = Sizes(asked.device, fixed=order.batch_size, refills=asked.refills, share=SHARE * share)
         self._line = Pipeline(asked, sizes, take=self._take, keep=self._keep, stop=self._stop)
         threading.Thread(target=self._work, args=(order.settings.threads or threads,), daemon=True).start()

@@ -95,7 +95,7 @@ def run(
         choose("space", space, options.SPACES)
     choose("figures", figures, DRAWN)
     part = _shard(shard)
-    rows = _rows(table, all_to, all_pairs, bids, suffix, glob)
+    rows = _rows(table, all_to, all_pairs, bids, suffix, glob, output)
     from fnreg import cohort
 
     stop, told = threading.Event(), _Told(as_json)
@@ -127,9 +127,11 @@ def _report(study: Path, figures: str, quiet: bool) -> None:
 
     try:
         found = write_report(study, figures=figures, progress=None if quiet else drawn())
-    except OSError as problem:
+    except (OSError, ValueError) as problem:
         print(f"fnreg: warning: no report was written: {problem}", file=sys.stderr)
         return
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("all pairs are done: fnreg report writes the page") from None
     for note in found["notes"]:
         print(f"fnreg: warning: {note}", file=sys.stderr)
     if not quiet:
@@ -145,15 +147,18 @@ def status(study: Path, /, *, as_json: Json = False, verbose: Verbose = False) -
     study
         The folder that run writes to; it may be at work.
     """
+    from fnreg.cohort.columns import OF_RECORDS, STATUSES
     from fnreg.cohort.ledger import read_ledger
-    from fnreg.cohort.manifest import ManifestError, read_ids
+    from fnreg.cohort.manifest import ManifestError, read_table
 
     table = study / "manifest.tsv"
     if not table.is_file():
         raise ManifestError(f"{study} holds no study: it has no manifest.tsv")
-    known = read_ledger(study)
-    found = Counter(known.get(name, {}).get("status", "pending") for name in read_ids(table))
-    print_table({"study": str(study), "pairs": sum(found.values()), **dict(found.most_common())}, as_json)
+    known = read_ledger(study, without=OF_RECORDS)
+    found = Counter(known.get(row["pair_id"], {}).get("status", "pending") for row in read_table(table))
+    order = [*STATUSES, *sorted(set(found) - set(STATUSES))]
+    counts = {name: found[name] for name in order if found[name]}
+    print_table({"study": str(study), "pairs": sum(found.values()), **counts}, as_json)
     return _code(found, (1, 1))
 
 
@@ -173,14 +178,22 @@ def validate(
     """Check a table of pairs: its columns, its ids, and that all files are there."""
     rows = _rows(table, all_to, all_pairs, bids, suffix, glob)
     files = Counter(name for row in rows for name in row.files)
-    print_table({"pairs": len(rows), **files}, as_json)
+    carried = dict.fromkeys(name for row in rows for name in row.extra)
+    told = {"carried through": ", ".join(carried)} if carried else {}
+    print_table({"pairs": len(rows), **files, **told}, as_json)
     return OK
 
 
 def _rows(
-    table: Path | None, all_to: Path | None, all_pairs: bool, bids: Path | None, suffix: str, glob: str | None
+    table: Path | None,
+    all_to: Path | None,
+    all_pairs: bool,
+    bids: Path | None,
+    suffix: str,
+    glob: str | None,
+    output: Path | None = None,
 ) -> list[Row]:
-    """The pairs that were asked for."""
+    """The pairs that were asked for; what a study has written into its folder is none of its images."""
     from fnreg.cohort import manifest
 
     made = all_to is not None or all_pairs
@@ -193,6 +206,8 @@ def _rows(
             "no pairs are given: give a table, or images by --glob or --bids with --all-to IMAGE or --all-pairs"
         )
     images = manifest.find_bids(bids, suffix) if bids is not None else manifest.find_images(glob or "")
+    if output is not None:
+        images = [image for image in images if output.absolute() not in image.absolute().parents]
     return manifest.all_pairs(images) if all_to is None else manifest.all_to(all_to, images)
 
 

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -76,6 +76,13 @@ def fingerprints() -> Generator[dict[str, Print]]:
         yield seen
     finally:
         _prints.reset(before)
+
+
+def add_fingerprints(prints: Mapping[str, Print]) -> None:
+    """Fingerprints of what this thread has read elsewhere, for who looks at them now."""
+    seen = _prints.get()
+    if seen is not None:
+        seen.update(prints)
 
 
 def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
