@@ -22,7 +22,7 @@ def begin() -> None:
     """Called in each worker."""
     real = solve.solve
 
-    def solved(batch: Sequence[Loaded], asked: Asked) -> list[solve.Outcome]:
+    def solved(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[solve.Outcome]:
         for pair in batch:
             home, name = asked.folder.parent, pair.row.pair_id
             if (home / "kill" / name).is_file():
@@ -32,6 +32,6 @@ def begin() -> None:
             if (home / "slow" / name).is_file():
                 (home / "pid").write_text(str(os.getpid()))
                 time.sleep(30)
-        return real(batch, asked)
+        return real(batch, asked, width=width)
 
     solve.solve = solved

@@ -11,7 +11,7 @@ from cohort_scenes import picture, register, results, same_tables, table, whole
 
 import fnreg
 from fnreg import Image, cli, cohort, io
-from fnreg.cohort import engine, solve
+from fnreg.cohort import local, solve
 from fnreg.cohort.manifest import Row
 from fnreg.cohort.study import StudyError
 from fnreg.settings import Settings
@@ -53,7 +53,7 @@ def batches_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(batch))
         return solve.attempt(batch, *rest)
 
-    monkeypatch.setattr(engine, "attempt", counted)
+    monkeypatch.setattr(local, "attempt", counted)
     return seen
 
 
