@@ -135,10 +135,10 @@ def test_a_worker_that_is_to_end_finishes_its_batch(tmp_path: Path, monkeypatch:
     rows, worker, real = pairs(tmp_path, 4), Worker(), solve.solve
     computing, go_on = threading.Event(), threading.Event()
 
-    def slow(batch: object, asked: Asked) -> object:
+    def slow(batch: object, asked: Asked, *, width: int) -> object:
         computing.set()
         assert go_on.wait(30)
-        return real(batch, asked)  # type: ignore[arg-type]
+        return real(batch, asked, width=width)  # type: ignore[arg-type]
 
     monkeypatch.setattr(solve, "solve", slow)
     worker.start(order(tmp_path / "study", rows, size=2), threads=1, share=1.0)
