@@ -1,4 +1,4 @@
-"""Data sets of small pairs through `cohort.run`, from files to files, against a loop over `register` in the same run.
+"""Data sets of small pairs through `cohort.run`, from files to files, beside loops over `register` and deepali's own.
 
 Pairs of different images of the same MNIST digit, 28 x 28, as NIfTI; default settings, parameters saved. Each row of
 the table is a process of its own, so that its memory is its own; the loop registers a part of the pairs one by one,
@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from benchmarks import deepali
 from benchmarks.images import same_digit_pairs
-from benchmarks.measure import Options, Table, apart
+from benchmarks.measure import Absent, Options, Table, apart, peer
 from fnreg import Image, Transform, cohort, io, register
 from fnreg.settings import Settings
 
@@ -48,6 +49,22 @@ def loop(home: Path, kind: str, count: int) -> float:
     return time.perf_counter() - begin
 
 
+def peer_loop(home: Path, kind: str, count: int) -> float:
+    """Seconds of deepali's loop, files read and written too."""
+    spatial = peer("deepali.spatial")
+
+    def free_form(grid: Any) -> Any:
+        return spatial.FreeFormDeformation(grid, stride=4)
+
+    make = {"rigid": spatial.RigidTransform, "free-form": free_form}[kind]
+    begin = time.perf_counter()
+    for row in rows_of(home, count):
+        fixed, moving = (io.read_image(row.files[side]).data for side in SIDES)
+        found = deepali.registered(make, fixed, moving, (100, 100, 100))
+        torch.save(found.transform.state_dict(), home / "one.pt")
+    return time.perf_counter() - begin
+
+
 def settings_of(kind: str) -> Settings:
     """Those of `register`."""
     return Settings(transform=KINDS[kind], init="header")
@@ -70,18 +87,23 @@ def write(home: Path, count: int) -> None:
 def run(options: Options) -> list[Table]:
     """One table."""
     counts, few = ((8, 16), 2) if options.quick else ((200, 1000, 2000, 10000), 20)
+    loops = "times a loop over `register`", "times deepali's loop"
     found = Table(
         "Data sets of pairs of 28 x 28, from files to files",
-        ("transform", "pairs", "seconds", "pairs a second", "share registering", "peak MiB", "times the loop"),
-        notes=(f"The loop is over {few} pairs; {torch.get_num_threads()} threads.",),
+        ("transform", "pairs", "seconds", "pairs a second", "share registering", "peak MiB", *loops),
+        notes=(f"The loops are over {few} pairs; {torch.get_num_threads()} threads.",),
     )
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         write(home, max(counts))
         for kind in KINDS:
             alone = apart(loop, home, kind, few) / few
+            try:
+                other = apart(peer_loop, home, kind, few) / few
+            except Absent as missing:
+                other, found.notes = None, (*found.notes, f"without deepali: {missing}")
             for count in counts:
                 row: Any = apart(study, home, kind, count)
                 rate = count / row[0]
-                found.rows.append((kind, count, row[0], rate, row[1], row[2], rate * alone))
+                found.rows.append((kind, count, row[0], rate, row[1], row[2], rate * alone, other and rate * other))
     return [found]
