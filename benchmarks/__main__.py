@@ -42,6 +42,7 @@ NAMES = (
     "histology",
     "ct_head2d",
     "data_sets",
+    "data_sets_ray",
     "early_stopping",
     "ragged",
 )

@@ -38,7 +38,7 @@ class Work:
     """The rows of one run, the ledger, and how far it is.
 
     rows : to be done; attempts : at them before, by id; before : status by id, of those that have one
-    pairs : of the whole study; sole : nobody else is at work on another part of it
+    pairs : of the whole study; stop, progress : as of `cohort.run`
     """
 
     def __init__(
