@@ -158,6 +158,7 @@ class Solved(NamedTuple):
     status: Tensor  # (B,) Status
     history: Tensor  # (B, steps) value at every step, NaN after the last
     terms: dict[str, Tensor]  # (B, steps) each, likewise, of the terms that the solver told
+    now: Any = None  # where the loop was at its end
 
 
 Progress = Callable[[int, int, int, float], None]  # step, steps, active pairs, mean value
@@ -172,30 +173,37 @@ def run(
     stop: Stop | None = None,
     frozen: Tensor | None = None,
     progress: Progress | None = None,
+    begin: int = 0,
+    end: int | None = None,
+    now: Now | None = None,
 ) -> Solved:
     """Iterate a solver on all pairs of a problem.
 
     steps : at most so many
+    begin, end : only the steps from the one up to the other, from 0; for a loop in parts, without `stop`
+    now : where the part before ended; then `params` and `frozen` do not count
     stop : None takes all of them, and then nothing depends on values: the loop may itself run inside vmap or grad
     frozen : (B,) pairs that stay as they are
     progress : told now and then
     """
     device = tree_leaves(params)[0].device
-    total = problem.size
+    total, end = problem.size, steps if end is None else end
     running = torch.ones(total, dtype=torch.bool, device=device) if frozen is None else ~frozen
+    if now is not None:
+        params, running = now.params, now.running
     status = torch.where(running, Status.STEPS.value, Status.DIVERGED.value)
     taken_steps = torch.zeros(total, dtype=torch.int64, device=device)
-    if steps == 0:
-        return Solved(params, taken_steps, status, torch.empty(total, 0, device=device), {})
+    if end == begin:
+        return Solved(params, taken_steps, status, torch.empty(total, 0, device=device), {}, now)
     rows: list[Tensor] = []
     rows_of: dict[str, list[Tensor]] = {}
     shown = float("nan")
     # From here on all is of the pairs `index` only, once some are dropped; `final` holds what the dropped ones reached.
     index: Tensor | None = None
     final = params
-    now = _Now(params, params, solver.init(problem, params), running)
+    now = Now(params, params, solver.init(problem, params), running) if now is None else now
     marks = None if stop is None else _Marks.start(params, running)
-    for number in range(steps):
+    for number in range(begin, end):
         length = marks.length if marks is not None and solver.scales else None
         taken = solver.step(problem, now.params, now.carry, number / steps, length)
         finite = torch.isfinite(taken.value)
@@ -215,7 +223,7 @@ def run(
         before = status if index is None else status[index]
         changed = torch.where(ended >= 0, ended, before)
         status = changed if index is None else status.index_copy(0, index, changed)
-        now = _Now(after, now.params, taken.carry, now.running & (ended < 0))
+        now = Now(after, now.params, taken.carry, now.running & (ended < 0))
         look = stop is not None and (number + 1) % stop.every == 0
         if progress is not None and (look or stop is None or number + 1 == steps):
             found = row[torch.isfinite(row)]
@@ -233,18 +241,18 @@ def run(
             width = problem.size
             problem, marks = problem.take(keep), tree_take(marks, keep)
             carry = tree_map(lambda leaf: leaf[keep] if _batched(leaf, width) else leaf, now.carry)  # noqa: B023
-            now = _Now(*tree_take((now.params, now.previous), keep), carry, now.running[keep])
+            now = Now(*tree_take((now.params, now.previous), keep), carry, now.running[keep])
     if marks is not None and solver.scales and bool(now.running.any()):  # the last step has not been looked at yet
         last = solver.step(problem, now.params, now.carry, 1.0, marks.length)
         marks = marks.lower(last, now.running & torch.isfinite(last.value))
     final = _put(final, index, now.params if marks is None else marks.best_params)
-    history = _course(rows, steps)
+    history = _course(rows, end - begin)
     unknown = torch.isnan(history)
-    terms = {name: torch.where(unknown, torch.nan, _course(each, steps)) for name, each in rows_of.items()}
-    return Solved(final, taken_steps, status, history, terms)
+    terms = {name: torch.where(unknown, torch.nan, _course(each, end - begin)) for name, each in rows_of.items()}
+    return Solved(final, taken_steps, status, history, terms, now)
 
 
-class _Now(NamedTuple):
+class Now(NamedTuple):
     """Where the loop is."""
 
     params: Any
