@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from fnreg.concrete import concretely
 from fnreg.implicit import Condition, NoOptimumError, Search, optimum
@@ -367,8 +368,9 @@ def _ranks(tree: dict[str, Any], stages: list[Stage], whole: Inputs) -> tuple[di
 def _asked(tree: Any) -> bool:
     """Whether a derivative by a leaf is taken."""
     leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-    recorded = [leaf for leaf in leaves if torch.is_grad_enabled() or is_transformed(leaf)]
-    return forward_asked() or any(is_differentiated(leaf) for leaf in recorded)
+    if any(is_differentiated(leaf) for leaf in leaves if torch.is_grad_enabled() or is_transformed(leaf)):
+        return True
+    return forward_asked() and any(is_transformed(leaf) or unpack_dual(leaf).tangent is not None for leaf in leaves)
 
 
 def _parts(transform: Transform) -> list[Transform]:
