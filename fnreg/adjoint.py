@@ -404,8 +404,11 @@ def _check_rates(stages: list[Stage]) -> None:
 def _check_captured(stages: list[Stage], adjoint: Any) -> None:
     """Tensors within the function of a term are out of sight: derivatives by them would be lost in silence."""
     for term in (term for stage in stages for one in stage.objective for term in one.terms):
-        within = [term.function, *(value for _, value in term.options)]
-        if any(_asked(_captured(value, 3)) for value in within):
+        function = term.function.function if isinstance(term.function, Feature) else term.function
+        within = [_captured(value, 3) for value in (function, *(value for _, value in term.options))]
+        if isinstance(function, torch.nn.Module):  # one that `functional_call` uses within a function is not asked
+            within.append(list(function.parameters()))
+        if any(_asked(tensors) for tensors in within):
             raise ValueError(
                 f"{term.name} holds a tensor that asks for a gradient, which {type(adjoint).__name__}() does not see: "
                 "make it a weight, images or points, such as Image(network(fixed)), or detach it, or use Unrolled()"
@@ -423,12 +426,8 @@ def _captured(value: Any, depth: int) -> list[Tensor]:
         inner = list(value)
     elif isinstance(value, functools.partial):
         inner = [value.func, *value.args, *value.keywords.values()]
-    elif isinstance(value, Feature):
-        inner = [value.function]
     elif inspect.isfunction(value):
         inner = [cell.cell_contents for cell in value.__closure__ or ()]
-    if isinstance(value, torch.nn.Module):  # as the function itself; one that `functional_call` uses is not asked
-        return list(value.parameters())
     return [tensor for item in inner if depth for tensor in _captured(item, depth - 1)]
 
 

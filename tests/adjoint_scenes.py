@@ -118,5 +118,3 @@ def differences(function: Callable[[Tensor], Tensor], point: Tensor, along: Tens
 def direction(like: Tensor) -> Tensor:
     """Some direction of a tensor's shape."""
     return uniform(*like.shape, seed=5) if like.ndim else tensor(1.0)
-
-

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import grad
 
 from fnreg.pytree import tree_detach, tree_flatten, tree_unflatten
 from fnreg.solvers.base import Now, Progress, Solved, run
@@ -101,12 +102,15 @@ def _piece(problem: Any, solver: Any, now: Now, options: dict[str, Any]) -> Solv
         told: dict[str, Any] = options | ({"progress": None} if again else {})
         solved = run(problem.with_data(data), then.params, solver, now=then, **told)
         made, structure = tree_flatten(solved)
-        found[:] = [structure, [None if isinstance(leaf, Tensor) else leaf for leaf in made]]
+        found[:] = [structure, [leaf if not isinstance(leaf, Tensor) else _OURS for leaf in made]]
         return tuple(leaf for leaf in made if isinstance(leaf, Tensor))
 
     tensors = iter(_Again.apply(part, *(leaves[place] for place in places)))  # type: ignore[no-untyped-call]
     structure, made = found
-    return tree_unflatten([next(tensors) if leaf is None else leaf for leaf in made], structure)
+    return tree_unflatten([next(tensors) if leaf is _OURS else leaf for leaf in made], structure)
+
+
+_OURS: Any = object()  # where a tensor goes
 
 
 class _Again(torch.autograd.Function):
@@ -129,16 +133,15 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         given = list(ctx.saved_tensors)
         wanted = [n for n, tensor in enumerate(given) if ctx.needs_input_grad[n + 1] and tensor.is_floating_point()]
-        floating: list[int] = []
 
-        def of(*values: Tensor) -> tuple[Tensor, ...]:
+        def weighed(values: tuple[Tensor, ...]) -> Tensor:
             filled = list(given)
             for n, value in zip(wanted, values, strict=True):
                 filled[n] = value
-            found = ctx.part(tuple(filled), True)
-            floating[:] = [n for n, one in enumerate(found) if one.is_floating_point()]
-            return tuple(found[n] for n in floating)
+            found = zip(ctx.part(tuple(filled), True), cotangents, strict=True)
+            return torch.stack([(one * by).sum().double() for one, by in found if one.is_floating_point()]).sum()
 
-        made: Any = torch.func.vjp(of, *(given[n] for n in wanted))
-        by_wanted = dict(zip(wanted, made[1](tuple(cotangents[n] for n in floating)), strict=True))
-        return (None, *(by_wanted.get(n) for n in range(len(given))))
+        # All within one transform: what `vjp` gives is called after its level has gone, which not all Functions bear.
+        by_wanted = grad(weighed)(tuple(given[n] for n in wanted))
+        known = dict(zip(wanted, by_wanted, strict=True))
+        return (None, *(known.get(n) for n in range(len(given))))
