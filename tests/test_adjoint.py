@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -330,3 +332,18 @@ def test_without_a_derivative_it_is_register() -> None:
     both = solve(stack([fixed, fixed]), moving, chosen, **{**options, "start": "header"})
     assert both.value.shape == (2,)
     assert tree_map(lambda leaf: leaf.shape[0], both.mapping.params) == {"coefficients": 2}
+
+
+def test_the_page_runs() -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "differentiable.md"
+    blocks = re.findall(
+        r"^```\{code-cell\} ipython3\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert len(blocks) == 4
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), namespace)
+    assert float(namespace["rate"]) > 0.1
+    eye = torch.eye(2, dtype=torch.float64)
+    assert_close(jacrev(namespace["found"])(namespace["moving"].grid.center), eye, atol=1e-4, rtol=0)
+    assert float(namespace["data"].grad.abs().max()) > 0
