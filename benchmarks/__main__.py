@@ -30,6 +30,7 @@ NAMES = (
     "itk_slices",
     "files",
     "growth",
+    "adjoint",
     "brain_affine",
     "brain_deformable",
     "brain_race",

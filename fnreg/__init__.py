@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     from fnreg import optim as optim
     from fnreg import plot as plot
     from fnreg import presets as presets
+    from fnreg.adjoint import Checkpointed as Checkpointed
+    from fnreg.adjoint import Implicit as Implicit
+    from fnreg.adjoint import Unrolled as Unrolled
+    from fnreg.adjoint import differentiable as differentiable
     from fnreg.grid import Grid as Grid
     from fnreg.image import Image as Image
     from fnreg.image import Subject as Subject
+    from fnreg.implicit import NoOptimumError as NoOptimumError
     from fnreg.losses import descriptors as descriptors
     from fnreg.losses import functional as functional
     from fnreg.losses import information as information
@@ -101,8 +106,10 @@ if TYPE_CHECKING:
     from fnreg.transforms.tps import tps_mapping as tps_mapping
 
 _HOME = {
+    "fnreg.adjoint": ("Checkpointed", "Implicit", "Unrolled", "differentiable"),
     "fnreg.grid": ("Grid",),
     "fnreg.image": ("Image", "Subject"),
+    "fnreg.implicit": ("NoOptimumError",),
     "fnreg.losses.terms": (
         "Objective",
         "Term",

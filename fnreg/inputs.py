@@ -19,7 +19,7 @@ from fnreg.notes import warn
 from fnreg.pair import Pair
 from fnreg.problem import Level
 from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach, tree_map
-from fnreg.sampling import Padding
+from fnreg.sampling import Mode, Padding
 from fnreg.solvers.base import Status
 from fnreg.transforms.base import Domain, Mapping, Transform, first_domain
 
@@ -33,6 +33,7 @@ class Inputs:
     sizes : length of the leading axis of every batched leaf, by name; wrapped : inside a torch.func transform
     sharp : of the masks of both sides, see `Subject`
     needs : what objectives ask for; labels and points, (fixed, moving), are there where these ask for them
+    mode : how the moving images are interpolated
     """
 
     fixed: tuple[Image, ...]
@@ -47,6 +48,7 @@ class Inputs:
     labels: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
     labels_differ: Tensor | None = None
     points: tuple[Points | None, Points | None] = (None, None)
+    mode: Mode = "linear"
 
     @property
     def domain(self) -> Grid:
@@ -85,7 +87,8 @@ class Inputs:
             to_moving = to_moving @ then.matrix() if then.transform.linear else None
         from_fixed = over_batch(_from_index, grid=(fixed.grid, fixed.grid.ranks()))
         masks = self.fixed_masks[number], self.moving_masks[other]
-        pairs = Pair(fixed, moving, objective, from_fixed, *masks, then, to_moving, domain, annotations, self.sharp)
+        rest = then, to_moving, domain, annotations, self.sharp, self.mode
+        pairs = Pair(fixed, moving, objective, from_fixed, *masks, *rest)
         return Level(transform, pairs, batch_axes("pair", pairs, pairs.ranks())[0], size, padding)
 
     def _annotations(self, number: int, other: int) -> Annotations | None:
@@ -174,7 +177,7 @@ def prepare(
             warn(
                 f"{levels} levels were asked for but a fixed image of size {known[0].image.grid.size} gives {made}: "
                 f"no axis may fall below {min_size} voxels",
-                stacklevel=3,
+                stacklevel=4,
             )
     if then is not None:
         sizes |= batch_axes("then", then, then.ranks())[1]

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, jacfwd, jvp, vmap
+from torch.func import grad_and_value, jacfwd, jvp, vjp, vmap
 
 from fnreg.annotations import Annotations
 from fnreg.grid import Grid, apply_matrix, index_points
 from fnreg.image import Image
 from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
 from fnreg.pytree import pytree_dataclass, static, tree_flatten, tree_leaves, tree_unflatten
-from fnreg.sampling import Padding, Sampled, sample
+from fnreg.sampling import Mode, Padding, Sampled, interpolate, sample, within
 from fnreg.transforms.base import (
     Domain,
     Mapping,
@@ -42,6 +42,7 @@ class Pair:
     given_domain: Domain | None = None  # of the transform, where it is not the fixed grid
     annotations: Annotations | None = None  # labels and points, where the objective asks for them
     sharp: tuple[bool, bool] = static(default=(False, False))  # of the fixed and the moving mask, see `Subject`
+    mode: Mode = static(default="linear")  # how the moving image is interpolated
 
     @property
     def domain(self) -> Domain:
@@ -103,8 +104,25 @@ def cut(mask: Tensor) -> Tensor:
 
 def pair_seen(pair: Pair, coords: Tensor, padding: Padding | None) -> tuple[Sampled, Tensor | None]:
     """The moving image at coordinates, and the weights."""
-    seen = sample(pair.moving.data, coords, padding="border" if padding is None else padding)
+    data, outside = pair.moving.data, "border" if padding is None else padding
+    if pair.mode == "linear":
+        seen = sample(data, coords, padding=outside)
+    else:
+        value = interpolate(data, coords, mode=pair.mode, padding=outside)
+        seen = Sampled(value, value.new_empty(0), within(coords, data.shape[:0:-1]).to(value.dtype))
     return seen, pair_weights(seen.inside, coords, pair, padding)
+
+
+def pair_slopes(pair: Pair, coords: Tensor, padding: Padding | None) -> Tensor:
+    """The derivative (C, D, N) of the moving image by the coordinates, where sampling does not give it."""
+
+    def seen(where: Tensor) -> Tensor:
+        return pair_seen(pair, where, padding)[0].value
+
+    made: Any = vjp(seen, coords)
+    value, pull = made
+    one = torch.eye(len(value), dtype=value.dtype, device=value.device)
+    return vmap(pull)(one.unsqueeze(2).expand(-1, -1, value.shape[1]))[0]
 
 
 def in_sight(value: Tensor, weights: Tensor | None) -> Tensor:
@@ -211,6 +229,7 @@ def pair_normal_equations(
     index = index_points(grid.size, dtype, found.device)
     coords = found.to(dtype) @ index if linear else found
     seen, weights = pair_seen(pair, coords, padding)
+    slope = seen.gradient if pair.mode == "linear" else pair_slopes(pair, coords, padding)
     needs = pair.objective.needs
 
     def residuals_of(warped: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -218,10 +237,10 @@ def pair_normal_equations(
 
     count = by_step.shape[-1]
     if linear:  # every tangent is a sum of the products of a slope and an index
-        products = seen.gradient.unsqueeze(2) * index  # (C, D, D + 1, N)
+        products = slope.unsqueeze(2) * index  # (C, D, D + 1, N)
         tangents = (by_step.reshape(-1, count).mT @ products.flatten(1, 2)).movedim(1, 0)  # (P, C, N)
     else:
-        tangents = torch.stack([(seen.gradient * by_step[..., p]).sum(1) for p in range(count)])
+        tangents = torch.stack([(slope * by_step[..., p]).sum(1) for p in range(count)])
     residuals, terms = residuals_of(seen.value)
     jacobian = vmap(lambda tangent: jvp(lambda x: residuals_of(x)[0], (seen.value,), (tangent,))[1])(tangents)  # (P, R)
     value = (residuals * residuals).sum().to(torch.float64)

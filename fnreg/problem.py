@@ -33,6 +33,15 @@ class Level:
         bound = functools.partial(function, self.transform, self.padding)
         return tree_vmap(bound, (*(None for _ in batched), self.axes), *batched, self.pairs)
 
+    @property
+    def data(self) -> Pair:
+        """All its tensors."""
+        return self.pairs
+
+    def with_data(self, data: Pair) -> Level:
+        """The same problem on other tensors."""
+        return dataclasses.replace(self, pairs=data)
+
     @functools.cached_property
     def _domain_axes(self) -> Axes:
         return domain_axes(self.pairs.domain)

@@ -29,20 +29,23 @@ from fnreg.pytree import (
     batch_size,
     first_pair,
     is_concrete,
+    is_tracked,
     is_transformed,
     over_batch,
     pytree_dataclass,
     static,
     tree_detach,
+    tree_leaves,
     tree_map,
     tree_take,
 )
-from fnreg.sampling import Mode, Padding
+from fnreg.sampling import MODES, Mode, Padding
 from fnreg.search import Choice, search, search_levels
 from fnreg.solvers.base import Status, Stop
 from fnreg.solvers.descent import Descent
 from fnreg.solvers.gauss_newton import GaussNewton
 from fnreg.solvers.loop import run
+from fnreg.solvers.recorded import Recording, run_recorded
 from fnreg.starts import STARTS, Start, begin, expand, initial_ranks, spread
 from fnreg.symmetric import BothWays
 from fnreg.transforms.base import Mapping, Params, Transform, domain_axes, same_place, warp
@@ -167,6 +170,46 @@ class Registration:
         return f"Registration({self.mapping.transform}, {count}, value {self.value.mean():.4g})"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Course:
+    """A registration as it went: what it was given, made ready, and the outcome of each stage, with a batch axis.
+
+    single : whether that axis is of one pair that was given without
+    """
+
+    whole: Inputs
+    stages: tuple[Stage, ...]
+    done: tuple[Solution, ...]
+    single: bool
+    choice: Choice | None
+
+    def shaped(self, tree: Any) -> Any:
+        """Without the batch axis where the pair was given without."""
+        return tree_map(lambda leaf: leaf[0], tree) if self.single else tree
+
+    def registration(self) -> Registration:
+        """What `register` gives of it."""
+        done, last, shaped = self.done, self.done[-1], self.shaped
+        mapping = Mapping(shaped(last.params), self.whole.domain, self.stages[-1].transform)
+        if last.then is not None:
+            mapping = (first_pair(last.then, last.then.ranks()) if self.single else last.then) @ mapping
+        choice = self.choice
+        if choice is not None:
+            begun = dataclasses.replace(choice.mapping, params=shaped(choice.mapping.params))
+            choice = Choice(begun, shaped(choice.candidate), choice.names)
+        return Registration(
+            mapping=mapping,
+            fixed_grid=self.whole.domain,
+            moving_grid=self.whole.moving[0].grid,
+            value=shaped(last.value),
+            terms=shaped(last.terms),
+            steps=shaped(torch.stack([n for part in done for n in part.steps], 1)),
+            status=shaped(last.status),
+            history=tuple(shaped(trace) for part in done for trace in part.traces),
+            choice=choice,
+        )
+
+
 def register(
     fixed: Input,
     moving: Input,
@@ -182,6 +225,7 @@ def register(
     initial: Params | Mapping | None = None,
     starts: Params | None = None,
     start: Start = "header",
+    interpolation: Mode = "linear",
     padding: Padding | None = None,
     symmetric: bool = False,
     stop: Stop | None = Stop(),
@@ -205,13 +249,16 @@ def register(
     start : "header" trusts the world coordinates; "center" aligns the grids' centres, "moments" the centres of mass;
         "auto" tries these and rotations on coarse images and begins with the best, which the result tells as `choice`:
         for a first stage that can turn or shift, else it is "header"
+    interpolation : of the moving image: "linear", or "cubic", the B-spline through its voxels, several times slower,
+        whose derivatives have no jumps
     padding : None gives voxels that map outside of the moving image no weight; otherwise they count and see
         "border", "zeros", "reflection" or a number
     symmetric : the mean of the losses of moving onto fixed and of fixed onto moving, in the stages of SVF and SVFFD
     stop : when a pair is done; None takes all steps, which a run inside vmap or grad needs
     progress : called with an `Event` now and then
 
-    Returns a `Registration`.  A single pair that fails raises RegistrationError; in a batch its status names the
+    Returns a `Registration`, without the history of its inputs: to differentiate through it by `loss.backward()`, use
+    `fnreg.differentiable`.  A single pair that fails raises RegistrationError; in a batch its status names the
     cause, and it changes nothing for the others.  Raises ValueError or TypeError where the arguments do not fit
     together.
 
@@ -223,13 +270,56 @@ def register(
     >>> result.mapping.params["translation"].round().tolist()
     [2.0, 1.0]
     """
-    default = Stage(Transform(), objective, solver, optimizer, levels, steps, stop)
-    given: list[Any] = [transform]
-    if isinstance(transform, Sequence) and not isinstance(transform, str):
-        given = list(transform)
-    if not given:
-        raise ValueError("no transform: give one, or a sequence of stages")
-    stages = [_resolve(stage, default) for stage in given]
+    made = course(
+        fixed,
+        moving,
+        transform,
+        objective=objective,
+        optimizer=optimizer,
+        solver=solver,
+        levels=levels,
+        min_size=min_size,
+        steps=steps,
+        then=then,
+        initial=initial,
+        starts=starts,
+        start=start,
+        interpolation=interpolation,
+        padding=padding,
+        symmetric=symmetric,
+        stop=stop,
+        progress=progress,
+    )
+    return made.registration()
+
+
+def course(
+    fixed: Input,
+    moving: Input,
+    transform: Transform | Stage | Sequence[Stage | Transform],
+    *,
+    objective: Any,
+    optimizer: Any,
+    solver: Any,
+    levels: int,
+    min_size: int,
+    steps: int | Sequence[int],
+    then: Mapping | None,
+    initial: Params | Mapping | None,
+    starts: Params | None,
+    start: Start,
+    interpolation: Mode,
+    padding: Padding | None,
+    symmetric: bool,
+    stop: Stop | None,
+    progress: Callable[[Event], None] | None,
+    recording: Recording | None = None,
+) -> Course:
+    """`register` with all that it found, stage after stage.
+
+    recording : how derivatives go through the loops of steps; None records nothing but where torch.func is around
+    """
+    stages = stages_of(transform, objective, solver, optimizer, levels, steps, stop)
     if symmetric and not any(stage.transform.negates for stage in stages):
         raise ValueError(f"{stages[-1].transform} has no cheap inverse: symmetric registration goes with SVF and SVFFD")
     objectives = [part for stage in stages for part in stage.objective]
@@ -237,10 +327,14 @@ def register(
     if start not in STARTS:
         raise ValueError(f"unknown start {start!r}: choose {', '.join(STARTS[:-1])} or {STARTS[-1]}")
     deeper = search_levels if start == "auto" else None
-    whole = prepare(fixed, moving, then, levels=most, min_size=min_size, objectives=objectives, deeper=deeper)
-    if is_transformed(objectives, initial, starts):
+    recorded = recording is not None
+    options: dict[str, Any] = {"objectives": objectives, "deeper": deeper, "detach": not recorded}
+    whole = prepare(fixed, moving, then, levels=most, min_size=min_size, **options)
+    whole = dataclasses.replace(whole, mode=_check_interpolation(interpolation))
+    if recorded or is_transformed(objectives, initial, starts):
         whole = dataclasses.replace(whole, wrapped=True)
     if not whole.wrapped:
+        _warn_of_gradients(fixed=fixed, moving=moving, objective=objectives, then=then, initial=initial, starts=starts)
         stages = [dataclasses.replace(stage, objective=tree_detach(stage.objective)) for stage in stages]
     sizes = dict(whole.sizes)
     for part in objectives:
@@ -259,39 +353,18 @@ def register(
         first = stages[0]
         choice = search(whole, first.transform, first.objective[0], size, padding, failures.cause > 0)
         start, initial = "header", None if choice is None else choice.mapping
-    done: list[_Solution] = []
+    done: list[Solution] = []
     for number, stage in enumerate(stages):
         earlier = (done[-1].map(whole.domain), done[-1].then) if done else None
         params, after = begin(
             whole, stage.transform, size, earlier, None if done else initial, "header" if done else start
         )
-        run_of = _Stage(whole, stage, size, after, padding, symmetric, number, len(stages), progress)
+        run_of = _Stage(whole, stage, size, after, padding, symmetric, number, len(stages), progress, recording)
         failures = done[-1].failures if done else failures
         done.append(run_of.solve(params, None if done else starts, failures))
-    last = done[-1]
     if whole.visible:
-        _warn_of_speed(last, whole.domain)
-
-    def shaped(tree: Any) -> Any:
-        return tree_map(lambda leaf: leaf[0], tree) if single else tree
-
-    def begun(choice: Choice) -> Mapping:
-        return dataclasses.replace(choice.mapping, params=shaped(choice.mapping.params))
-
-    mapping = Mapping(shaped(last.params), whole.domain, stages[-1].transform)
-    if last.then is not None:
-        mapping = (first_pair(last.then, last.then.ranks()) if single else last.then) @ mapping
-    return Registration(
-        mapping=mapping,
-        fixed_grid=whole.domain,
-        moving_grid=whole.moving[0].grid,
-        value=shaped(last.value),
-        terms=shaped(last.terms),
-        steps=shaped(torch.stack([n for part in done for n in part.steps], 1)),
-        status=shaped(last.status),
-        history=tuple(shaped(trace) for part in done for trace in part.traces),
-        choice=choice if choice is None else Choice(begun(choice), shaped(choice.candidate), choice.names),
-    )
+        _warn_of_speed(done[-1], whole.domain)
+    return Course(whole, tuple(stages), tuple(done), single, choice)
 
 
 def evaluate(
@@ -300,6 +373,7 @@ def evaluate(
     mapping: Mapping,
     *,
     objective: Any = mse,
+    interpolation: Mode = "linear",
     padding: Padding | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Value of an objective under a mapping, and each term's: a search is `evaluate` on a batch of mappings.
@@ -308,6 +382,7 @@ def evaluate(
     """
     total = as_objective(objective)
     whole = prepare(fixed, moving, None, levels=1, min_size=1, detach=False, objectives=(total,))
+    whole = dataclasses.replace(whole, mode=_check_interpolation(interpolation))
     check_dimension("mapping", mapping, whole.domain)
     ranks = mapping.ranks()
     sizes = batch_axes("mapping", mapping, ranks)[1] | batch_axes("objective", total, total.ranks())[1]
@@ -320,6 +395,19 @@ def evaluate(
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
+
+
+def stages_of(
+    transform: Any, objective: Any, solver: Any, optimizer: Any, levels: int, steps: Any, stop: Any
+) -> list[Stage]:
+    """The stages of a call of `register`, with nothing left open."""
+    default = Stage(Transform(), objective, solver, optimizer, levels, steps, stop)
+    given: list[Any] = [transform]
+    if isinstance(transform, Sequence) and not isinstance(transform, str):
+        given = list(transform)
+    if not given:
+        raise ValueError("no transform: give one, or a sequence of stages")
+    return [_resolve(stage, default) for stage in given]
 
 
 def _resolve(given: Stage | Transform, default: Stage) -> Stage:
@@ -361,7 +449,27 @@ def _resolve(given: Stage | Transform, default: Stage) -> Stage:
     )
 
 
-def _warn_of_speed(found: _Solution, domain: Grid) -> None:
+def _check_interpolation(mode: Mode) -> Mode:
+    if mode == "nearest":
+        raise ValueError("interpolation is 'nearest', which has no derivative: choose linear or cubic")
+    if mode not in MODES:
+        raise ValueError(f"unknown interpolation {mode!r}: choose linear or cubic")
+    return mode
+
+
+def _warn_of_gradients(**given: Any) -> None:
+    """What autograd is to take derivatives by comes to nothing here: say so."""
+    leaves = {name: [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for name, tree in given.items()}
+    asking = [name for name, found in leaves.items() if any(leaf.requires_grad for leaf in found)]
+    if asking and torch.is_grad_enabled():
+        warn(
+            f"{' and '.join(asking)} of register asks for a gradient, but its result is detached: call "
+            "fnreg.differentiable(fnreg.register) instead, or give detached tensors",
+            stacklevel=4,
+        )
+
+
+def _warn_of_speed(found: Solution, domain: Grid) -> None:
     """Squaring a flow is inaccurate where its first step is longer than a voxel: say so."""
     mapping = found.map(domain)
 
@@ -375,7 +483,7 @@ def _warn_of_speed(found: _Solution, domain: Grid) -> None:
             f"velocities of {found.transform} are too fast for its squarings in {int((step > 1).sum())} of {len(step)} "
             f"pairs, so its inverse is inaccurate there: use {more} steps more, or a stronger penalty",
             SpeedWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -404,8 +512,11 @@ class _Failures:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Solution:
-    """The outcome of a stage; everything has the batch axis."""
+class Solution:
+    """The outcome of a stage; everything has the batch axis.
+
+    then : what acts after its map; steps, traces : per level, coarse to fine
+    """
 
     transform: Transform
     params: Params
@@ -415,9 +526,10 @@ class _Solution:
     status: Tensor
     steps: list[Tensor]
     traces: list[Trace]
-    failures: _Failures
+    failures: Any = None  # what is known of causes
 
     def map(self, domain: Grid) -> Mapping:
+        """The map that was found."""
         return Mapping(self.params, domain, self.transform)
 
 
@@ -434,14 +546,18 @@ class _Stage:
     number: int
     stages: int
     progress: Callable[[Event], None] | None
+    recording: Recording | None = None
 
-    def solve(self, params: Params, starts: Params | None, failures: _Failures) -> _Solution:
+    def solve(self, params: Params, starts: Params | None, failures: _Failures) -> Solution:
         """All levels, coarse to fine.  With starts, S of them run per pair, fewer on every finer level."""
         whole, transform, stop = self.whole, self.stage.transform, self.stage.stop
         assert stop != "inherit"
-        if whole.wrapped and (stop is not None or not _is_pure(self.stage.solver)):
+        # Beside torch.func, autograd goes through any optimizer that works out of place.
+        free = self.recording is not None and self.recording.every is None and not is_tracked()
+        if whole.wrapped and (stop is not None or not (free or _is_pure(self.stage.solver))):
             raise ValueError(
-                "register inside vmap or grad needs stop=None and fnreg's own optimizer, such as adam(0.3, pure=True)"
+                "register inside vmap or grad needs stop=None and fnreg's own optimizer, such as adam(0.3, pure=True); "
+                "differentiable(register, adjoint=Implicit()) takes any"
             )
         counts = self._counts()
         width = 1
@@ -465,16 +581,13 @@ class _Stage:
                 apart = (self._in_parts(type(work).overlap, work, params) <= 0).reshape(self.size, width).all(1)
                 failures = failures.add(apart, Status.NO_OVERLAP)
             level = finer
-            solver = self.stage.solver
-            solved = run(
-                work,
-                params,
-                solver if starts is None else solver.take(each),
-                steps=count,
-                stop=stop,
-                frozen=(failures.cause > 0)[each],
-                progress=self._reporter(depth, len(counts)),
-            )
+            solver = self.stage.solver if starts is None else self.stage.solver.take(each)
+            options: dict[str, Any] = {"steps": count, "frozen": (failures.cause > 0)[each]}
+            options |= {"progress": self._reporter(depth, len(counts))}
+            if (recording := self._recording(depth)) is None:
+                solved = run(work, params, solver, stop=stop, **options)
+            else:
+                solved = run_recorded(work, params, solver, recording=recording, **options)
             params, status, taken, history = solved.params, solved.status, solved.steps, solved.history
             terms = solved.terms if count else dict.fromkeys(self._objective(depth).names, history)
             if starts is not None:
@@ -491,13 +604,19 @@ class _Stage:
         if whole.visible and _looks(self._objective(0)):
             failures = failures.add(self._in_parts(type(level).overlap, level, params) <= 0, Status.LOST_OVERLAP)
         status = torch.where(failures.cause > 0, failures.cause, status)
-        return _Solution(transform, params, self.then, value, terms, status, steps, traces, failures)
+        return Solution(transform, params, self.then, value, terms, status, steps, traces, failures)
 
     def _level(self, depth: int) -> Level | BothWays:
         stage = self.stage
         objective = self._objective(depth)
         level = self.whole.level(depth, stage.transform, objective, self.size, self.padding, self.then)
         return BothWays.of(level) if self.symmetric and stage.transform.negates else level
+
+    def _recording(self, depth: int) -> Recording | None:
+        """Where only the last steps count, these are of the finest level of the last stage."""
+        if self.recording is None or self.recording.last is None:
+            return self.recording
+        return self.recording if depth == 0 and self.number == self.stages - 1 else Recording(last=0)
 
     def _objective(self, depth: int) -> Objective:
         """That of a level, 0 the finest; a pyramid that ends early drops the coarsest."""

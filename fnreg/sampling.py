@@ -88,6 +88,13 @@ def sample(data: Tensor, coords: Tensor, *, padding: Padding = "border") -> Samp
     return Sampled(*(part.squeeze(0) for part in found))
 
 
+def within(coords: Tensor, size: Sequence[int]) -> Tensor:
+    """Whether coordinates (D, N) lie within the outer borders of a grid of `size`, x first: (N,) bool."""
+    near = KNOT.get(coords.dtype, 1e-2)
+    reach = [(x - (n - 1) / 2).abs() <= n / 2 + near for x, n in zip(coords, size, strict=True)]
+    return torch.stack(reach).all(0)
+
+
 def _check(data: Tensor, coords: Tensor, mode: str, padding: Padding) -> None:
     dimension = data.ndim - 1
     if coords.ndim < 1 or coords.shape[0] != dimension or not 1 <= dimension <= 3:
@@ -217,9 +224,8 @@ def gather(data: Tensor, coords: Tensor, padding: Padding = "border", *, item: T
         across = _slope(_corners(data, [*ends[:k], wide, *ends[k + 1 :]], padding), fraction, k)
         gradient.append(torch.where(low | high, across / 2, _slope(corners, fraction, k)))
     lost = torch.isnan(coords).any(0)
-    away = [(x - (n - 1) / 2).abs() <= n / 2 + near for x, n in zip(coords, sizes, strict=False)]
     value, slope = (torch.where(lost, torch.nan, part) for part in (_mix(corners, fraction), torch.stack(gradient, 1)))
-    return Sampled(value, slope, torch.stack(away).all(0).to(data.dtype))
+    return Sampled(value, slope, within(coords, sizes[: len(coords)]).to(data.dtype))
 
 
 def _items(data: Tensor, coords: Tensor, div: int) -> Tensor:

@@ -57,6 +57,7 @@ def mirrored(level: Level) -> Level:
         to_moving=to_fixed,
         annotations=annotations,
         sharp=(pairs.sharp[1], pairs.sharp[0]),
+        mode=pairs.mode,
     )
     return dataclasses.replace(level, pairs=back, axes=batch_axes("pair", back, back.ranks())[0])
 
@@ -93,6 +94,15 @@ class BothWays:
     def pairs(self) -> Pair:
         """The pairs as they were given."""
         return self.forward.pairs
+
+    @property
+    def data(self) -> tuple[Pair, Pair]:
+        """All its tensors."""
+        return self.forward.pairs, self.backward.pairs
+
+    def with_data(self, data: tuple[Pair, Pair]) -> BothWays:
+        """The same problem on other tensors."""
+        return BothWays(self.forward.with_data(data[0]), self.backward.with_data(data[1]))
 
     def take(self, index: Tensor) -> BothWays:
         """The same for some of the pairs."""

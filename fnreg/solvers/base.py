@@ -173,6 +173,7 @@ class Solved(NamedTuple):
     status: Tensor  # (B,) Status
     history: Tensor  # (B, steps) value at every step, NaN after the last
     terms: dict[str, Tensor]  # (B, steps) each, likewise, of the terms that the solver told
+    now: Any = None  # where the loop was at its end
 
 
 def check_step(step: Any, update: Any, where: str) -> None:

@@ -30,22 +30,29 @@ def run(
     stop: Stop | None = None,
     frozen: Tensor | None = None,
     progress: Progress | None = None,
+    begin: int = 0,
+    end: int | None = None,
+    now: Now | None = None,
 ) -> Solved:
     """Iterate a solver on all pairs of a problem.
 
     steps : at most so many
+    begin, end : only the steps from the one up to the other, from 0; for a loop in parts, without `stop`
+    now : where the part before ended; then `params` and `frozen` do not count
     stop : None takes all of them, and then nothing depends on values: the loop may itself run inside vmap or grad
     frozen : (B,) pairs that stay as they are
     progress : told now and then
     """
     device = tree_leaves(params)[0].device
-    total = problem.size
+    total, end = problem.size, steps if end is None else end
     running = torch.ones(total, dtype=torch.bool, device=device) if frozen is None else ~frozen
+    if now is not None:
+        params, running = now.params, now.running
     status = torch.where(running, Status.STEPS.value, Status.DIVERGED.value)
     counts = torch.zeros(total, dtype=torch.int64, device=device)
-    if steps == 0:
-        return Solved(params, counts, status, torch.empty(total, 0, device=device), {})
-    course, final = _Course(total, steps), params
+    if end == begin:
+        return Solved(params, counts, status, torch.empty(total, 0, device=device), {}, now)
+    course, final = _Course(total, end - begin), params
     first, waiting = None, counts[:0]  # None: all at once
     if stop is not None and stop.width is not None and stop.width < total:
         places = running.nonzero().squeeze(1)
@@ -53,10 +60,11 @@ def run(
         if not len(first):  # all are frozen: one is looked at for the names of the terms
             first = counts[:1]
 
-    def begin(index: Tensor | None) -> _Slots:
-        return _Slots.begin(problem, params, solver, index, running, stop)
+    def start(index: Tensor | None) -> _Slots:
+        return _Slots.start(problem, params, solver, index, running, stop)
 
-    slots, looked, shown = begin(first), 0, float("nan")
+    slots = start(first) if now is None else _Slots(None, problem, *now, None, begin)
+    looked, shown = 0, float("nan")
     while True:
         length = slots.marks.length if slots.marks is not None and solver.scales else None
         taken = solver.step(slots.problem, slots.params, slots.carry, slots.progress(steps), length)
@@ -76,7 +84,7 @@ def run(
         status = _put(status, slots.places, torch.where(ended >= 0, ended, before))
         slots = slots.after(after, taken.carry, slots.running & (ended < 0), marks)
         looked += 1
-        full = slots.oldest == steps
+        full = slots.oldest == end
         look = full or (stop is not None and looked % stop.every == 0)
         if progress is not None and (look or stop is None):
             found = row[torch.isfinite(row)]
@@ -100,12 +108,22 @@ def run(
         if len(waiting) and (not len(left) or (some and _joins(solver, slots.carry))):
             final = _put(final, slots.places, slots.found)
             fresh, waiting = waiting[:free], waiting[free:]
-            slots = slots.take(left).join(begin(fresh), problem) if len(left) else begin(fresh)
+            slots = slots.take(left).join(start(fresh), problem) if len(left) else start(fresh)
         elif stop.compact and (full or len(left) <= slots.problem.size // 2):
             final = _put(final, slots.places, slots.found)
             slots = slots.take(left)
     final = _put(final, slots.places, slots.found)
-    return Solved(final, counts, status, *course.whole())
+    now = Now(slots.params, slots.previous, slots.carry, slots.running)
+    return Solved(final, counts, status, *course.whole(), now)
+
+
+class Now(NamedTuple):
+    """Where the loop is."""
+
+    params: Any
+    previous: Any  # one step before: known to have a finite value
+    carry: Any
+    running: Tensor
 
 
 class _Slots(NamedTuple):
@@ -121,7 +139,7 @@ class _Slots(NamedTuple):
     age: int | Tensor  # steps taken, (B,) on the host once they differ
 
     @staticmethod
-    def begin(
+    def start(
         problem: Any, params: Any, solver: Solver, index: Tensor | None, running: Tensor, stop: Stop | None
     ) -> _Slots:
         if index is not None:

@@ -1,0 +1,417 @@
+"""The derivative of an optimum by what it is the optimum of, whatever found it.
+
+At the solution p of a level the gradient by the step vanishes, g(p, x) = d/ds E(perturb(p, s), x) = 0 at s = 0, for
+all data x nearby.  So a change of the data moves the solution by the step
+
+    ds = -H^{-1} (dg/dx) dx,    H = d^2/ds^2 E(perturb(p, s), x)    at s = 0,
+
+and the parameters by the derivative of retract(p, s) at s = 0.  H is never formed: conjugate gradients ask for its
+products with steps only, which are derivatives of g.  All is in the tangent at the solution, so rotations are as any
+other parameter.  Everything has the leading batch axis of the level; pairs have Hessians of their own.
+
+Krantz and Parks 2013, The Implicit Function Theorem, doi 10.1007/978-1-4614-5981-1; Blondel et al. 2022,
+arXiv 2105.15183.  Conjugate gradients: Hestenes and Stiefel 1952, doi 10.6028/jres.049.044.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, vjp
+
+from fnreg.pair import pair_energy
+from fnreg.problem import Level
+from fnreg.pytree import Axes, tree_flatten, tree_leaves, tree_map, tree_unflatten, tree_vmap
+from fnreg.sampling import Padding
+from fnreg.symmetric import BothWays
+from fnreg.transforms.base import Domain, Transform, domain_axes, single
+
+Leaves = Sequence[Tensor]
+Product = Callable[[Any], Any]
+
+
+class NoOptimumError(ValueError):
+    """A registration cannot be differentiated implicitly where it ended, and what to do about it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How products with the inverse of H + ridge are found: up to a relative residual, in at most so many products."""
+
+    ridge: float = 0.0
+    tolerance: float = 1e-6
+    iterations: int = 500
+
+
+class Found(NamedTuple):
+    """What conjugate gradients found, per pair (B,)."""
+
+    step: Any  # (B, ...)
+    residual: Tensor  # |(H + ridge) step - b| / |b|
+    curvature: Tensor  # the least s^T (H + ridge) s / s^T s among the directions that were tried
+    products: int
+
+
+# -- conjugate gradients -----------------------------------------------------------------------------------------------
+
+
+def conjugate_gradients(product: Product, right: Any, search: Search) -> Found:
+    """x with H x = b for every pair, leaves (B, ...); `product` is H of a tree of steps, positive definite.
+
+    A pair stops at its tolerance, or at a direction of negative curvature, and its neighbours go on.
+    """
+    x, left = tree_map(torch.zeros_like, right), right
+    direction, length = right, _dot(right, right)
+    start, curvature, count = length, torch.full_like(length, torch.inf), 0
+    going = length > 0
+    while count < search.iterations and bool(going.any()):
+        image, count = product(direction), count + 1
+        bend, size = _dot(direction, image), _dot(direction, direction)
+        seen = bend / torch.where(size > 0, size, 1)
+        curvature = torch.where(going, torch.minimum(curvature, seen), curvature)
+        going = going & (bend > 0)
+        part = torch.where(going, length / torch.where(going, bend, 1), 0)
+        x, left = _add(x, part, direction), _add(left, -part, image)
+        after = torch.where(going, _dot(left, left), length)
+        turn = torch.where(going, after / torch.where(length > 0, length, 1), 0)
+        direction, length = _add(left, turn, direction), after
+        going = going & (length > search.tolerance**2 * start)
+    return Found(x, (length / torch.where(start > 0, start, 1)).sqrt(), curvature, count)
+
+
+def _dot(a: Any, b: Any) -> Tensor:
+    """Inner products of steps (B,), in float64."""
+    parts = [(x.double() * y.double()).flatten(1).sum(1) for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def _add(a: Any, factor: Tensor, b: Any) -> Any:
+    """a + factor b, with a factor (B,)."""
+    return tree_map(lambda x, y: x + factor.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * y, a, b)
+
+
+# -- the condition -----------------------------------------------------------------------------------------------------
+
+
+class _Side(NamedTuple):
+    """One way of a level: its data are pairs of this structure; parameters and steps have this sign there."""
+
+    transform: Transform
+    padding: Padding | None
+    axes: Axes
+    structure: Any
+    sign: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Condition:
+    """That the gradient of a level by the step vanishes: g(params, data) = 0, data being the leaves of its pairs."""
+
+    sides: tuple[_Side, ...]
+    size: int
+
+    @staticmethod
+    def of(problem: Level | BothWays) -> tuple[Condition, list[Tensor]]:
+        """The condition of a level, and its data."""
+        levels = (problem,) if isinstance(problem, Level) else (problem.forward, problem.backward)
+        sides: list[_Side] = []
+        data: list[Tensor] = []
+        for number, level in enumerate(levels):
+            leaves, structure = tree_flatten(level.pairs)
+            sides.append(_Side(level.transform, level.padding, level.axes, structure, -1 if number else 1))
+            data += leaves
+        return Condition(tuple(sides), problem.size), data
+
+    def pairs(self, data: Leaves) -> list[Any]:
+        """The pairs of each side, from their leaves."""
+        found, begin = [], 0
+        for side in self.sides:
+            found.append(tree_unflatten(data[begin : begin + len(side.axes)], side.structure))
+            begin += len(side.axes)
+        return found
+
+    def zero_step(self, data: Leaves) -> Any:
+        """The step of no change (B, ...)."""
+        transform, pairs = self.sides[0].transform, self.pairs(data)[0]
+        zero = transform.cast(transform.zero_step(single(pairs.domain)), pairs.fixed.data.dtype)
+        return tree_map(lambda leaf: leaf.expand(self.size, *leaf.shape).contiguous(), zero)
+
+    def values(self, step: Any, params: Any, data: Leaves) -> Tensor:
+        """E(perturb(params, step), data), (B,)."""
+        found: list[Tensor] = []
+        for side, pairs in zip(self.sides, self.pairs(data), strict=True):
+
+            def one(step: Any, params: Any, pair: Any, side: _Side = side) -> Tensor:
+                if side.sign < 0:
+                    params, step = tree_map(torch.neg, params), tree_map(torch.neg, step)
+                moved = side.transform.perturb(params, step, pair.domain)
+                return pair_energy(side.transform, side.padding, moved, pair)[0]
+
+            found.append(tree_vmap(one, (None, None, side.axes), step, params, pairs))
+        return torch.stack(found).mean(0)
+
+    def gradient(self, params: Any, data: Leaves, at: Any = None) -> Any:
+        """g: by the step (B, ...), at a step or at none."""
+        zero = self.zero_step(data) if at is None else at
+        return grad(lambda step: self.values(step, params, data).sum())(zero)
+
+    def curvature(self, params: Any, data: Leaves, ridge: float = 0.0) -> Product:
+        """The product of H + ridge with steps, from one recording of the gradient."""
+        made: Any = vjp(lambda step: self.gradient(params, data, step), self.zero_step(data))
+        return lambda step: tree_map(lambda a, b: a + ridge * b, made[1](step)[0], step)
+
+    def retracted(self, step: Any, params: Any, data: Leaves) -> Any:
+        """The parameters after a step."""
+        transform, domain = self.sides[0].transform, self.pairs(data)[0].domain
+
+        def one(before: Any, change: Any, domain: Domain) -> Any:
+            return transform.retract(before, change, domain)
+
+        return tree_vmap(one, (None, None, domain_axes(domain)), params, step, domain)
+
+    def newton(self, params: Any, data: Leaves, search: Search) -> Found:
+        """The step -H^{-1} g towards the optimum."""
+        right = tree_map(torch.neg, self.gradient(params, data))
+        return conjugate_gradients(self.curvature(params, data, search.ridge), right, search)
+
+
+# -- functions with derivatives ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """What `optimum` and its derivatives share.
+
+    structure : of the parameters; steps : of a step
+    alone : there is one pair, and where its equations have no solution that is an error; in a batch it is NaN
+    """
+
+    condition: Condition
+    search: Search
+    structure: Any
+    steps: Any
+    alone: bool
+
+    def split(self, tensors: Leaves, *, step: bool = False) -> tuple[Any, Any, list[Tensor]]:
+        """The step where there is one, the parameters and the data."""
+        first = self.steps.num_leaves if step else 0
+        second = first + self.structure.num_leaves
+        begin = tree_unflatten(tensors[:first], self.steps) if step else None
+        return begin, tree_unflatten(tensors[first:second], self.structure), list(tensors[second:])
+
+
+def optimum(condition: Condition, params: Any, data: Leaves, good: Tensor, *, search: Search, alone: bool) -> Any:
+    """The parameters (B, ...), as a function of the data.
+
+    good : (B,) the pairs that have a derivative; that of any other is NaN
+    """
+    leaves, structure = tree_flatten(tree_map(Tensor.detach, params))
+    problem = Problem(condition, search, structure, tree_flatten(condition.zero_step(data))[1], alone)
+    return tree_unflatten(list(_Optimum.apply(problem, good, *leaves, *data)), structure)  # type: ignore[no-untyped-call]
+
+
+def _spread(by_needed: Sequence[Tensor], needed: Sequence[int], count: int) -> list[Tensor | None]:
+    """Cotangents of all inputs from those of some."""
+    known = dict(zip(needed, by_needed, strict=True))
+    return [known.get(n) for n in range(count)]
+
+
+def _needed(ctx: Any, tensors: Leaves, begin: int) -> list[int]:
+    """The places of floating tensors by which a derivative is asked for, of the inputs from `begin` on."""
+    return [n for n, t in enumerate(tensors) if ctx.needs_input_grad[begin + n] and t.is_floating_point()]
+
+
+def _filled(tensors: Leaves, needed: Sequence[int], values: Leaves) -> list[Tensor]:
+    filled = list(tensors)
+    for n, value in zip(needed, values, strict=True):
+        filled[n] = value
+    return filled
+
+
+def _pushed(function: Callable[..., Any], points: Leaves, tangents: Leaves) -> Any:
+    """The derivative along tangents as the transpose of the pull-back: forward mode does not nest in itself."""
+    made: Any = vjp(function, *points)
+    value, pull = made
+    again: Any = vjp(pull, tree_map(torch.zeros_like, value))
+    return again[1](tuple(tangents))[0]
+
+
+class _Optimum(torch.autograd.Function):
+    """The parameters as they are, with the derivative of the optimum by the data."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(problem: Problem, good: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(leaf.clone() for leaf in tensors[: problem.structure.num_leaves])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.problem, good, *tensors = inputs
+        # The parameters as they come out, for they depend on the data where derivatives are taken once more.
+        saved = (good, *output, *tensors[len(output) :])
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        problem: Problem = ctx.problem
+        good, *tensors = ctx.saved_tensors
+        _, params, data = problem.split(tensors)
+        count = len(tensors) - len(data)
+        needed = _needed(ctx, data, 2 + count)
+        condition, zero = problem.condition, problem.condition.zero_step(data)
+        made: Any = vjp(lambda step: condition.retracted(step, params, data), zero)
+        right = made[1](tree_unflatten(list(cotangents), problem.structure))[0]
+        found = _inverse(problem, _marked(right, good), params, data)
+
+        def slope(*values: Tensor) -> Any:
+            return condition.gradient(params, _filled(data, needed, values))
+
+        made = vjp(slope, *(data[n] for n in needed))
+        by_data = [-leaf for leaf in made[1](found)]
+        return (None, None, *(None for _ in range(count)), *_spread(by_data, needed, len(data)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        problem: Problem = ctx.problem
+        good, *tensors = ctx.saved_tensors
+        _, params, data = problem.split(tensors)
+        along = tangents[2 + len(tensors) - len(data) :]
+        needed = [n for n, tangent in enumerate(along) if tangent is not None and data[n].is_floating_point()]
+        condition, zero = problem.condition, problem.condition.zero_step(data)
+
+        def slope(*values: Tensor) -> Any:
+            return condition.gradient(params, _filled(data, needed, values))
+
+        right = _pushed(slope, [data[n] for n in needed], [along[n] for n in needed])
+        step = tree_map(torch.neg, _inverse(problem, _marked(right, good), params, data))
+        leaves, structure = tree_flatten(zero)
+
+        def moved(*values: Tensor) -> Any:
+            return condition.retracted(tree_unflatten(list(values), structure), params, data)
+
+        return tuple(tree_flatten(_pushed(moved, leaves, tree_leaves(step)))[0])
+
+
+def _marked(step: Any, good: Tensor) -> Any:
+    return tree_map(lambda leaf: torch.where(good.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, torch.nan), step)
+
+
+def _inverse(problem: Problem, right: Any, params: Any, data: Leaves) -> Any:
+    """(H + ridge)^{-1} of steps (B, ...)."""
+    given = (*tree_flatten(right)[0], *tree_flatten(params)[0], *data)
+    return tree_unflatten(list(_Inverse.apply(problem, *given)), problem.steps)  # type: ignore[no-untyped-call]
+
+
+class _Inverse(torch.autograd.Function):
+    """`_inverse`, by conjugate gradients where values can be looked at: what batches it comes in as more pairs."""
+
+    @staticmethod
+    def forward(problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
+        right, params, data = problem.split([t.detach() for t in tensors], step=True)
+        search, condition = problem.search, problem.condition
+        found = conjugate_gradients(condition.curvature(params, data, search.ridge), right, search)
+        fault = _fault(found, search)
+        if problem.alone and fault is not None:
+            raise NoOptimumError(fault)
+        solved = (found.curvature > 0) & (found.residual <= search.tolerance)
+        return tuple(tree_leaves(_marked(found.step, solved)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.problem, *tensors = inputs
+        saved = (*output, *tensors[len(output) :])
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        problem: Problem = ctx.problem
+        found, params, data = problem.split(ctx.saved_tensors, step=True)
+        more = _inverse(problem, tree_unflatten(list(cotangents), problem.steps), params, data)
+        rest = [*tree_flatten(params)[0], *data]
+        count = problem.steps.num_leaves
+        needed = _needed(ctx, rest, 1 + count)
+        made: Any = vjp(
+            lambda *values: _image(problem, found, _filled(rest, needed, values)), *(rest[n] for n in needed)
+        )
+        by_rest = [-leaf for leaf in made[1](more)]
+        return (None, *tree_flatten(more)[0], *_spread(by_rest, needed, len(rest)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        problem: Problem = ctx.problem
+        found, params, data = problem.split(ctx.saved_tensors, step=True)
+        rest = [*tree_flatten(params)[0], *data]
+        count = problem.steps.num_leaves
+        along = tangents[1 + count :]
+        needed = [n for n, tangent in enumerate(along) if tangent is not None and rest[n].is_floating_point()]
+        by_right = [
+            torch.zeros_like(a) if t is None else t for t, a in zip(tangents[1:], tree_leaves(found), strict=False)
+        ]
+        right = tree_unflatten(by_right, problem.steps)
+        if needed:
+            points = [rest[n] for n in needed]
+            turned = _pushed(
+                lambda *values: _image(problem, found, _filled(rest, needed, values)),
+                points,
+                [along[n] for n in needed],
+            )
+            right = tree_map(torch.sub, right, turned)
+        return tuple(tree_flatten(_inverse(problem, right, params, data))[0])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        problem, *tensors = args
+        width, condition = info.batch_size, problem.condition
+        begin = problem.steps.num_leaves + problem.structure.num_leaves
+        axes = (*(0 for _ in range(begin)), *(axis for side in condition.sides for axis in side.axes))
+        size = condition.size
+        folded: list[Tensor] = []
+        batched: list[int | None] = []
+        for tensor, dim, axis in zip(tensors, in_dims[1:], axes, strict=True):
+            if dim is None and axis is None:
+                folded.append(tensor)
+                batched.append(None)
+                continue
+            wide = tensor.expand(width, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            wide = wide if axis == 0 else wide.unsqueeze(1).expand(width, size, *wide.shape[1:])
+            folded.append(wide.flatten(0, 1))
+            batched.append(0)
+        sides, first = [], begin
+        for side in condition.sides:
+            sides.append(side._replace(axes=tuple(batched[first : first + len(side.axes)])))
+            first += len(side.axes)
+        same = all(dim is None for dim in in_dims[1 + problem.steps.num_leaves :])  # several right sides of one pair
+        wider = Condition(tuple(sides), width * size)
+        found = _Inverse.apply(dataclasses.replace(problem, condition=wider, alone=problem.alone and same), *folded)  # type: ignore[no-untyped-call]
+        return tuple(leaf.unflatten(0, (width, size)) for leaf in found), (0,) * len(found)
+
+
+def _image(problem: Problem, step: Any, rest: Leaves) -> Any:
+    """(H + ridge) step, as a function of parameters and data."""
+    _, params, data = problem.split(rest)
+    return problem.condition.curvature(params, data, problem.search.ridge)(step)
+
+
+def _fault(found: Found, search: Search) -> str | None:
+    """What is wrong with a solution of the pairs, and what to do about it; None where nothing is."""
+    least = float(found.curvature.min())
+    if not least > 0:
+        return (
+            f"the objective has no minimum where the registration ended: its curvature along a step is {least:.3g} per "
+            "squared voxel, where it must be positive; add a penalty or a ridge, Implicit(ridge=...), or use Unrolled()"
+        )
+    worst = float(found.residual.max())
+    if not worst <= search.tolerance:
+        return (
+            f"conjugate gradients left a relative residual of {worst:.3g} after {found.products} products with the "
+            f"Hessian, where tolerance is {search.tolerance:g}: give more iterations, a larger tolerance, a penalty or "
+            "a ridge, Implicit(iterations=..., tolerance=..., ridge=...)"
+        )
+    return None
