@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fnreg.curvature import Product, gauss_newton, hessian
+from fnreg.modes import Modes, axis_matrix, field_axes, stiffness
 from fnreg.pair import Pair, pair_energy, pair_gradient, pair_normal_equations, pair_overlap
 from fnreg.passes import Passes
-from fnreg.pytree import Axes, is_tracked, tree_map, tree_take, tree_vmap
+from fnreg.pytree import Axes, is_tracked, tree_leaves, tree_map, tree_take, tree_vmap
 from fnreg.sampling import Padding
 from fnreg.transforms.base import Domain, Transform, domain_axes, single
 
@@ -70,6 +72,27 @@ class Level:
     def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Value (B,), J^T r (B, P), J^T J (B, P, P) and the value of each term."""
         return self._over(pair_normal_equations, params)
+
+    def curvature(self, params: Any, *, exact: bool = False) -> Product:
+        """The Hessian of the energy by the step, as its product with steps (B, ...); without `exact` that of
+        Gauss-Newton."""
+        if exact:
+            return hessian(self._over, params, self.zero_step())
+        return gauss_newton(self._over, self.pairs.objective, params, self.zero_step())
+
+    def modes(self) -> Modes | None:
+        """Coordinates of the step in which penalties are diagonal; None where it is not one field."""
+        return self._modes
+
+    @functools.cached_property
+    def _modes(self) -> Modes | None:
+        axes = field_axes(self.transform, single(self.pairs.domain))
+        if axes is None:
+            return None
+        zero = self.zero_step()
+        (leaf,) = tree_leaves(zero)
+        matrices = tuple(axis_matrix(*axis, leaf.device) for axis in axes)
+        return Modes(matrices, tuple(leaf.shape[1:]), self._over(stiffness, zero).to(leaf.dtype))
 
     def overlap(self, params: Any) -> Tensor:
         """Share of the fixed voxels that count (B,)."""
