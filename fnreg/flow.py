@@ -198,7 +198,7 @@ class _Pull(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_found: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         by_flow, velocity, fields = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:  # linear in the cotangent: the transpose is the push, for Gauss-Newton's products
+        if not ctx.needs_input_grad[1]:  # linear in the cotangent, and the transpose of a pull-back is the push
             return _pushed(fields, by_found, ctx.steps, ctx.midpoint), None, None, None, None, None
         made: Any = torch.func.vjp(functools.partial(_pulled, ctx.plain), by_flow, velocity)
         return (*made[1](by_found), None, None, None, None)

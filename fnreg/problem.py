@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from fnreg.curvature import Product, gauss_newton, hessian
-from fnreg.modes import Modes, axis_matrix, field_axes, stiffness
 from fnreg.pair import Pair, pair_energy, pair_gradient, pair_normal_equations, pair_overlap
 from fnreg.passes import Passes
-from fnreg.pytree import Axes, is_tracked, tree_leaves, tree_map, tree_take, tree_vmap
+from fnreg.pytree import Axes, is_tracked, tree_map, tree_take, tree_vmap
 from fnreg.sampling import Padding
-from fnreg.transforms.base import Domain, Transform, domain_axes, single
+from fnreg.stiffness import Stiffness, serves, share, stiffness
+from fnreg.transforms.base import Domain, Transform, domain_axes, first_domain, single
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,19 +80,17 @@ class Level:
             return hessian(self._over, params, self.zero_step())
         return gauss_newton(self._over, self.pairs.objective, params, self.zero_step())
 
-    def modes(self) -> Modes | None:
-        """Coordinates of the step in which penalties are diagonal; None where it is not one field."""
-        return self._modes
+    def stiffness(self) -> Stiffness | None:
+        """What is known of the Hessian's diagonal before any image is seen; None where the step is not one field."""
+        return self._stiffness
 
     @functools.cached_property
-    def _modes(self) -> Modes | None:
-        axes = field_axes(self.transform, single(self.pairs.domain))
-        if axes is None:
+    def _stiffness(self) -> Stiffness | None:
+        if not serves(self.transform):
             return None
-        zero = self.zero_step()
-        (leaf,) = tree_leaves(zero)
-        matrices = tuple(axis_matrix(*axis, leaf.device) for axis in axes)
-        return Modes(matrices, tuple(leaf.shape[1:]), self._over(stiffness, zero).to(leaf.dtype))
+        domain = single(self.pairs.domain)
+        found = self._over(stiffness, self.zero_step()).to(self.pairs.fixed.data.dtype)
+        return Stiffness(found, first_domain(domain).ndim, share(self.transform, domain))
 
     def overlap(self, params: Any) -> Tensor:
         """Share of the fixed voxels that count (B,)."""

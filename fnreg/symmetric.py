@@ -15,10 +15,10 @@ from torch import Tensor
 from fnreg.annotations import Annotations
 from fnreg.curvature import Product
 from fnreg.image import Image
-from fnreg.modes import Modes
 from fnreg.pair import Pair, pair_seen
 from fnreg.problem import Level
 from fnreg.pytree import batch_axes, over_batch, tree_map
+from fnreg.stiffness import Stiffness
 from fnreg.transforms.base import Split, split_coords
 
 T = TypeVar("T")
@@ -126,9 +126,9 @@ class BothWays:
         back = self.backward.curvature(_negative(params), exact=exact)
         return lambda step: _mean(there(step), back(step))
 
-    def modes(self) -> Modes | None:
-        """Coordinates of the step in which penalties are diagonal: those of one way, for both have the same."""
-        return self.forward.modes()
+    def stiffness(self) -> Stiffness | None:
+        """What is known of the Hessian's diagonal: that of one way, for both have the same."""
+        return self.forward.stiffness()
 
     def overlap(self, params: Any) -> Tensor:
         """Share of the fixed voxels that count (B,)."""

@@ -32,7 +32,7 @@ class LBFGS:
     """s = -a K g, K the inverse Hessian that the last steps and changes of the gradient tell of.
 
     The two-loop recursion of Nocedal 1980 and Liu and Nocedal 1989, doi 10.1007/BF01589116, which begins with the
-    diagonal of the coordinates of `fnreg.modes`.  Each trial of the line search is one step of the loop: where the
+    diagonal of `fnreg.stiffness`.  Each trial of the line search is one step of the loop: where the
     value falls by less than 1e-4 of what the slope promises the step is undone, and that pair's next one is shorter.
     A change of the gradient that does not confirm positive curvature is not remembered (Li and Fukushima 2001,
     doi 10.1137/S1052623499354242).
@@ -60,21 +60,19 @@ class LBFGS:
 
     def init(self, problem: Any, params: Any) -> _Carry:
         """Value and gradient where the level starts, and what a shift bends there."""
-        scaled = Scaled.of(problem)
+        scaled = Scaled(problem)
         look = scaled.look(params)
         slope = look.slope
-        if scaled.modes is None:
-            bends = torch.ones_like(slope[:, :1])
-        else:
-            found: list[Tensor] = []
-            for shift in scaled.modes.shifts(slope.dtype):
-                y = shift.expand_as(slope)
-                aside = scaled.look(problem.retract(params, scaled.step(PROBE * y)))
-                found.append(dot(y, aside.slope - slope).abs() / PROBE)
-            bends = torch.stack(found, 1)
+
+        def changed(shift: Tensor) -> Tensor:
+            aside = scaled.look(problem.retract(params, scaled.step(PROBE * shift)))
+            return (aside.slope - slope).abs() / PROBE
+
+        diagonal = torch.ones_like(slope)
+        if problem.stiffness() is not None:
+            diagonal = scaled.diagonal(changed, slope, self.limit)
         history = slope.new_zeros(slope.shape[0], self.memory, slope.shape[1])
         length = torch.ones(slope.shape[0], dtype=torch.float64, device=slope.device)
-        diagonal = scaled.diagonal(bends, slope, self.limit)
         return _Carry(look, length, history, history, history[:, :, 0], diagonal)
 
     def take(self, index: Tensor) -> LBFGS:
@@ -87,7 +85,7 @@ class LBFGS:
 
     def step(self, problem: Any, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None) -> Taken:
         """One trial step of every pair; the value is that after it."""
-        scaled, before = Scaled.of(problem), carry.look
+        scaled, before = Scaled(problem), carry.look
         steepest = -before.slope / carry.diagonal
         ahead = -_recursion(before.slope, carry)
         known = carry.shares[:, -1] > 0
@@ -115,7 +113,7 @@ class LBFGS:
         kept = tree_choose(better, self._remember(carry, look, y), carry._replace(length=shorter))
         moved = torch.where(better, largest(step), torch.inf)
         found = tree_choose(better, trial, params)
-        settled = (kept.length < 1e-10) | (kept.look.largest <= self.tolerance)
+        settled = (kept.length < 1e-10) | (kept.look.slope.abs().amax(1) <= self.tolerance)
         return Taken(found, kept, kept.look.value, found, moved, settled, kept.look.terms)
 
     @staticmethod

@@ -28,8 +28,8 @@ class _Carry(NamedTuple):
 class NewtonCG:
     """(H + damping D) s = -g, solved by conjugate gradients; a step that does not lower the value is undone.
 
-    H is never made: only its products with steps are.  D is the diagonal preconditioner in the coordinates of
-    `fnreg.modes`: the penalties' own curvature, and that of a shift for all else.  The damping of each pair falls where
+    H is never made: only its products with steps are.  D is close to its diagonal and preconditions: the penalties'
+    own, and what shifts of everything tell of the images, see `fnreg.stiffness`.  The damping of each pair falls where
     the value falls as the quadratic model says, and rises where it does not (Marquardt 1963, doi 10.1137/0111030); a
     system is solved as far as pays, by the fall of the gradient (Eisenstat and Walker 1996, choice 2,
     doi 10.1137/0917003), and ends at a direction without positive curvature (Steihaug 1983, doi 10.1137/0720042).
@@ -67,16 +67,10 @@ class NewtonCG:
 
     def init(self, problem: Any, params: Any) -> _Carry:
         """Value and gradient where the level starts, and what a shift bends there."""
-        scaled = Scaled.of(problem)
+        scaled = Scaled(problem)
         look = scaled.look(params)
         product = scaled.product(params, self.curvature == "hessian")
-        if scaled.modes is None:
-            size = dot(look.slope, look.slope)
-            bends = (dot(look.slope, product(look.slope)) / torch.where(size > 0, size, 1)).unsqueeze(1)
-        else:
-            shifts = [shift.expand_as(look.slope) for shift in scaled.modes.shifts(look.slope.dtype)]
-            bends = torch.stack([dot(shift, product(shift)) for shift in shifts], 1)
-        diagonal = scaled.diagonal(bends, look.slope, self.limit)
+        diagonal = scaled.diagonal(product, look.slope, self.limit)
         one = torch.ones(look.slope.shape[0], dtype=torch.float64, device=look.slope.device)
         return _Carry(look, self.damping * one, 0.5 * one, diagonal)
 
@@ -90,15 +84,14 @@ class NewtonCG:
 
     def step(self, problem: Any, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None) -> Taken:
         """One trial step of every pair; the value is that after it."""
-        scaled, before = Scaled.of(problem), carry.look
+        scaled, before = Scaled(problem), carry.look
         product = scaled.product(params, self.curvature == "hessian")
         kind = before.slope.dtype
         ridge = carry.damping.to(kind).unsqueeze(1) * carry.diagonal
-        scale = carry.diagonal + ridge
         solved = conjugate_gradients(
             lambda y: product(y) + ridge * y,
             -before.slope,
-            diagonal=scale,
+            diagonal=carry.diagonal + ridge,
             tolerance=carry.forcing.to(kind),
             iterations=self.iterations,
         )
@@ -123,7 +116,7 @@ class NewtonCG:
         kept = tree_choose(better, fresh, carry._replace(damping=damping))
         moved = torch.where(better, largest(step), torch.inf)
         found = tree_choose(better, trial, params)
-        settled = (damping >= 1e8) | (kept.look.largest <= self.tolerance)
+        settled = (damping >= 1e8) | (kept.look.slope.abs().amax(1) <= self.tolerance)
         return Taken(found, kept, kept.look.value, found, moved, settled, kept.look.terms)
 
     @staticmethod

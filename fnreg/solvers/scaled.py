@@ -1,66 +1,62 @@
-"""A problem in coordinates in which its Hessian is close to a known diagonal: what second-order solvers work in."""
+"""A problem as second-order solvers see it: steps as rows (B, P), and a diagonal close to that of the Hessian."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fnreg.modes import Modes
 from fnreg.solvers.base import joined, parted
 from fnreg.solvers.conjugate import dot
+
+FLOOR = 1e-2  # of the largest entry: where nothing holds a control point, it would move by far more than others
 
 
 class Look(NamedTuple):
     """The energy at some parameters, per pair."""
 
     value: Tensor  # (B,)
-    slope: Tensor  # (B, P) gradient by the coordinates
-    largest: Tensor  # (B,) the largest entry of the gradient by the step
+    slope: Tensor  # (B, P) gradient by the step
     terms: dict[str, Tensor]  # (B,) each
 
 
 class Scaled(NamedTuple):
-    """Steps of a problem by coordinates y (B, P): its `modes` where it has some, else the step's own entries."""
+    """A problem whose steps are rows."""
 
     problem: Any
-    modes: Modes | None
 
-    @staticmethod
-    def of(problem: Any) -> Scaled:
-        """A problem by its modes."""
-        return Scaled(problem, problem.modes())
-
-    def step(self, y: Tensor) -> Any:
-        """The step (B, ...) at coordinates."""
-        return parted(y if self.modes is None else self.modes.step(y), self.problem.zero_step())
-
-    def slope(self, gradient: Any) -> Tensor:
-        """The gradient by the coordinates (B, P) from that by the step."""
-        flat = joined(gradient)
-        return flat if self.modes is None else self.modes.slope(flat)
+    def step(self, flat: Tensor) -> Any:
+        """The step (B, ...) of rows."""
+        return parted(flat, self.problem.zero_step())
 
     def look(self, params: Any) -> Look:
         """Value and gradient."""
         gradient, value, terms = self.problem.gradient(params)
-        return Look(value, self.slope(gradient), joined(gradient).abs().amax(1), terms)
+        return Look(value, joined(gradient), terms)
 
-    def product(self, params: Any, exact: bool) -> Any:
-        """The Hessian at the parameters by the coordinates, as a function of (B, P)."""
+    def product(self, params: Any, exact: bool) -> Callable[[Tensor], Tensor]:
+        """The Hessian at the parameters, as a function of rows."""
         product = self.problem.curvature(params, exact=exact)
-        return lambda y: self.slope(product(self.step(y)))
+        return lambda flat: joined(product(self.step(flat)))
 
-    def diagonal(self, bends: Tensor, slope: Tensor, limit: float) -> Tensor:
-        """An estimate of the Hessian's diagonal (B, P): the stiffness of the penalties, and what the rest bends.
+    def diagonal(self, changed: Callable[[Tensor], Tensor], slope: Tensor, limit: float) -> Tensor:
+        """An estimate (B, P) of the Hessian's diagonal, positive: see `fnreg.stiffness`.
 
-        bends : (B, D) the curvature of a shift along each axis, or (B, 1) that of the whole step without modes; where
-            it is not positive the step is to have at most the length `limit`
+        changed : what a step (B, P) changes of the gradient
+        limit : voxels, the length of the first step of a pair of which nothing is known
+
+        Where the step is not one field, the curvature along the gradient.
         """
-        size = dot(slope, slope).sqrt().unsqueeze(1)
-        floor = torch.where(size > 0, size / limit, 1)
-        known = torch.isfinite(bends) & (bends > 1e-6 * floor)
-        bends = torch.where(known, torch.where(known, bends, 1), floor)
-        if self.modes is None:
-            return bends.expand_as(slope)
-        return self.modes.stiffness + bends.repeat_interleave(slope.shape[1] // bends.shape[1], 1)
+        known = self.problem.stiffness()
+        if known is None:
+            size = dot(slope, slope)
+            found = (dot(slope, changed(slope)) / torch.where(size > 0, size, 1)).unsqueeze(1).expand_as(slope)
+        else:
+            found = known.diagonal([changed(shift) for shift in known.shifts(slope)])
+        most = found.amax(1, keepdim=True)
+        steep = slope.abs().amax(1, keepdim=True) / limit
+        steep = torch.where(steep > 0, steep, 1)
+        sure = torch.isfinite(most) & (most > 1e-6 * steep)
+        return torch.where(sure, torch.maximum(found, FLOOR * most), steep)
