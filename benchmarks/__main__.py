@@ -43,6 +43,7 @@ NAMES = (
     "ct_head2d",
     "data_sets",
     "early_stopping",
+    "second_order",
 )
 
 

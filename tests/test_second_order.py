@@ -36,6 +36,8 @@ from fnreg import (
     evaluate,
     register,
 )
+from fnreg.inputs import prepare
+from fnreg.losses.terms import objective as as_objective
 from fnreg.problem import Level
 from fnreg.pytree import tree_map
 from fnreg.solvers.base import joined, parted
@@ -134,11 +136,8 @@ def test_negative_curvature_and_bad_numbers_end_a_system_alone() -> None:
     assert found.curved.tolist() == [False, True, True, False]
     assert torch.equal(found.x[1], right[1])  # the right side, a way down
     assert float(found.x[2] @ right[2]) > 0
-    clean = conjugate_gradients(
-        lambda x: torch.stack([x[0], 2 * x[0], 3 * x[0], 0 * x[0]]) * 0 + x * matrix[0].diagonal(),
-        right,
-        tolerance=1e-12,
-    )
+    healthy = matrix[:1].expand(4, 3, 3)
+    clean = conjugate_gradients(lambda x: (healthy @ x[..., None])[..., 0], right, tolerance=1e-12)
     assert equal_bits(found.x[0], clean.x[0])
 
 
@@ -188,8 +187,8 @@ def test_the_whole_hessian_is_that_of_autograd(transform: Any, name: str) -> Non
     """Forward over reverse of each pair alone; the products are reverse over reverse of the batch."""
     fixed, moving, _ = known_pair(Affine(), 2)
     params, objective = two(transform, fixed.grid), OBJECTIVES[name]
-    whole = fnreg.inputs.prepare(fixed, moving, None, levels=1, min_size=4)
-    level = whole.level(0, transform, fnreg.losses.terms.objective(objective), 2, "border")
+    whole = prepare(fixed, moving, None, levels=1, min_size=4)
+    level = whole.level(0, transform, as_objective(objective), 2, "border")
     zero = level.zero_step()
     direction = uniform(*joined(zero).shape, seed=6)
     found = joined(level.curvature(params, exact=True)(parted(direction, zero)))
@@ -210,8 +209,8 @@ def test_gauss_newton_is_that_of_the_normal_equations(transform: Any, objective:
     """Products by two pull-backs against dense normal equations by forward mode."""
     fixed, moving, _ = known_pair(Affine(), 2)
     params = two(transform, fixed.grid)
-    whole = fnreg.inputs.prepare(fixed, moving, None, levels=1, min_size=4)
-    level = whole.level(0, transform, fnreg.losses.terms.objective(objective), 2)
+    whole = prepare(fixed, moving, None, levels=1, min_size=4)
+    level = whole.level(0, transform, as_objective(objective), 2, None)
     found = dense(level, params, exact=False)
     assert_close(found, 2 * level.normal_equations(params)[2], atol=1e-11, rtol=1e-8)
 
@@ -224,9 +223,11 @@ def test_penalties_count_with_their_whole_curvature() -> None:
     params = tree_map(lambda leaf: leaf.unsqueeze(0), random_params(FFD(8), fixed.grid, 1, 0.4))
     found = dense(level, params, exact=False)
     assert_close(found, dense(level, params, exact=True), atol=1e-13, rtol=1e-9)
-    assert float(found.abs().max()) > 1e-4
-    slope = joined(level.gradient(params)[0])
-    assert_close(found[0] @ joined(params)[0] / 1.0, slope[0] * (found[0] @ joined(params)[0]).norm() / slope.norm())
+    assert float(found.abs().max()) > 1e-5
+    step = uniform(1, found.shape[1], seed=5)  # of a quadratic energy the gradient grows by H s
+    after = level.retract(params, parted(step, level.zero_step()))
+    grown = joined(level.gradient(after)[0]) - joined(level.gradient(params)[0])
+    assert_close((found @ step.unsqueeze(2)).squeeze(2), grown, atol=1e-12, rtol=1e-8)
 
 
 def test_both_ways_bend_as_the_mean_of_both() -> None:
@@ -239,14 +240,8 @@ def test_both_ways_bend_as_the_mean_of_both() -> None:
     found = dense(both, params, exact=True)  # type: ignore[arg-type]
 
     def slope(entries: Tensor) -> Tensor:
-        return flat(
-            both.gradient(
-                tree_map(
-                    lambda leaf: leaf[None],
-                    stepped(SVFFD(8, 2), tree_map(lambda leaf: leaf[0], params), entries, fixed.grid),
-                )
-            )[0]
-        )
+        one = stepped(SVFFD(8, 2), tree_map(lambda leaf: leaf[0], params), entries, fixed.grid)
+        return flat(both.gradient(tree_map(lambda leaf: leaf.unsqueeze(0), one))[0])
 
     zero = torch.zeros(found.shape[1], dtype=torch.float64)
     direction = uniform(found.shape[1], seed=3)
@@ -462,9 +457,8 @@ def test_less_work_than_adam_for_a_lower_objective(solver: Any, transform: Any) 
     objective = fnreg.mse + 1e-3 * fnreg.bending
     given: dict[str, Any] = {"objective": objective, "levels": 1, "stop": None, "padding": "border"}
     with Counted() as looks:
-        second = register(
-            fixed, moving, transform, solver=solver, steps=12 if isinstance(solver, NewtonCG) else 100, **given
-        )
+        steps = 12 if isinstance(solver, NewtonCG) else 100
+        second = register(fixed, moving, transform, solver=solver, steps=steps, **given)
     first = register(fixed, moving, transform, optimizer=adam(0.3), steps=looks.count, **given)
     assert looks.count > 80
     assert float(second.value) < float(first.value)
@@ -479,9 +473,7 @@ def test_every_objective_is_lowered(solver: Any, objective: Any) -> None:
     total = objective + 1e-2 * fnreg.bending
     result = register(fixed, moving, FFD(4), objective=total, solver=solver, levels=2, steps=8)
     before = evaluate(fixed, moving, Mapping(FFD(4).init(fixed.grid), fixed.grid, FFD(4)), objective=total)[0]
-    assert (
-        float(result.value) < 0.7 * float(before) if objective is not fnreg.mi else float(result.value) < float(before)
-    )
+    assert float(result.value) < float(before) - 0.1 * abs(float(before))
     trace = result.history[-1].value[: int(result.steps[-1])]
     assert bool((trace[1:] <= trace[:-1]).all())
 
@@ -499,13 +491,12 @@ def test_batches_of_images_equal_pairs_alone(solver: Any, symmetric: bool) -> No
         "stop": None,
         "symmetric": symmetric,
     }
-    whole = register(Image(data, fixed.grid), moving, SVFFD(4, 3), **given)
+    whole = register(Image(data, fixed.grid), moving, SVFFD(4, 6), **given)
     for number, weight in enumerate((1e-2, 1e-3, 1e-2)):
         given["objective"] = fnreg.mse + weight * fnreg.bending
-        alone = register(Image(data[number], fixed.grid), moving, SVFFD(4, 3), **given)
-        assert_close(
-            alone.mapping.params["coefficients"], whole.mapping.params["coefficients"][number], atol=1e-7, rtol=0
-        )
+        alone = register(Image(data[number], fixed.grid), moving, SVFFD(4, 6), **given)
+        found, other = (result.mapping.params["coefficients"] for result in (whole, alone))
+        assert_close(other, found[number], atol=1e-7, rtol=0)
         assert_close(alone.value, whole.value[number], atol=1e-10, rtol=0)
 
 
@@ -522,39 +513,59 @@ def test_a_failed_pair_changes_nothing_for_the_others() -> None:
         assert equal_bits(clean.mapping.params["coefficients"][0], dirty.mapping.params["coefficients"][0])
 
 
-def test_the_gradient_falls_to_rounding_on_a_smooth_problem() -> None:
-    """A quadratic image under linear interpolation is no smooth energy; points and penalties are."""
-    fixed, _, _ = known_pair(Affine(), 2)
-    points = 8 * uniform(12, 2, seed=1)
-    subjects = [fnreg.Subject(fixed, points=fnreg.Points(p)) for p in (points, points + uniform(12, 2, seed=2))]
-    objective = fnreg.landmarks + 1e-2 * fnreg.bending + 1e-2 * fnreg.diffusion
-    for solver, steps in ((NewtonCG(tolerance=1e-11), 60), (LBFGS(tolerance=1e-11), 400)):
-        stop = Stop(relative=0, step=0, patience=400, every=1)
-        result = register(*subjects, FFD(4), objective=objective, solver=solver, levels=1, steps=steps, stop=stop)
-        assert int(result.status) == Status.CONVERGED
-        level = fnreg.inputs.prepare(
-            *subjects, None, levels=1, min_size=4, objectives=(fnreg.losses.terms.objective(objective),)
-        ).level(0, FFD(4), fnreg.losses.terms.objective(objective), 1, None)
-        slope = level.gradient(tree_map(lambda leaf: leaf.unsqueeze(0), result.mapping.params))[0]
-        assert float(joined(slope).norm()) < 1e-10
+def waves(displacement: Tensor) -> Tensor:
+    """Smooth, with a curvature that changes from place to place, and never that of a square alone."""
+    away = displacement - 2 * torch.sin(torch.arange(displacement.shape[-1], dtype=displacement.dtype) / 3)
+    return (away.square() + 0.3 * torch.cos(2 * away)).mean()
+
+
+def length(params: Any) -> Tensor:
+    """Holds the control points that move nothing."""
+    return params["coefficients"].square().mean()
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        NewtonCG(tolerance=1e-12, iterations=100),
+        NewtonCG(curvature="hessian", tolerance=1e-12, iterations=100),
+        LBFGS(tolerance=1e-12),
+    ],
+    ids=["gauss-newton", "hessian", "lbfgs"],
+)
+def test_the_gradient_falls_to_rounding_on_a_smooth_problem(solver: Any) -> None:
+    """With images under linear interpolation it jumps from voxel to voxel; here it does not."""
+    fixed, moving, _ = known_pair(Affine(), 2)
+    objective = fnreg.term(waves) + 0.1 * fnreg.bending + 0.01 * fnreg.term(length)
+    stop = Stop(relative=0, step=0, patience=400, every=1)
+    steps = 300 if isinstance(solver, LBFGS) else 40
+    result = register(fixed, moving, FFD(4), objective=objective, solver=solver, levels=1, steps=steps, stop=stop)
+    level = level_of(fixed, moving, FFD(4), objective)
+    slope = level.gradient(tree_map(lambda leaf: leaf.unsqueeze(0), result.mapping.params))[0]
+    assert float(joined(slope).norm()) < 1e-10
+    assert int(result.status) == Status.CONVERGED
 
 
 def test_registrations_run_under_vmap_and_are_differentiated() -> None:
+    """From a start off the voxels, where the gradient of a sample jumps."""
     fixed, moving, _ = known_pair(Affine(), 2)
-
+    initial = random_params(FFD(8), fixed.grid, 3, 0.3)
+    given: dict[str, Any] = {"initial": initial, "levels": 1, "steps": 2, "stop": None}
     for solver in (NewtonCG(iterations=3), LBFGS(memory=2)):
 
         def reached(weight: Tensor, solver: Any = solver) -> Tensor:
-            objective = fnreg.mse + weight * fnreg.bending
-            result = register(fixed, moving, FFD(8), objective=objective, solver=solver, levels=1, steps=2, stop=None)
+            result = register(
+                fixed, moving, FFD(8), objective=fnreg.mse + weight * fnreg.bending, solver=solver, **given
+            )
             return result.map_points(tensor([[1.0, 2.0]])).square().sum()
 
-        weights = tensor([0.05, 0.1])
+        weights = tensor([5.0, 10.0])
         alone = torch.stack([reached(weight) for weight in weights])
         assert_close(vmap(reached)(weights), alone, atol=1e-8, rtol=0)
         slope = grad(reached)(weights[0])
-        numeric = (reached(weights[0] + 1e-6) - reached(weights[0] - 1e-6)) / 2e-6
-        assert_close(slope, numeric, atol=1e-4, rtol=1e-3)
+        numeric = (reached(weights[0] + 1e-5) - reached(weights[0] - 1e-5)) / 2e-5
+        assert abs(float(numeric)) > 1e-6
+        assert_close(slope, numeric, atol=1e-8, rtol=1e-3)
 
 
 @pytest.mark.parametrize("solver", [NewtonCG(), LBFGS()], ids=["newton", "lbfgs"])

@@ -91,7 +91,7 @@ class LBFGS:
         known = carry.shares[:, -1] > 0
         downhill = known & (dot(ahead, before.slope) < 0) & torch.isfinite(ahead).all(1)
         ahead = torch.where(downhill.unsqueeze(1), ahead, steepest)
-        size = largest(scaled.step(ahead)).to(carry.length.dtype)
+        size = ahead.abs().amax(1).to(carry.length.dtype)
         first = FIRST / torch.where(size > 0, size, 1)
         length = torch.where(downhill, carry.length, carry.length * first)
         length = torch.minimum(length, self.limit / torch.where(size > 0, size, 1))

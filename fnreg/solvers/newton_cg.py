@@ -95,7 +95,7 @@ class NewtonCG:
             tolerance=carry.forcing.to(kind),
             iterations=self.iterations,
         )
-        size = largest(scaled.step(solved.x))
+        size = solved.x.abs().amax(1)
         part = (self.limit / size.clamp(min=self.limit)).to(kind)
         step = scaled.step(part.unsqueeze(1) * solved.x)
         trial = problem.retract(params, step)
