@@ -46,6 +46,7 @@ NAMES = (
     "data_sets_ray",
     "early_stopping",
     "ragged",
+    "second_order",
 )
 
 

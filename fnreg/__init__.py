@@ -81,6 +81,8 @@ if TYPE_CHECKING:
     from fnreg.solvers.base import Stop as Stop
     from fnreg.solvers.descent import Descent as Descent
     from fnreg.solvers.gauss_newton import GaussNewton as GaussNewton
+    from fnreg.solvers.lbfgs import LBFGS as LBFGS
+    from fnreg.solvers.newton_cg import NewtonCG as NewtonCG
     from fnreg.transforms.base import Held as Held
     from fnreg.transforms.base import Mapping as Mapping
     from fnreg.transforms.base import Sequential as Sequential
@@ -149,6 +151,8 @@ _HOME = {
     "fnreg.solvers.base": ("Status", "Stop"),
     "fnreg.solvers.descent": ("Descent",),
     "fnreg.solvers.gauss_newton": ("GaussNewton",),
+    "fnreg.solvers.lbfgs": ("LBFGS",),
+    "fnreg.solvers.newton_cg": ("NewtonCG",),
     "fnreg.transforms.base": ("Held", "Mapping", "Sequential", "Transform", "warp"),
     "fnreg.transforms.dense": ("Diffeomorphism", "Displacement", "SVF"),
     "fnreg.transforms.spline": ("FFD", "SVFFD"),

@@ -19,7 +19,7 @@ from torch import Tensor
 from fnreg import native
 from fnreg.grid import index_points
 from fnreg.pytree import constant, fold, forward_asked, forward_levels, is_differentiated, is_stored, leading
-from fnreg.sampling import KNOT, sample
+from fnreg.sampling import KNOT, _Linear, sample  # pyright: ignore[reportPrivateUsage]
 
 Plain = Callable[[Tensor], Tensor]  # the same by compositions, for one field
 
@@ -171,6 +171,21 @@ def _pulled(plain: Plain, cotangent: Tensor, velocity: Tensor) -> Tensor:
     return made[1](cotangent)[0]
 
 
+def _pushed(fields: Tensor, tangent: Tensor, steps: int, midpoint: bool) -> Tensor:
+    """What a change of the velocity (B, D, *shape) changes of its flow, to first order; fields : those on the way."""
+    index = index_points(tuple(tangent.shape[:1:-1]), tangent.dtype, tangent.device)[:-1]
+    found = tangent.flatten(2) / 2**steps  # (B, D, N)
+    for number, field in enumerate(fields.unbind(1)):
+        first = midpoint and number == 0
+        coords = index + field.flatten(2) * (0.5 if first else 1.0)
+        both = torch.cat([field, found.unflatten(2, field.shape[2:])], 1)
+        value, slope, _ = _Linear.apply(both, coords, "border", 1)  # type: ignore[no-untyped-call]
+        across = (slope[:, : field.shape[1]] * found.unsqueeze(1)).sum(2)
+        ahead = value[:, field.shape[1] :]
+        found = ahead + across / 2 if first else found + ahead + across
+    return found.unflatten(2, fields.shape[3:])
+
+
 class _Pull(torch.autograd.Function):
     """The pull-back of `_Flow`, linear in the cotangent; its own derivatives are those of the compositions."""
 
@@ -187,12 +202,15 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        by_flow, velocity, _, ctx.steps, ctx.midpoint, ctx.plain = inputs
-        ctx.save_for_backward(by_flow, velocity)
+        by_flow, velocity, fields, ctx.steps, ctx.midpoint, ctx.plain = inputs
+        ctx.save_for_backward(by_flow, velocity, fields)
 
     @staticmethod
     def backward(ctx: Any, by_found: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        made: Any = torch.func.vjp(functools.partial(_pulled, ctx.plain), *ctx.saved_tensors)
+        by_flow, velocity, fields = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:  # linear in the cotangent, and the transpose of a pull-back is the push
+            return _pushed(fields, by_found, ctx.steps, ctx.midpoint), None, None, None, None, None
+        made: Any = torch.func.vjp(functools.partial(_pulled, ctx.plain), by_flow, velocity)
         return (*made[1](by_found), None, None, None, None)
 
     @staticmethod

@@ -176,23 +176,29 @@ def pair_points(transform: Transform, params: Any, pair: Pair, needs: frozenset[
     return found
 
 
-def pair_energy(
+def pair_views(
     transform: Transform, padding: Padding | None, params: Any, pair: Pair
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective's value and each term's."""
-    needs, kind = pair.objective.needs, pair.fixed.data.dtype
+) -> tuple[dict[str, Any], Tensor | None]:
+    """All that the objective asks for, by name, and the weights by which voxels are in sight."""
+    needs = pair.objective.needs
     points = pair_points(transform, params, pair, needs)
     if needs.isdisjoint((*OF_IMAGES, *OF_LABELS)):  # no voxel is asked for, so none has to be in sight
-        found = pair_map(transform, params, pair.domain, pair.fixed.grid, needs)
-        total, terms = pair.objective.value(found | points)
-        return total.to(kind), terms
+        return pair_map(transform, params, pair.domain, pair.fixed.grid, needs) | points, None
     coords = pair_coords(transform, params, pair)
     seen, weights = pair_seen(pair, coords, padding)
     found = pair_found(transform, params, pair, seen.value, weights, needs) | points
     if pair.annotations is not None and not needs.isdisjoint(OF_LABELS):
         found |= pair.annotations.of_labels(coords, padding)
+    return found, weights
+
+
+def pair_energy(
+    transform: Transform, padding: Padding | None, params: Any, pair: Pair
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective's value and each term's."""
+    found, weights = pair_views(transform, padding, params, pair)
     total, terms = pair.objective.value(found)
-    return in_sight(total.to(kind), weights), terms
+    return in_sight(total.to(pair.fixed.data.dtype), weights), terms
 
 
 def pair_gradient(

@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fnreg.curvature import Product, gauss_newton, hessian
 from fnreg.pair import Pair, pair_energy, pair_gradient, pair_normal_equations, pair_overlap
 from fnreg.passes import Passes
 from fnreg.pytree import Axes, is_tracked, tree_map, tree_take, tree_vmap
 from fnreg.sampling import Padding
-from fnreg.transforms.base import Domain, Transform, domain_axes, single
+from fnreg.stiffness import Stiffness, serves, share, stiffness
+from fnreg.transforms.base import Domain, Transform, domain_axes, first_domain, single
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +81,25 @@ class Level:
     def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Value (B,), J^T r (B, P), J^T J (B, P, P) and the value of each term."""
         return self._over(pair_normal_equations, params)
+
+    def curvature(self, params: Any, *, exact: bool = False) -> Product:
+        """The Hessian of the energy by the step, as its product with steps (B, ...); without `exact` that of
+        Gauss-Newton."""
+        if exact:
+            return hessian(self._over, params, self.zero_step())
+        return gauss_newton(self._over, self.pairs.objective, params, self.zero_step())
+
+    def stiffness(self) -> Stiffness | None:
+        """What is known of the Hessian's diagonal before any image is seen; None where the step is not one field."""
+        return self._stiffness
+
+    @functools.cached_property
+    def _stiffness(self) -> Stiffness | None:
+        if not serves(self.transform):
+            return None
+        domain = single(self.pairs.domain)
+        found = self._over(stiffness, self.zero_step()).to(self.pairs.fixed.data.dtype)
+        return Stiffness(found, first_domain(domain).ndim, share(self.transform, domain))
 
     def overlap(self, params: Any) -> Tensor:
         """Share of the fixed voxels that count (B,)."""

@@ -44,7 +44,9 @@ from fnreg.search import Choice, search, search_levels
 from fnreg.solvers.base import Status, Stop
 from fnreg.solvers.descent import Descent
 from fnreg.solvers.gauss_newton import GaussNewton
+from fnreg.solvers.lbfgs import LBFGS
 from fnreg.solvers.loop import run
+from fnreg.solvers.newton_cg import NewtonCG
 from fnreg.solvers.recorded import Recording, run_recorded
 from fnreg.starts import STARTS, Start, begin, expand, initial_ranks, spread
 from fnreg.symmetric import BothWays
@@ -239,7 +241,7 @@ def register(
     objective : a term, a sum of terms, or a callable on the names of `losses.terms.NAMES`; or a sequence of these, one
         per level from coarse to fine, of which the last gives the value of the result
     optimizer : for the solver `Descent`, such as `adam(0.3)`
-    solver : `Descent(...)` (default) or `GaussNewton(...)`
+    solver : `Descent(...)` (default), `GaussNewton(...)` for few parameters, `NewtonCG(...)` or `LBFGS(...)`
     levels : images per pyramid, fewer where they become smaller than `min_size` voxels (a warning tells)
     steps : per level, or a sequence from coarse to fine
     then : a mapping that acts after the optimised one
@@ -424,8 +426,8 @@ def _resolve(given: Stage | Transform, default: Stage) -> Stage:
     if stop is not None and not isinstance(stop, Stop):
         raise TypeError(f"stop is {stop!r}: expected Stop(...), or None to take all steps")
     if optimizer is not None:
-        if isinstance(solver, GaussNewton):
-            raise ValueError("GaussNewton has no optimizer: give either a solver or an optimizer")
+        if isinstance(solver, (GaussNewton, NewtonCG, LBFGS)):
+            raise ValueError(f"{type(solver).__name__} has no optimizer: give either a solver or an optimizer")
         limited = default.solver if solver is None else solver
         solver = Descent(optim.as_optimizer(optimizer), limited.limit if isinstance(limited, Descent) else None)
     objective = default.objective if stage.objective is None else stage.objective
@@ -439,6 +441,11 @@ def _resolve(given: Stage | Transform, default: Stage) -> Stage:
     if isinstance(solver, GaussNewton):
         for one in several:
             one.check_squares()
+    if getattr(solver, "descends", False) and not stage.transform.descends:
+        raise ValueError(
+            f"{stage.transform} composes and smooths its steps, so it descends no stated objective, and "
+            f"{type(solver).__name__} needs one: choose SVFFD, SVF or FFD, or solver=Descent()"
+        )
     return Stage(
         stage.transform,
         several,

@@ -43,7 +43,8 @@ PENALTIES = (
     "inverse_consistency",
 )  # fmt: skip
 SIMILARITIES = ("mse", "mae", "huber", "charbonnier", "ncc", "lncc", "mi", "nmi", "cr", "ngf", "mind")
-OPTIMIZERS = ("adam", "sgd", "normalized", "gauss-newton")
+OPTIMIZERS = ("adam", "sgd", "normalized", "gauss-newton", "gauss-newton-cg", "lbfgs")
+OBJECTIVE_NEEDED = {"gauss-newton-cg": "NewtonCG", "lbfgs": "LBFGS"}  # solvers whose transform descends an objective
 INITS = ("auto", "header", "center", "moments", "search")
 LATTICES = ("none", "auto")
 PADDINGS = ("none", "zeros", "border", "reflection")
@@ -254,9 +255,16 @@ class Settings:
         if self.symmetric and not set(names) & set(SYMMETRIC):
             raise SettingsError(f"symmetric goes with {' and '.join(SYMMETRIC)}, and {self.transform!r} has none")
         choose("similarity", parse_spec("similarity", self.similarity)[0], SIMILARITIES)
-        if choose("optimizer", parse_spec("optimizer", self.optimizer)[0], OPTIMIZERS) == "gauss-newton" and dense:
+        optimizer = choose("optimizer", parse_spec("optimizer", self.optimizer)[0], OPTIMIZERS)
+        if optimizer == "gauss-newton" and dense:
             raise SettingsError(
-                f"optimizer gauss-newton goes with few parameters, not with {dense[0]}: choose adam, sgd or normalized"
+                f"optimizer gauss-newton goes with few parameters, not with {dense[0]}: choose adam, sgd, normalized, "
+                "gauss-newton-cg or lbfgs"
+            )
+        if optimizer in OBJECTIVE_NEEDED and "diffeomorphism" in names:
+            raise SettingsError(
+                f"optimizer {optimizer} needs a stated objective, which diffeomorphism does not descend: choose svffd, "
+                "or adam, sgd or normalized"
             )
         for name in self.saves():
             choose("save", name, SAVES)
@@ -380,6 +388,8 @@ class Settings:
                 told = f"optimizer gauss-newton minimises squares, {self.similarity} has none: choose mse or ncc"
                 raise SettingsError(told)
             return _make("optimizer", self.optimizer, fnreg.GaussNewton, options)
+        if name in OBJECTIVE_NEEDED:
+            return _make("optimizer", self.optimizer, getattr(fnreg, OBJECTIVE_NEEDED[name]), options)
         factory = {"adam": fnreg.adam, "sgd": fnreg.sgd, "normalized": fnreg.normalized}[name]
         return fnreg.Descent(_make("optimizer", self.optimizer, factory, options))
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from fnreg.annotations import Annotations
+from fnreg.curvature import Product
 from fnreg.image import Image
 from fnreg.pair import Pair, pair_seen
 from fnreg.problem import Level
 from fnreg.pytree import batch_axes, over_batch, tree_map
+from fnreg.stiffness import Stiffness
 from fnreg.transforms.base import Split, split_coords
 
 T = TypeVar("T")
@@ -128,6 +130,16 @@ class BothWays:
         value, slope, normal, terms = self.forward.normal_equations(params)
         other, back, more, others = self.backward.normal_equations(_negative(params))
         return (value + other) / 2, (slope - back) / 2, (normal + more) / 2, _mean(terms, others)
+
+    def curvature(self, params: Any, *, exact: bool = False) -> Product:
+        """The Hessian by the step as its product with steps: the mean of both ways'."""
+        there = self.forward.curvature(params, exact=exact)
+        back = self.backward.curvature(_negative(params), exact=exact)
+        return lambda step: _mean(there(step), back(step))
+
+    def stiffness(self) -> Stiffness | None:
+        """What is known of the Hessian's diagonal: that of one way, for both have the same."""
+        return self.forward.stiffness()
 
     def overlap(self, params: Any) -> Tensor:
         """Share of the fixed voxels that count (B,)."""

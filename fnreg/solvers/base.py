@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fnreg import lengths
-from fnreg.pytree import same_structure, tree_leaves
+from fnreg.pytree import same_structure, tree_flatten, tree_leaves, tree_unflatten
 
 _NOT_FINITE = "{} holds NaN or infinity: exclude these voxels by a mask, Subject(image, mask=isfinite)"
 _CONSTANT = "{} is constant where it counts: there is nothing to align; check the file, channel and mask"
@@ -186,3 +187,26 @@ def largest(step: Any) -> Tensor:
     """The largest absolute entry of a step, per pair (B,)."""
     sizes = [lengths.largest(leaf) for leaf in tree_leaves(step)]
     return torch.stack([size.to(sizes[0].dtype) for size in sizes]).amax(0)
+
+
+def joined(step: Any) -> Tensor:
+    """The entries of a step side by side (B, P), in the highest of its precisions."""
+    leaves = tree_leaves(step)
+    kind = functools.reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
+    return torch.cat([leaf.flatten(1).to(kind) for leaf in leaves], 1)
+
+
+def parted(flat: Tensor, zero: Any) -> Any:
+    """A step from its entries side by side (B, P)."""
+    leaves, spec = tree_flatten(zero)
+    parts = flat.split([leaf[0].numel() for leaf in leaves], dim=1)
+    return tree_unflatten([p.reshape(leaf.shape).to(leaf.dtype) for p, leaf in zip(parts, leaves, strict=True)], spec)
+
+
+def lowers(value: Tensor, before: Tensor, gradient: Tensor, gradient_before: Tensor) -> Tensor:
+    """Whether a step (B,) has lowered the value; where both values agree to rounding the sizes of the gradients tell.
+
+    Without that no gradient falls below the square root of rounding.  Hager and Zhang 2005, doi 10.1137/030601880.
+    """
+    rounding = 8 * torch.finfo(value.dtype).eps * before.abs()
+    return (value < before - rounding) | ((value <= before + rounding) & (gradient <= gradient_before))

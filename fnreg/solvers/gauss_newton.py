@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fnreg.pytree import tree_choose, tree_flatten, tree_unflatten
-from fnreg.solvers.base import Taken, largest
+from fnreg.pytree import tree_choose
+from fnreg.solvers.base import Taken, largest, parted
 
 
 class _Carry(NamedTuple):
@@ -63,7 +63,7 @@ class GaussNewton:
         flat = -torch.linalg.solve_ex(damped, carry.slope.unsqueeze(-1)).result.squeeze(-1)  # (B, P)
         size = flat.abs().amax(-1, keepdim=True)
         flat = flat * (self.limit / size.clamp(min=self.limit))
-        step = _split(flat, problem.zero_step())
+        step = parted(flat, problem.zero_step())
         trial = problem.retract(params, step)
         value, slope, normal, terms = problem.normal_equations(trial)
         better = (value <= carry.value) & torch.isfinite(flat).all(-1)
@@ -73,10 +73,3 @@ class GaussNewton:
         moved = torch.where(better, largest(step), torch.inf)
         found = tree_choose(better, trial, params)
         return Taken(found, kept, kept.value, found, moved, damping >= 1e8, kept.terms)
-
-
-def _split(flat: Tensor, zero: Any) -> Any:
-    """A step from its entries side by side (B, P)."""
-    leaves, spec = tree_flatten(zero)
-    parts = flat.split([leaf[0].numel() for leaf in leaves], dim=1)
-    return tree_unflatten([p.reshape(leaf.shape).to(leaf.dtype) for p, leaf in zip(parts, leaves, strict=True)], spec)

@@ -234,7 +234,7 @@ class _Marks(NamedTuple):
     def lower(self, taken: Taken, going: Tensor) -> _Marks:
         """With the best values and parameters after a look at `taken`, of the pairs in `going`."""
         value = taken.value.detach().to(self.best.dtype)
-        lower = going & (value < self.best)
+        lower = going & (value <= self.best)
         params = tree_choose(lower, taken.at, self.best_params)
         return self._replace(best=torch.where(lower, value, self.best), best_params=params)
 

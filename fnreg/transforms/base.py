@@ -94,6 +94,11 @@ class Transform:
         return False
 
     @property
+    def descends(self) -> bool:
+        """Whether its steps are those of the objective as it is stated: then it has minima, with a gradient of zero."""
+        return True
+
+    @property
     def splits(self) -> bool:
         """Whether the map at the domain's voxels is a shift with a matrix after it: what registers and warps fast."""
         return self.linear
@@ -332,6 +337,10 @@ class Sequential(Transform):
         return points
 
     @property
+    def descends(self) -> bool:
+        return all(t.descends for t in self.transforms)
+
+    @property
     def splits(self) -> bool:
         return self.transforms[0].splits and all(t.linear for t in self.transforms[1:])
 
@@ -435,6 +444,10 @@ class Held(Transform):
 
     def project(self, params: Params, domain: Domain) -> Params:
         return self.transform.project(params, domain)
+
+    @property
+    def descends(self) -> bool:
+        return self.transform.descends
 
     @property
     def splits(self) -> bool:
