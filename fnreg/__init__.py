@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fnreg import optim as optim
     from fnreg import plot as plot
     from fnreg import presets as presets
+    from fnreg.bootstrap import Ensemble as Ensemble
+    from fnreg.bootstrap import ensemble as ensemble
     from fnreg.grid import Grid as Grid
     from fnreg.image import Image as Image
     from fnreg.image import Subject as Subject
@@ -99,8 +101,12 @@ if TYPE_CHECKING:
     from fnreg.transforms.spline import SVFFD as SVFFD
     from fnreg.transforms.tps import TPS as TPS
     from fnreg.transforms.tps import tps_mapping as tps_mapping
+    from fnreg.uncertainty import Laplace as Laplace
+    from fnreg.uncertainty import laplace as laplace
 
 _HOME = {
+    "fnreg.bootstrap": ("Ensemble", "ensemble"),
+    "fnreg.uncertainty": ("Laplace", "laplace"),
     "fnreg.grid": ("Grid",),
     "fnreg.image": ("Image", "Subject"),
     "fnreg.losses.terms": (
