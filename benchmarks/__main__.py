@@ -44,6 +44,7 @@ NAMES = (
     "data_sets",
     "early_stopping",
     "ragged",
+    "uncertainty",
 )
 
 

@@ -58,18 +58,19 @@ class Ensemble:
         return torch.nanmean(self.map_points(points), -3)
 
     def points(self, points: Tensor) -> Tensor:
-        """Covariance (N, D, D) of the mapped points in squared world units, (B, N, D, D) of a batch.
+        """Mean square (N, D, D) of the mapped points about the reference, squared world units, (B, N, D, D) of a batch.
 
-        sum (T_i(p) - mean)(T_i(p) - mean)^T / (count - 1) over the copies that did not fail.
+        sum (T_i(p) - T(p))(T_i(p) - T(p))^T / n over the n copies that did not fail: a shift that noise brings to all
+        of them is one that the reference has too.
         """
-        moved = self.map_points(points)
-        known = torch.isfinite(moved)
-        away = torch.where(known, moved - torch.nanmean(moved, -3, keepdim=True), 0)
+        away = self.map_points(points) - self.reference.map_points(points).unsqueeze(-3)
+        known = torch.isfinite(away)
         number = known.all(-1).sum(-2)  # of copies, (N,) or (B, N)
-        return torch.einsum("...cni,...cnj->...nij", away, away) / (number - 1)[..., None, None]
+        away = torch.where(known, away, 0)
+        return torch.einsum("...cni,...cnj->...nij", away, away) / number[..., None, None]
 
     def spread(self, points: Tensor) -> Tensor:
-        """Root mean square distance of the mapped points from their mean, world units, (N,) or (B, N)."""
+        """Root mean square distance of the mapped points from the reference, world units, (N,) or (B, N)."""
         return torch.diagonal(self.points(points), dim1=-2, dim2=-1).sum(-1).sqrt()
 
     def shift(self, points: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def ensemble(
     generator : of the random numbers
     options : of `register`
 
-    Noise as strong as there is already spreads the copies about the reference as that spreads about the truth, to
+    Noise as strong as there is already moves the copies from the reference as that was moved from the truth, to
     first order: the parametric bootstrap, Efron and Tibshirani 1993, "An Introduction to the Bootstrap".  Added noise
     is independent from voxel to voxel: of images that were smoothed or resampled give those before.
 

@@ -113,13 +113,14 @@ def pair_covariance(options: Options, params: Any, pair: Pair) -> Found:
 
     # Between voxels interpolation averages noise away, which draws the solution there, whatever the images show.
     part = coords - coords.floor()
-    drawn = (2 * part - 1) * noise.slope * scale.square() * len(channels)  # of E |r|^2 by the coordinates
+    toward = torch.where(part == 0, 0, 2 * part - 1)  # at a voxel it is drawn to both sides alike
+    drawn = toward * noise.slope * scale.square() * len(channels)  # of E |r|^2 by the coordinates
     pull = factor / 2 * torch.einsum("dnp,dn->p", by_step, drawn)
     known = _less(information, factor * idle)
     inverse, free = inverse_within(known + held)
     middle = factor * (middle + (typical * held if options.prior else 0)) + torch.outer(pull, pull)
-    covariance = inverse @ middle @ inverse
-    covariance = (covariance + covariance.mT) / 2
+    covariance, lost = _within(inverse @ middle @ inverse, float(max(grid.size)) ** 2)
+    free = free + lost
     newton = inverse @ slope
     apart = newton @ inverse_within(covariance)[0] @ newton
     deviation = (factor * (noise.variance * every).sum() / every.sum() / len(noise.variance)).sqrt()
@@ -146,8 +147,16 @@ def _less(information: Tensor, idle: Tensor) -> Tensor:
 
 
 def inverse_within(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse within the directions of positive eigenvalues, and the other directions as columns."""
+    """The inverse within the directions of positive eigenvalues, and the projection on the others."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     good = values > 1e-10 * values.amax().clamp(min=0)
     inverse = (vectors * torch.where(good, 1 / torch.where(good, values, 1), 0)) @ vectors.mT
-    return inverse, vectors * (~good).to(vectors.dtype)
+    return inverse, (vectors * (~good).to(vectors.dtype)) @ vectors.mT
+
+
+def _within(covariance: Tensor, most: float) -> tuple[Tensor, Tensor]:
+    """The covariance without directions whose variance is beyond `most`, and the projection on these."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    good = values <= most
+    kept = (vectors * torch.where(good, values.clamp(min=0), 0)) @ vectors.mT
+    return kept, (vectors * (~good).to(vectors.dtype)) @ vectors.mT

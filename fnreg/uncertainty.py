@@ -55,7 +55,8 @@ from fnreg.starts import expand
 from fnreg.transforms.base import Domain, Mapping, Sequential, Transform, first_domain, single
 from fnreg.transforms.dense import Diffeomorphism
 
-FAR = 2.0  # standard deviations
+FAR = 3.0  # standard deviations
+UNSEEN = 0.05  # of what moves a point
 LARGEST = 2048  # parameters: the covariance has as many rows and columns
 
 
@@ -66,8 +67,8 @@ class Laplace:
     mapping : the solution, the mean
     covariance : (P, P) of the step, in voxels along the fixed grid's axes; entries in the order of the step's leaves.
         It is the mean square about the mapping, bias included
-    free : (P, P) orthonormal columns, zero but for directions of which neither image nor penalty tells: there the
-        variance is infinite, and `covariance` leaves them out
+    free : (P, P) projection on the directions of which neither images nor penalties tell, with a standard deviation
+        longer than the image: there the variance is infinite, and `covariance` leaves them out
     bias : (P,) of the step, as far as interpolation draws the solution to where it averages most noise away: between
         voxels.  Zero where noise is smooth
     deviation : of the residuals' noise, in the unit in which the similarity compares; of one image alone it is about
@@ -95,8 +96,8 @@ class Laplace:
 
         points : (N, D) fixed world points
 
-        G Sigma G^T with the derivative G of the mapped point by the step.  Where a direction of infinite variance moves
-        a point, the entries that it moves are infinite.
+        G Sigma G^T with the derivative G of the mapped point by the step.  An axis along which directions of infinite
+        variance do more than a twentieth of what moves a point has infinite variance.
         """
         dimension = first_domain(self.mapping.domain).ndim
         if points.shape[-1:] != (dimension,):
@@ -112,13 +113,13 @@ class Laplace:
             raise ValueError("samples are of one pair: take one of the batch, laplace.pair(0)")
         if count < 1:
             raise ValueError(f"count is {count}: draw at least one")
-        if bool((self.free != 0).any()):
+        if not bool(torch.isfinite(self.covariance).all()):
+            raise ValueError("this pair failed to register, so there is nothing to draw from")
+        if bool(self.free.any()):
             raise ValueError(
                 "neither images nor penalties tell about some directions, whose variance is infinite: there is nothing "
                 "to draw from; add a penalty, or choose a transform without them"
             )
-        if not bool(torch.isfinite(self.covariance).all()):
-            raise ValueError("this pair failed to register, so there is nothing to draw from")
         values, vectors = torch.linalg.eigh(self.covariance)
         root = vectors * values.clamp(min=0).sqrt()
         noise = torch.randn(count, len(root), generator=generator, dtype=root.dtype).to(root.device)
@@ -148,7 +149,7 @@ def laplace(
 ) -> Laplace:
     """The Gaussian approximation of a registration's error from its Gauss-Newton Hessian, see `fnreg.uncertainty`.
 
-    registration : at its minimum; warns where Newton's step to it is more than two standard deviations
+    registration : at its minimum; warns where Newton's step to it is longer than three standard deviations
     fixed, moving, objective, padding : what was registered, on its finest level.  The objective is one of `mse` and
         `ncc`, with penalties or without
     noise : "correlated" is stationary and reads the correlation of the residuals off them, which serves smoothed and
@@ -188,7 +189,7 @@ def laplace(
     options = Options(transform, noise, reach, prior, padding)
     found = Found(*tree_vmap(functools.partial(pair_covariance, options), (None, level.axes), params, level.pairs))
     failed = (registration.status > int(Status.CONVERGED)).reshape(-1).expand(batch or 1)
-    if batch is None and bool(failed):
+    if batch is None and is_concrete(failed) and bool(failed):
         raise ValueError(
             f"the registration failed: {Status(int(registration.status)).remedy}; there is no solution to be unsure of"
         )
@@ -196,7 +197,8 @@ def laplace(
     if is_concrete(found.left) and bool((found.left > FAR).any()):
         warn(
             f"{int((found.left > FAR).sum())} of {batch or 1} registrations ended more than {FAR:g} standard "
-            "deviations from their minimum, so their error is larger than told: use GaussNewton(), or more steps",
+            "deviations from their minimum, so their error is larger than told: use GaussNewton() or more steps; where "
+            "that is no help a kink of linear interpolation holds them, of which smoother images have less",
             stacklevel=2,
         )
     found = found if batch is not None else Found(*(x[0] for x in found))
@@ -285,5 +287,6 @@ def _points(laplace: Laplace, points: Tensor) -> Tensor:
     covariance = slope @ laplace.covariance @ slope.mT
     unknown = slope @ laplace.free
     beyond = unknown @ unknown.mT  # (N, D, D)
-    size = slope.square().sum((-1, -2)).amax() / len(start)
-    return covariance + torch.where(beyond.abs() > 1e-9 * size, torch.copysign(beyond.new_tensor(torch.inf), beyond), 0)
+    unseen = torch.diagonal(beyond, dim1=-2, dim2=-1) > UNSEEN**2 * slope.square().sum(-1)  # (N, D)
+    both = unseen.unsqueeze(-1) & unseen.unsqueeze(-2)
+    return torch.where(both, torch.copysign(beyond.new_tensor(torch.inf), beyond), covariance)

@@ -66,17 +66,18 @@ def ellipses(
         raise ValueError(f"slab is {slab}: expected a positive length")
     told = f"{100 * level:.4g} % ellipses" + ("" if scale == 1 else f", drawn {scale:g} times as large")
     looks = cuts(image.grid, at)
-    figure, axes = panels(looks, bar=False, title=title if len(looks) == 1 else title or told)
+    heading = title if len(looks) == 1 else title or told
+    crosses = not bool(torch.isfinite(covariance).all())
+    figure, axes = panels(looks, bar=False, extra=1.9 if crosses else 1.4, title=heading)
     radius = scale * math.sqrt(-2 * math.log(1 - level))
     flat = [look.of(image) for look in looks]
-    window, crosses = window_of(*flat), False
+    window = window_of(*flat)
     for axis, look, part in zip(axes, looks, flat, strict=True):
         show(axis, look, part, look.place or told, unit, window)
         both = ["xyz".index(name) for name in look.names]
         here = _near(points, look, both, near)
         place, shape = points[here][:, both], covariance[here][:, both][:, :, both]
         known = torch.isfinite(shape).all(-1).all(-1)
-        crosses = crosses or not bool(known.all())
         _draw(axis, place[known], radius * _root(shape[known]), place[~known])
     if crosses:
         mark = need("lines").Line2D([], [], color=UNKNOWN, marker="x", linestyle="none")
