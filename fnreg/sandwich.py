@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacfwd, jvp, vmap
 
+from fnreg import fields
 from fnreg import noise as noises
+from fnreg.grid import Grid, index_points
 from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS
 from fnreg.pair import Pair, pair_coords, pair_found, pair_map, pair_seen
 from fnreg.pytree import tree_flatten, tree_leaves, tree_unflatten
-from fnreg.sampling import Padding
+from fnreg.sampling import Padding, sample
 from fnreg.transforms.base import Transform
-
-ALIKE = 1.5  # information below this many times of what noise alone gives is not told from it
 
 
 def as_step(flat: Tensor, zero: Any) -> Any:
@@ -71,17 +71,22 @@ def pair_covariance(options: Options, params: Any, pair: Pair) -> Found:
     by_step, coords = jacfwd(along, has_aux=True)(start)  # (D, N, P), (D, N)
     seen, weights = pair_seen(pair, coords, options.padding)
 
-    def residuals_of(warped: Tensor) -> Tensor:
-        return similar.residuals(pair_found(transform, params, pair, warped, weights, needs))
+    def residuals_of(warped: Tensor, fixed: Tensor) -> Tensor:
+        found = pair_found(transform, params, pair, warped, weights, needs)
+        return similar.residuals(found | {"fixed": fixed.reshape(found["fixed"].shape)})
 
+    images = seen.value, pair.fixed.data.flatten(1)
+    residuals = residuals_of(*images)
     tangents = torch.einsum("cdn,dnp->pcn", seen.gradient, by_step)
-    residuals = residuals_of(seen.value)
-    jacobian = vmap(lambda t: jvp(residuals_of, (seen.value,), (t,))[1])(tangents)  # (P, R)
+    jacobian = vmap(lambda t: jvp(lambda x: residuals_of(x, images[1]), images[:1], (t,))[1])(tangents)  # (P, R)
+    tangents = torch.einsum("cdn,dnp->pcn", _slope_of_fixed(pair, coords), by_step)
+    other = -vmap(lambda t: jvp(lambda x: residuals_of(images[0], x), images[1:], (t,))[1])(tangents)
     every = torch.ones_like(coords[:1]) if weights is None else weights
     channels = similar.terms[0].channels or range(len(seen.value))
     weight = similar.terms[0].weight.to(every.dtype)
     scale = (weight * every / (len(channels) * every.sum().clamp(min=1e-30))).sqrt()  # (1, N): r = scale * d
-    residuals, jacobian = residuals.reshape(-1, scale.shape[1]), jacobian.reshape(len(start), -1, scale.shape[1])
+    residuals = residuals.reshape(-1, scale.shape[1])  # (C, N)
+    jacobian, other = (j.reshape(len(start), -1, scale.shape[1]) for j in (jacobian, other))  # (P, C, N)
 
     if options.noise == "independent":
         data = torch.cat([pair.moving.data[c : c + 1] for c in channels])
@@ -116,10 +121,10 @@ def pair_covariance(options: Options, params: Any, pair: Pair) -> Found:
     toward = torch.where(part == 0, 0, 2 * part - 1)  # at a voxel it is drawn to both sides alike
     drawn = toward * noise.slope * scale.square() * len(channels)  # of E |r|^2 by the coordinates
     pull = factor / 2 * torch.einsum("dnp,dn->p", by_step, drawn)
-    known = _less(information, factor * idle)
+    known = _known(torch.einsum("pcn,qcn->pq", jacobian, other), factor * idle, every.sum() * len(channels))
     inverse, free = inverse_within(known + held)
     middle = factor * (middle + (typical * held if options.prior else 0)) + torch.outer(pull, pull)
-    covariance, lost = _within(inverse @ middle @ inverse, float(max(grid.size)) ** 2)
+    covariance, lost = _within(inverse @ middle @ inverse, float(max(grid.size)) ** 2 * len(start))
     free = free + lost
     newton = inverse @ slope
     apart = newton @ inverse_within(covariance)[0] @ newton
@@ -135,13 +140,30 @@ def _turn(pair: Pair) -> Tensor:
     return (pair.moving.grid.matrix("world", "index") @ pair.from_fixed)[:-1, :-1]
 
 
-def _less(information: Tensor, idle: Tensor) -> Tensor:
-    """J^T J without what noise gives to it, and without any where it does not exceed that by much; not negative."""
+def _slope_of_fixed(pair: Pair, coords: Tensor) -> Tensor:
+    """The fixed image's derivative by coordinates in the moving one (C, D, N), by the chain rule through the map."""
+    grid = pair.fixed.grid
+    index = index_points(grid.size, coords.dtype, coords.device)[:-1]
+    shift = (coords - index).reshape(-1, *grid.shape)
+    turn = fields.jacobian(shift, Grid(grid.size)).flatten(2).movedim(2, 0)  # (N, D, D) of coords by index
+    back = torch.linalg.inv_ex(turn).inverse
+    return torch.einsum("cin,nij->cjn", sample(pair.fixed.data, index).gradient, back)
+
+
+def _known(cross: Tensor, idle: Tensor, count: Tensor) -> Tensor:
+    """The information J^T J of the images without their noise, where there is clearly any; not negative.
+
+    cross : J^T J' with the derivatives of both images: their noises are independent, so noise adds nothing on average
+    idle : what noise adds to J^T J; count : N, of voxels
+
+    Of noise alone the symmetric part of `cross`, in units of `idle`, has no eigenvalue beyond sqrt(2 P / N): Wigner's
+    law, doi 10.2307/1970079.  Directions with less are not told from those without information.
+    """
     values, vectors = torch.linalg.eigh(idle)
     values = values.clamp(min=1e-12 * values.amax().clamp(min=1e-300))
     root, back = vectors * values.sqrt(), vectors / values.sqrt()
-    ratio, turned = torch.linalg.eigh(back.mT @ information @ back)
-    kept = torch.where(ratio > ALIKE, ratio - 1, 0)
+    ratio, turned = torch.linalg.eigh(back.mT @ ((cross + cross.mT) / 2) @ back)
+    kept = torch.where(ratio > (2 * len(cross) / count.clamp(min=1)).sqrt(), ratio, 0)
     basis = root @ turned
     return (basis * kept) @ basis.mT
 
