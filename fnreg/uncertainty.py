@@ -14,8 +14,8 @@ doi 10.1016/j.neuroimage.2011.08.052, weigh residuals by their correlation to th
 The derivative of a noisy image is noisy too, which adds to J^T J what is no information.  So the J^T J of A is the
 product of the derivatives of both images, whose noises are independent; a direction in which it is no more than noise
 would make it, such as the rotation of a disc, has infinite variance.  Linear interpolation averages noise away between
-voxels, which draws the solution there, Rohde et al. 2009, doi 10.1109/TIP.2008.2008081: how far is known from the noise,
-and counts as part of the error.
+voxels, which draws the solution there, Rohde et al. 2009, doi 10.1109/TIP.2008.2008081: how far is known from the
+noise, and counts as part of the error.
 """
 
 from __future__ import annotations
