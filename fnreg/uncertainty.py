@@ -151,8 +151,8 @@ def laplace(
     """The Gaussian approximation of a registration's error from its Gauss-Newton Hessian, see `fnreg.uncertainty`.
 
     registration : at its minimum; warns where Newton's step to it is longer than three standard deviations
-    fixed, moving, objective, padding : what was registered, on its finest level.  The objective is one of `mse` and
-        `ncc`, with penalties or without
+    fixed, moving, objective, padding : what was registered, on its finest level, not `symmetric`.  The objective is one
+        of `mse` and `ncc`, with penalties or without
     noise : "correlated" is stationary and reads the correlation of the residuals off them, which serves smoothed and
         resampled images; "independent" is of equal variance in every voxel of both images as given, for `mse`.  The
         variance is estimated from the residuals in both cases

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scenes import scene, stored
+from scenes import orientation, scene, stored
 from torch import Tensor
 from torch.func import hessian, jacrev, vmap
 from torch.testing import assert_close
@@ -46,24 +46,32 @@ LIMIT = -2 * math.log(0.05)  # of squares of two normal numbers, 95 %
 
 
 def waves(
-    count: int, steps: Tensor, transform: Any, seed: int, *, noise: float = 0.05, wave: float = 5.0, blur: float = 0.0
+    count: int,
+    steps: Tensor,
+    transform: Any,
+    seed: int,
+    *,
+    noise: float = 0.05,
+    wave: float = 5.0,
+    blur: float = 0.0,
+    grid: Grid = Grid((SIZE, SIZE)),
 ) -> tuple[Image, Image, Mapping]:
     """Noisy pairs of random waves, and their maps, which are steps (B, P) from the identity."""
     draw = torch.Generator().manual_seed(seed)
     kind: dict[str, Any] = {"generator": draw, "dtype": torch.float64}
-    grid = Grid((SIZE, SIZE))
-    vectors, phase = torch.randn(count, 30, 2, **kind) / wave, 2 * math.pi * torch.rand(count, 30, 1, **kind)
+    vectors, phase = torch.randn(count, 30, grid.ndim, **kind) / wave, 2 * math.pi * torch.rand(count, 30, 1, **kind)
     start, zero = transform.init(grid), transform.zero_step(grid)
     truth = Mapping(vmap(lambda s: transform.retract(start, as_step(s, zero), grid))(steps), grid, transform)
     points = grid.points().expand(count, -1, -1)
 
     def seen(where: Tensor) -> Image:
-        clean = torch.cos(vectors @ where.mT + phase).sum(1).reshape(count, 1, SIZE, SIZE) * 15**-0.5
-        fresh = torch.randn(count, 1, SIZE + 16, SIZE + 16, **kind)
+        clean = torch.cos(vectors @ where.mT + phase).sum(1).reshape(count, 1, *grid.shape) * 15**-0.5
+        fresh = torch.randn(count, 1, *(n + 16 for n in grid.shape), **kind)
         if blur:
             fresh = vmap(lambda one: gaussian(one, blur))(fresh)
             fresh = fresh / fresh.std()
-        return Image(clean + noise * fresh[..., 8:-8, 8:-8], grid)
+        inside = (slice(None), slice(None), *(slice(8, -8) for _ in grid.shape))
+        return Image(clean + noise * fresh[inside], grid)
 
     return seen(truth.map_points(points)), seen(points), truth
 
@@ -184,6 +192,21 @@ def test_the_truth_is_in_its_ellipse_as_often_as_told(kind: Any) -> None:
     share = (square <= LIMIT).double().mean(0)
     assert bool(((share > 0.90) & (share < 0.99)).all()), share  # 0.95 and three standard deviations of 200
     assert float(square.mean()) == pytest.approx(2, abs=0.45)
+
+
+@pytest.mark.parametrize("kind", ["independent", "correlated"])
+def test_it_is_as_sure_of_volumes_on_oblique_grids(kind: Any) -> None:
+    turn = orientation(3, torch.tensor([0.3, -0.5, 0.8]), True)
+    grid = Grid((14, 13, 12), spacing=(1.0, 1.2, 1.5), center=(40.0, -70.0, 20.0), direction=turn)
+    steps = torch.randn(40, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    fixed, moving, truth = waves(40, steps, Rigid(), 6, noise=0.1, wave=6.0, grid=grid)
+    result = register(fixed, moving, Rigid(), levels=1, solver=GaussNewton())
+    points = (grid.center + torch.tensor([[0.0, 0.0, 0.0], [5.0, -4.0, 3.0]])).expand(40, -1, -1)
+    square = distances(
+        result.map_points(points) - truth.map_points(points), laplace(result, fixed, moving, noise=kind).points(points)
+    )
+    assert float(square.mean()) == pytest.approx(3, abs=1.1)  # of three coordinates; 40 pairs vary by 0.4
+    assert float((square <= 7.815).double().mean()) > 0.85
 
 
 def test_correlated_noise_is_told_from_independent_noise() -> None:
