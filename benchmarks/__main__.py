@@ -47,6 +47,7 @@ NAMES = (
     "early_stopping",
     "ragged",
     "second_order",
+    "uncertainty",
 )
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fnreg.adjoint import Implicit as Implicit
     from fnreg.adjoint import Unrolled as Unrolled
     from fnreg.adjoint import differentiable as differentiable
+    from fnreg.bootstrap import Ensemble as Ensemble
+    from fnreg.bootstrap import ensemble as ensemble
     from fnreg.grid import Grid as Grid
     from fnreg.image import Image as Image
     from fnreg.image import Subject as Subject
@@ -106,9 +108,13 @@ if TYPE_CHECKING:
     from fnreg.transforms.spline import SVFFD as SVFFD
     from fnreg.transforms.tps import TPS as TPS
     from fnreg.transforms.tps import tps_mapping as tps_mapping
+    from fnreg.uncertainty import Laplace as Laplace
+    from fnreg.uncertainty import laplace as laplace
 
 _HOME = {
     "fnreg.adjoint": ("Checkpointed", "Implicit", "Unrolled", "differentiable"),
+    "fnreg.bootstrap": ("Ensemble", "ensemble"),
+    "fnreg.uncertainty": ("Laplace", "laplace"),
     "fnreg.grid": ("Grid",),
     "fnreg.image": ("Image", "Subject"),
     "fnreg.implicit": ("NoOptimumError",),

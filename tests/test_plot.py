@@ -593,3 +593,48 @@ def test_borders_lie_between_pixels_of_different_labels(ndim: int) -> None:
         )
     with pytest.raises(ValueError, match="before has shape"):
         plot.labels(fixed, ours, ours[0], ours)
+
+
+def test_ellipses_have_the_size_that_holds_a_share_of_the_truth() -> None:
+    image = fnreg.Image(torch.rand(1, 20, 30), spacing=(2.0, 1.0))
+    points = torch.tensor([[10.0, 5.0], [30.0, 12.0], [40.0, 9.0]])
+    covariance = torch.tensor([[[4.0, 0.0], [0.0, 1.0]], [[2.0, 1.0], [1.0, 2.0]], [[math.inf, 0.0], [0.0, 1.0]]])
+    figure = drawn(plot.ellipses(image, points, covariance, level=0.9, scale=2.0, unit="mm"))
+    (axes,) = figure.axes
+    assert axes.get_title() == "90 % ellipses, drawn 2 times as large"
+    (lines,) = (made for made in axes.collections if isinstance(made, LineCollection))
+    first, second = lines.get_segments()
+    radius = 2 * math.sqrt(-2 * math.log(0.1))
+    assert np.ptp(first[:, 0]) == pytest.approx(2 * radius * 2) and np.ptp(first[:, 1]) == pytest.approx(2 * radius)
+    away = second[:-1] - [30.0, 12.0]
+    square = np.einsum("ni,ij,nj->n", away, np.linalg.inv([[2.0, 1.0], [1.0, 2.0]]), away)
+    assert square == pytest.approx(radius**2)
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert [line.get_xydata().tolist() for line in crosses] == [[[40.0, 9.0]]]
+    assert figure.legends[0].get_texts()[0].get_text() == "infinite variance, or no registration"
+
+
+def test_ellipses_of_volumes_are_on_the_slices_that_are_near() -> None:
+    image = fnreg.Image(torch.rand(1, 10, 12, 14))
+    points = torch.tensor([[6.0, 5.0, 4.0], [6.0, 11.0, 4.0], [13.0, 5.0, 9.0]])
+    covariance = torch.diag(torch.tensor([1.0, 4.0, 9.0])).expand(3, 3, 3)
+    figure = drawn(plot.ellipses(image, points, covariance, at=(6.0, 5.0, 4.0), slab=1.0, title="errors"))
+    shown = [axes.collections[0].get_segments() for axes in figure.axes]
+    assert [len(segments) for segments in shown] == [2, 2, 2]  # z = 4, y = 5, x = 6
+    radius = math.sqrt(-2 * math.log(0.05))
+    spans = [(np.ptp(segments[0][:, 0]), np.ptp(segments[0][:, 1])) for segments in shown]
+    assert spans == [pytest.approx((2 * radius * a, 2 * radius * b)) for a, b in ((1, 2), (1, 3), (2, 3))]
+
+
+@pytest.mark.parametrize(
+    ("points", "covariance", "options", "words"),
+    [
+        (torch.zeros(2, 3), torch.eye(3).expand(2, 3, 3), {}, r"points have shape \(2, 3\): expected \(N, 2\)"),
+        (torch.zeros(2, 2), torch.eye(2), {}, r"covariance has shape \(2, 2\): expected \(2, 2, 2\)"),
+        (torch.zeros(1, 2), torch.eye(2)[None], {"level": 1.0}, "level is 1.0 and scale 1.0"),
+        (torch.zeros(1, 2), torch.eye(2)[None], {"slab": 0.0}, "slab is 0.0: expected a positive length"),
+    ],
+)
+def test_ellipses_that_do_not_fit(points: Any, covariance: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plot.ellipses(fnreg.Image(torch.rand(1, 8, 8)), points, covariance, **options)

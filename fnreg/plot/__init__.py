@@ -12,6 +12,7 @@ head above; letters at the edges say so.
 from __future__ import annotations
 
 from fnreg.plot.course import losses, search
+from fnreg.plot.ellipses import ellipses
 from fnreg.plot.images import pyramid, slices
 from fnreg.plot.labels import labels
 from fnreg.plot.maps import flow, jacobian, quiver, warped_grid
@@ -30,6 +31,7 @@ __all__ = [
     "quiver",
     "flow",
     "jacobian",
+    "ellipses",
     "losses",
     "search",
 ]

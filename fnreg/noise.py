@@ -1,0 +1,112 @@
+"""Noise of a difference of images: how it is correlated from voxel to voxel, and what it does to a gradient.
+
+The residual d = moving o T - fixed of two noisy images is noisy from both: of the fixed one as it is, of the moving one
+as interpolation mixes it.  So its noise is not independent from voxel to voxel, and who counts its voxels as if it were
+is too sure.  A `Noise` holds the covariance of the noise up to one factor, as a function that applies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from fnreg.sampling import Padding, sample
+
+Kind = Literal["independent", "correlated"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+class Noise(NamedTuple):
+    """The covariance C of a residual's noise up to a factor.
+
+    apply : C v of a residual's shape (C, N)
+    variance : the diagonal of C, (C, N)
+    slope : variance of the derivative of the moving image's noise along each axis of its voxels, (D, N), like C
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    variance: Tensor
+    slope: Tensor
+
+
+def independent(moving: Tensor, coords: Tensor, padding: Padding | None) -> Noise:
+    """Equal independent noise in every voxel of both images: C = I + W W^T, W the linear interpolation.
+
+    moving : (C, [Z,] Y, X); coords : (D, N) voxel indices in it
+    """
+    given: Padding = "border" if padding is None else padding
+    beyond: Padding = given if isinstance(given, str) else "zeros"  # a number is without noise
+
+    def interpolated(data: Tensor) -> Tensor:
+        return sample(data, coords, padding=beyond).value
+
+    spread = vjp(interpolated, moving)[1]
+
+    def apply(values: Tensor) -> Tensor:
+        return values + interpolated(spread(values)[0])
+
+    part = coords - coords.floor()
+    each = (1 - part).square() + part.square()  # (D, N) squared weights along each axis
+    variance = 1 + each.prod(0)
+    others = [torch.cat([each[:k], each[k + 1 :]]).prod(0) for k in range(len(each))]
+    return Noise(apply, variance.expand(len(moving), -1), 2 * torch.stack(others))
+
+
+def correlated(residual: Tensor, scale: Tensor, shape: tuple[int, ...], reach: int, turn: Tensor) -> Noise:
+    """Stationary noise whose correlation is read off the residual.
+
+    residual : (C, N) scale * d
+    scale : (1, N), 0 where a voxel does not count
+    shape : of the fixed image, whose voxels these are
+    reach : voxels along each axis beyond which there is no correlation
+    turn : (D, D) from steps of the fixed voxels to steps of the moving ones
+
+    The autocovariance at the shift h, sum_x r(x) r(x + h) / sum_x s(x) s(x + h), is multiplied by a window that is 1 up
+    to half of the reach and falls linearly to 0 beyond it; where its spectrum is negative that is set to 0, so C is a
+    covariance.  The window with a flat top leaves near voxels their correlation: Politis and Romano 1995,
+    doi 10.1111/j.1467-9892.1995.tb00223.x.
+    """
+    axes = tuple(range(1, len(shape) + 1))
+    padded = tuple(n + reach for n in shape)
+
+    def spectrum(values: Tensor) -> Tensor:
+        return torch.fft.rfftn(values.reshape(-1, *shape), s=padded, dim=axes)
+
+    def back(values: Tensor) -> Tensor:
+        return torch.fft.irfftn(values, s=padded, dim=axes)
+
+    products = back(spectrum(residual).abs().square())
+    counts = back(spectrum(scale).abs().square())
+    enough = counts > 0.01 * counts.flatten(1)[:, :1].reshape(-1, *(1,) * len(shape))
+    window = _window(padded, reach, residual)
+    shifted = torch.where(enough, products / torch.where(enough, counts, 1), 0) * window  # (C, *padded)
+    density = torch.fft.rfftn(shifted, dim=axes).real.clamp(min=0)
+    kernel = back(density)
+    top = kernel.flatten(1)[:, :1]
+    top = torch.where(top > 0, top, 1).reshape(-1, *(1,) * len(shape))
+    density, kernel = density / top, kernel / top
+
+    def apply(values: Tensor) -> Tensor:
+        mixed = back(density * spectrum(values))
+        return mixed[(slice(None), *(slice(n) for n in shape))].flatten(1)
+
+    # The variance of a difference of neighbours is 2 (C(0) - C(1)); half of it is the moving image's.
+    near = [kernel.select(-1 - k, 1).flatten(1)[:, 0] for k in range(len(shape))]  # x first
+    along = torch.diag(1 - torch.stack(near).mean(1).clamp(max=1))
+    inverse = torch.linalg.inv_ex(turn.to(residual.dtype)).inverse
+    slope = torch.diagonal(inverse.mT @ along @ inverse)
+    return Noise(apply, torch.ones_like(residual), slope.unsqueeze(1).expand(-1, residual.shape[1]))
+
+
+def _window(padded: tuple[int, ...], reach: int, like: Tensor) -> Tensor:
+    """The window over all shifts of a padded grid, (*padded), in the order of Fourier transforms."""
+    found = torch.ones((), dtype=like.dtype, device=like.device)
+    for n in padded:
+        away = torch.arange(n, dtype=like.dtype, device=like.device)
+        away = torch.minimum(away, n - away)
+        found = found.unsqueeze(-1) * (2 - 2 * away / (reach + 1)).clamp(0, 1)
+    return found

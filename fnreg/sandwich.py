@@ -1,0 +1,184 @@
+"""The covariance of one pair's step at the solution, from its linearised residuals, their noise and its penalties.
+
+The equations are those of `fnreg.uncertainty`; every function is for one pair, and torch.func batches it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, jacfwd, jvp, vmap
+
+from fnreg import fields
+from fnreg import noise as noises
+from fnreg.grid import Grid, index_points
+from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS
+from fnreg.pair import Pair, pair_coords, pair_found, pair_map, pair_seen
+from fnreg.pytree import tree_flatten, tree_leaves, tree_unflatten
+from fnreg.sampling import Padding, sample
+from fnreg.transforms.base import Transform
+
+
+def as_step(flat: Tensor, zero: Any) -> Any:
+    """A step from its entries side by side (P,)."""
+    leaves, spec = tree_flatten(zero)
+    parts = flat.split([leaf.numel() for leaf in leaves])
+    return tree_unflatten([p.reshape(leaf.shape) for p, leaf in zip(parts, leaves, strict=True)], spec)
+
+
+class Options(NamedTuple):
+    """How the covariance is computed, see `fnreg.uncertainty.laplace`."""
+
+    transform: Transform
+    noise: str
+    reach: int
+    prior: bool
+    padding: Padding | None
+
+
+class Found(NamedTuple):
+    """What is known of a pair, see `fnreg.uncertainty.Laplace`."""
+
+    covariance: Tensor
+    free: Tensor
+    bias: Tensor
+    deviation: Tensor
+    freedom: Tensor
+    left: Tensor
+
+
+def pair_covariance(options: Options, params: Any, pair: Pair) -> Found:
+    """Covariance, free directions, bias, noise, freedom and Newton's step left, of one pair in float64."""
+    transform = options.transform
+    similar, penalties = pair.objective.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))
+    zero = transform.cast(transform.zero_step(pair.domain), torch.float64)
+    start = torch.cat([leaf.flatten() for leaf in tree_leaves(zero)])
+    grid, needs = pair.fixed.grid, pair.objective.needs
+
+    def moved(flat: Tensor) -> Any:
+        return transform.perturb(params, as_step(flat, zero), pair.domain)
+
+    def along(flat: Tensor) -> tuple[Tensor, Tensor]:
+        found = pair_coords(transform, moved(flat), pair)
+        return found, found
+
+    def penalty(flat: Tensor) -> Tensor:
+        found = pair_map(transform, moved(flat), pair.domain, grid, penalties.needs)
+        return penalties.value(found)[0].to(torch.float64)
+
+    by_step, coords = jacfwd(along, has_aux=True)(start)  # (D, N, P), (D, N)
+    seen, weights = pair_seen(pair, coords, options.padding)
+
+    def residuals_of(warped: Tensor, fixed: Tensor) -> Tensor:
+        found = pair_found(transform, params, pair, warped, weights, needs)
+        return similar.residuals(found | {"fixed": fixed.reshape(found["fixed"].shape)})
+
+    images = seen.value, pair.fixed.data.flatten(1)
+    residuals = residuals_of(*images)
+    tangents = torch.einsum("cdn,dnp->pcn", seen.gradient, by_step)
+    jacobian = vmap(lambda t: jvp(lambda x: residuals_of(x, images[1]), images[:1], (t,))[1])(tangents)  # (P, R)
+    tangents = torch.einsum("cdn,dnp->pcn", _slope_of_fixed(pair, coords), by_step)
+    other = -vmap(lambda t: jvp(lambda x: residuals_of(images[0], x), images[1:], (t,))[1])(tangents)
+    every = torch.ones_like(coords[:1]) if weights is None else weights
+    channels = similar.terms[0].channels or range(len(seen.value))
+    weight = similar.terms[0].weight.to(every.dtype)
+    scale = (weight * every / (len(channels) * every.sum().clamp(min=1e-30))).sqrt()  # (1, N): r = scale * d
+    residuals = residuals.reshape(-1, scale.shape[1])  # (C, N)
+    jacobian, other = (j.reshape(len(start), -1, scale.shape[1]) for j in (jacobian, other))  # (P, C, N)
+
+    if options.noise == "independent":
+        data = torch.cat([pair.moving.data[c : c + 1] for c in channels])
+        noise = noises.independent(data, coords, options.padding)
+    else:
+        turn = _turn(pair)
+        noise = noises.correlated(residuals, scale, grid.shape, options.reach, turn)
+    spread = vmap(noise.apply)(jacobian * scale)
+    middle = torch.einsum("pcn,qcn->pq", spread * scale, jacobian)  # J^T C J
+    information = torch.einsum("pcn,qcn->pq", jacobian, jacobian)
+    slope = torch.einsum("pcn,cn->p", jacobian, residuals)
+    held = torch.zeros_like(information)
+    if penalties.terms:
+        held = jacfwd(grad(penalty))(start) / 2
+        held = (held + held.mT) / 2
+        slope = slope + grad(penalty)(start) / 2
+    # Of the moving image's noise alone: sum over voxels and channels of s^2 (dx/ds)^T Cov(grad n) (dx/ds).
+    idle = torch.einsum("dnp,dn,dnq->pq", by_step, noise.slope * scale.square() * len(channels), by_step)
+    variance = noise.variance * scale.square()  # of the residuals, up to the factor
+    typical = (variance * scale.square()).sum() / scale.square().sum() / len(channels)
+
+    inverse = inverse_within(information + held)[0]
+    taken = inverse @ information
+    mixed = inverse @ middle
+    # E |r|^2 over the factor: what the fit takes off the noise, and what penalties leave of the truth.
+    expected = variance.sum() - 2 * torch.trace(mixed) + torch.trace(mixed @ taken)
+    expected = expected + typical * torch.trace(inverse @ held @ taken)
+    factor = residuals.square().sum() / expected.clamp(min=1e-30)
+
+    # Between voxels interpolation averages noise away, which draws the solution there, whatever the images show.
+    part = coords - coords.floor()
+    toward = torch.where(part == 0, 0, 2 * part - 1)  # at a voxel it is drawn to both sides alike
+    drawn = toward * noise.slope * scale.square() * len(channels)  # of E |r|^2 by the coordinates
+    pull = factor / 2 * torch.einsum("dnp,dn->p", by_step, drawn)
+    known = _known(torch.einsum("pcn,qcn->pq", jacobian, other), factor * idle, every.sum() * len(channels))
+    inverse, free = inverse_within(known + held)
+    middle = factor * (middle + (typical * held if options.prior else 0)) + torch.outer(pull, pull)
+    covariance, lost = _within(inverse @ middle @ inverse, float(max(grid.size)) ** 2 * len(start))
+    free = free + lost
+    newton = inverse @ slope
+    apart = newton @ inverse_within(covariance)[0] @ newton
+    deviation = (factor * (noise.variance * every).sum() / every.sum() / len(noise.variance)).sqrt()
+    freedom = torch.trace(inverse @ known)
+    return Found(covariance, free, -inverse @ pull, deviation, freedom, (apart / len(start)).clamp(min=0).sqrt())
+
+
+def _turn(pair: Pair) -> Tensor:
+    """(D, D) from steps of fixed voxels to steps of moving ones, as the grids lie; the map itself turns little."""
+    if pair.to_moving is not None:
+        return (pair.to_moving @ pair.from_fixed)[:-1, :-1]
+    return (pair.moving.grid.matrix("world", "index") @ pair.from_fixed)[:-1, :-1]
+
+
+def _slope_of_fixed(pair: Pair, coords: Tensor) -> Tensor:
+    """The fixed image's derivative by coordinates in the moving one (C, D, N), by the chain rule through the map."""
+    grid = pair.fixed.grid
+    index = index_points(grid.size, coords.dtype, coords.device)[:-1]
+    shift = (coords - index).reshape(-1, *grid.shape)
+    turn = fields.jacobian(shift, Grid(grid.size)).flatten(2).movedim(2, 0)  # (N, D, D) of coords by index
+    back = torch.linalg.inv_ex(turn).inverse
+    return torch.einsum("cin,nij->cjn", sample(pair.fixed.data, index).gradient, back)
+
+
+def _known(cross: Tensor, idle: Tensor, count: Tensor) -> Tensor:
+    """The information J^T J of the images without their noise, where there is clearly any; not negative.
+
+    cross : J^T J' with the derivatives of both images: their noises are independent, so noise adds nothing on average
+    idle : what noise adds to J^T J; count : N, of voxels
+
+    Of noise alone the symmetric part of `cross`, in units of `idle`, has no eigenvalue beyond sqrt(2 P / N): Wigner's
+    law, doi 10.2307/1970079.  Directions with less are not told from those without information.
+    """
+    values, vectors = torch.linalg.eigh(idle)
+    values = values.clamp(min=1e-12 * values.amax().clamp(min=1e-300))
+    root, back = vectors * values.sqrt(), vectors / values.sqrt()
+    ratio, turned = torch.linalg.eigh(back.mT @ ((cross + cross.mT) / 2) @ back)
+    kept = torch.where(ratio > (2 * len(cross) / count.clamp(min=1)).sqrt(), ratio, 0)
+    basis = root @ turned
+    return (basis * kept) @ basis.mT
+
+
+def inverse_within(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse within the directions of positive eigenvalues, and the projection on the others."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    good = values > 1e-10 * values.amax().clamp(min=0)
+    inverse = (vectors * torch.where(good, 1 / torch.where(good, values, 1), 0)) @ vectors.mT
+    return inverse, (vectors * (~good).to(vectors.dtype)) @ vectors.mT
+
+
+def _within(covariance: Tensor, most: float) -> tuple[Tensor, Tensor]:
+    """The covariance without directions whose variance is beyond `most`, and the projection on these."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    good = values <= most
+    kept = (vectors * torch.where(good, values.clamp(min=0), 0)) @ vectors.mT
+    return kept, (vectors * (~good).to(vectors.dtype)) @ vectors.mT

@@ -1,0 +1,135 @@
+"""Ensembles: against Laplace's approximation, alone and in batches; starts; what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from test_uncertainty import NEWTON, POINTS, SIZE, errors, rigid_pairs
+from torch import Tensor
+from torch.testing import assert_close
+
+import fnreg
+from fnreg import FFD, Grid, Image, Rigid, Rotation, Stage, Subject, adam, bending, ensemble, laplace, mse, register
+from fnreg.bootstrap import _noise_of
+from fnreg.inputs import prepare
+
+
+def draw(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Image, Image]:
+    fixed, moving, _ = rigid_pairs(1, 21)
+    return Image(fixed.data[0], fixed.grid), Image(moving.data[0], moving.grid)
+
+
+def test_copies_spread_as_laplace_says(pair: Any) -> None:
+    copies = ensemble(*pair, Rigid(), count=300, generator=draw(), **NEWTON)
+    told = laplace(copies.reference, *pair, noise="independent").points(POINTS)
+    ratio = torch.linalg.eigvals(torch.linalg.solve(told, copies.points(POINTS))).real
+    assert 0.6 < float(ratio.min()) <= float(ratio.max()) < 1.6
+    moved = copies.map_points(POINTS)
+    assert moved.shape == (300, 3, 2)
+    away = moved - copies.reference.map_points(POINTS)
+    assert_close(copies.points(POINTS), torch.einsum("cni,cnj->nij", away, away) / 300)
+    assert_close(copies.spread(POINTS), away.square().sum(-1).mean(0).sqrt())
+    assert_close(copies.mean(POINTS), moved.mean(0))
+    assert_close(copies.shift(POINTS), away.mean(0))
+
+
+def test_the_noise_is_read_off_the_residuals() -> None:
+    fixed, moving, _ = rigid_pairs(4, 22, noise=0.05)
+    copies = ensemble(fixed, moving, Rigid(), count=3, generator=draw(), levels=1, steps=0, initial=None)
+    assert copies.registration.status.shape == (12,)
+    result = register(fixed, moving, Rigid(), **NEWTON)
+    whole = prepare(fixed, moving, None, levels=1, min_size=1)
+    assert_close(_noise_of(result, whole, None), torch.full((4, 1), 0.05, dtype=torch.float64), rtol=0.08, atol=0)
+
+
+def test_pairs_of_a_batch_are_copied_one_by_one() -> None:
+    """With no noise every copy is its pair; with some, copies belong to their pair."""
+    fixed, moving, truth = rigid_pairs(3, 23)
+    still = ensemble(fixed, moving, Rigid(), count=4, noise=0.0, **NEWTON)
+    moved = still.map_points(POINTS)
+    assert moved.shape == (3, 4, 3, 2)
+    assert_close(moved, still.reference.map_points(POINTS)[:, None].expand(-1, 4, -1, -1), atol=1e-9, rtol=0)
+    assert_close(still.points(POINTS), torch.zeros(3, 3, 2, 2, dtype=torch.float64), atol=1e-15, rtol=0)
+    noisy = ensemble(fixed, moving, Rigid(), count=4, noise=(0.05, 0.02), generator=draw(), **NEWTON)
+    assert float((noisy.mean(POINTS) - truth.map_points(POINTS)).abs().max()) < 0.2
+    assert noisy.spread(POINTS).shape == (3, 3) and float(noisy.spread(POINTS).min()) > 0
+    own = POINTS + torch.arange(3.0)[:, None, None]  # points of its own for each pair
+    assert_close(noisy.map_points(own)[1], noisy.map_points(POINTS + 1)[1])
+    assert float(errors(noisy.reference, truth).abs().max()) < 0.2
+
+
+def test_a_failed_copy_does_not_count() -> None:
+    fixed, moving, _ = rigid_pairs(2, 24)
+    images = Image(torch.cat([fixed.data[:1], torch.ones_like(fixed.data[:1])]), fixed.grid), moving
+    copies = ensemble(*images, Rigid(), count=3, noise=0.0, **NEWTON)
+    assert copies.registration.ok.tolist() == [True] * 3 + [False] * 3
+    found = copies.points(POINTS)
+    assert bool(torch.isfinite(found[0]).all()) and bool(torch.isnan(found[1]).all())
+
+
+def test_scattered_starts_find_one_minimum_or_several() -> None:
+    """From near every copy comes back; a rotation from far off does not."""
+    grid = Grid((SIZE, SIZE))
+    fixed, moving, _ = rigid_pairs(1, 25, noise=0.02)
+    fixed, moving = (Image(image.data[0], grid) for image in (fixed, moving))
+    options: dict[str, Any] = {"count": 12, "noise": 0.0, **NEWTON}
+    near = ensemble(fixed, moving, Rotation(), scatter=0.2, generator=draw(), **options)
+    assert float(near.spread(POINTS).max()) < 0.02
+    far = ensemble(fixed, moving, Rotation(), scatter=20.0, generator=draw(), **options)
+    assert float(far.spread(POINTS).max()) > 1.0
+
+
+def test_it_takes_what_register_takes(pair: Any) -> None:
+    fixed, moving = pair
+    mask = torch.ones(1, SIZE, SIZE)
+    mask[:, :5] = 0
+    options: dict[str, Any] = {"levels": 1, "steps": 10, "optimizer": adam(0.3)}
+    stages = [Stage(Rigid()), Stage(FFD(7), objective=mse + bending)]
+    for transform in (Rigid(), stages):
+        copies = ensemble(Subject(fixed, mask), moving, transform, count=3, generator=draw(), scatter=0.1, **options)
+        assert copies.map_points(POINTS).shape == (3, 3, 2)
+    batch = Image(fixed.data.expand(2, -1, -1, -1), fixed.grid), moving
+    weight = torch.tensor([1.0, 0.5])
+    first = register(*batch, Rigid(), **options)
+    kept: dict[str, Any] = {"objective": mse * weight, "then": first.mapping, "noise": 0.01}
+    copies = ensemble(*batch, FFD(7), count=2, generator=draw(), **kept, **options)
+    after = copies.registration.mapping.params[1]["rotation"]
+    assert_close(after, first.mapping.params["rotation"].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"count": 1}, "count is 1: a spread takes at least 2 copies"),
+        ({"scatter": -1.0}, "scatter is -1.0: expected a number of voxels"),
+        ({"noise": -0.1}, "noise is -0.1: expected a standard deviation"),
+        ({"noise": (0.1, math.inf)}, "noise is .0.1, inf.: expected a standard deviation"),
+        (
+            {"objective": fnreg.lncc},
+            r"lncc does not compare intensities as they are: tell the images' noise",
+        ),
+    ],
+)
+def test_it_says_what_it_cannot_do(pair: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ensemble(*pair, Rigid(), levels=1, steps=1, **options)
+
+
+def test_a_mapping_cannot_be_scattered(pair: Any) -> None:
+    start = register(*pair, Rigid(), levels=1, steps=1).mapping
+    with pytest.raises(ValueError, match=r"initial is a Mapping: to scatter starts about it give parameters"):
+        ensemble(*pair, Rigid(), count=2, scatter=1.0, initial=start, levels=1, steps=1)
+
+
+def test_similarities_without_residuals_take_the_noise_as_told(pair: Any) -> None:
+    copies = ensemble(*pair, Rigid(), count=4, noise=0.05, generator=draw(), objective=fnreg.lncc, levels=1, steps=20)
+    spread: Tensor = copies.spread(POINTS)
+    assert 0.003 < float(spread.min()) <= float(spread.max()) < 0.5
