@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fnreg.curvature import Product, gauss_newton, hessian
+from fnreg.hessian import Product, gauss_newton, hessian
 from fnreg.pair import Pair, pair_energy, pair_gradient, pair_normal_equations, pair_overlap
 from fnreg.passes import Passes
 from fnreg.pytree import Axes, is_tracked, tree_map, tree_take, tree_vmap

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fnreg.annotations import Annotations
-from fnreg.curvature import Product
+from fnreg.hessian import Product
 from fnreg.image import Image
 from fnreg.pair import Pair, pair_seen
 from fnreg.problem import Level

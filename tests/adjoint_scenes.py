@@ -16,8 +16,7 @@ import fnreg
 from fnreg import FFD, SVFFD, Affine, Grid, Image, Implicit, Rigid, adam, register
 from fnreg.implicit import Condition
 from fnreg.pytree import tree_leaves, tree_map
-from fnreg.solvers.base import Taken, largest
-from fnreg.solvers.gauss_newton import _split
+from fnreg.solvers.base import Taken, largest, parted
 
 TIGHT = Implicit(tolerance=1e-13, iterations=2000, check=1e-7)
 POINTS = tensor([[1.0, 2.0, -0.5], [-4.0, 0.5, 1.0], [4.0, -3.0, 0.0]])
@@ -39,10 +38,10 @@ class Newton:
         flat = torch.cat([leaf.flatten(1) for leaf in tree_leaves(right)], 1)  # (B, P)
         product, zero = condition.curvature(params, data), problem.zero_step()
         units = torch.eye(flat.shape[1], dtype=flat.dtype).unsqueeze(1).expand(-1, len(flat), -1)  # (P, B, P)
-        rows = vmap(lambda unit: torch.cat([leaf.flatten(1) for leaf in tree_leaves(product(_split(unit, zero)))], 1))
+        rows = vmap(lambda unit: torch.cat([leaf.flatten(1) for leaf in tree_leaves(product(parted(unit, zero)))], 1))
         values, vectors = torch.linalg.eigh(rows(units).movedim(1, 0))
         step = -(vectors @ (vectors.mT @ flat.unsqueeze(2) / values.abs().unsqueeze(2))).squeeze(2)
-        step = _split(step * (self.limit / step.abs().amax(1, keepdim=True).clamp(min=self.limit)), zero)
+        step = parted(step * (self.limit / step.abs().amax(1, keepdim=True).clamp(min=self.limit)), zero)
         moved = largest(step)
         return Taken(problem.retract(params, step), carry, value, params, moved, moved < 0, terms)
 

@@ -14,6 +14,7 @@ import torch
 from cohort_scenes import pairs, picture, register, results, same_tables
 
 from fnreg import Image, io, notes
+from fnreg.cohort import engine
 from fnreg.cohort.manifest import Row, all_to
 from fnreg.cohort.shared import SharedImages
 from fnreg.io.files import ImageReadError, fingerprints
@@ -45,7 +46,7 @@ def test_a_study_reads_what_its_pairs_share_once_and_gives_the_same(
     reads.clear()
     shared = register(rows, tmp_path / "shared", batch_size=2)
     assert sorted(reads) == sorted(["f0.nii", "mask.nii", *(f"m{n}.nii" for n in range(6))])
-    monkeypatch.setattr(SharedImages, "of", lambda _: SharedImages())
+    monkeypatch.setattr(engine, "shared_images", lambda _: ())
     reads.clear()
     each = register(rows, tmp_path / "each", batch_size=2)
     assert len(reads) == 18
