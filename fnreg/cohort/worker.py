@@ -54,18 +54,17 @@ class Answer(NamedTuple):
 class Worker:
     """A pipeline in a thread of its own.
 
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from fnreg.cohort.worker import Order, Worker
-        >>> from fnreg.cohort.shared import SharedImages
-    from fnreg.settings import Settings
-        >>> worker = Worker()
-        >>> with tempfile.TemporaryDirectory() as study:
-        ...     _ = (Path(study) / "settings.toml").write_text("")
-        ...     version = worker.start(Order(Settings(), Path(study)), threads=1, share=1.0)
-        ...     worker.step([], True).wanted
-        ...     worker.end()
-        4
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from fnreg.cohort.worker import Order, Worker
+    >>> from fnreg.settings import Settings
+    >>> worker = Worker()
+    >>> with tempfile.TemporaryDirectory() as study:
+    ...     _ = (Path(study) / "settings.toml").write_text("")
+    ...     version = worker.start(Order(Settings(), Path(study)), threads=1, share=1.0)
+    ...     worker.step([], True).wanted
+    ...     worker.end()
+    4
     """
 
     def __init__(self) -> None:
