@@ -249,7 +249,11 @@ def test_few_pairs_that_all_run_at_once_are_not_taken_for_many_of_which_most_wai
     room = 2**33
     few = sizes.of("large", 2**23)
     assert few == 2 == sizes.width(few, 2**23)  # of 4 GB two at 2 GB
+    room = 2**50
+    sizes.fitted("large", 64, 2**23, peak)
+    assert sizes.of("large", 2**23) == 64  # the host has to hold them too
     sizes = Sizes(gpu)
+    room = 2**33
     for taken, expected in ((2**30, 8), (2**20, 8), (2**31, 4)):  # a second time less seems to be taken
         peak.taken = taken
         sizes.fitted("a", 2, 2**20, peak)

@@ -28,7 +28,8 @@ GROWTH = 16  # the next batch of a shape has at most so many times the pairs of 
 MOST = 512  # pairs in a batch: more save no time, and a process that dies loses a batch
 WAITING = 2**28  # bytes of pairs that may wait for others of their shape
 VOXELS = 2**22  # of both images of all pairs that run side by side, on a CPU: more fall out of its caches
-BUSY = 2**20  # likewise, fewer do not keep a device busy: each step takes its time whatever its size
+HELD = 2**29  # likewise of a batch on any device, 2 GB: the host holds up to four, computed, complete and being read
+BUSY = 2**20  # of those that run, fewer do not keep a device busy: each step takes its time whatever its size
 WAVES = 4  # pairs in a batch for each that runs: so many are hardly done all at once
 
 
@@ -81,7 +82,7 @@ class Sizes:
         fitted = self._fitted.get(key, 0)
         if not fitted:
             return 1
-        limit = min(limit, GROWTH * fitted)
+        limit = min(limit, GROWTH * fitted, max(1, HELD // voxels))
         if self.device.type == "cpu":
             width = VOXELS // voxels
             limit = min(limit, WAVES * width if self.refills and width >= WAVES else width)
