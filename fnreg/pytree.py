@@ -147,6 +147,14 @@ def tree_take(tree: T, index: Any, axes: Axes | None = None) -> T:
     return tree_unflatten(taken, spec)
 
 
+def in_parts(look: Callable[[slice], Any], size: int, width: int | None) -> Any:
+    """`look(part)` of all pairs, of no more than `width` at a time, put together along the leading axis."""
+    if width is None or size <= width:
+        return look(slice(0, size))
+    found = [look(slice(start, start + width)) for start in range(0, size, width)]
+    return tree_map(lambda *leaves: torch.cat(leaves), found[0], *found[1:])
+
+
 def first_pair(tree: T, ranks: T) -> T:
     """The first pair of a batch: leaves of one rank more than `ranks` lose their leading axis, shared ones stay."""
     leaves, spec = tree_flatten(tree)

@@ -28,6 +28,7 @@ from fnreg.pytree import (
     batch_axes,
     batch_size,
     first_pair,
+    in_parts,
     is_concrete,
     is_tracked,
     is_transformed,
@@ -353,7 +354,8 @@ def course(
     choice: Choice | None = None
     if start == "auto":
         first = stages[0]
-        choice = search(whole, first.transform, first.objective[0], size, padding, failures.cause > 0)
+        failed = failures.cause > 0
+        choice = search(whole, first.transform, first.objective[0], size, padding, failed, width=_width(first))
         start, initial = "header", None if choice is None else choice.mapping
     done: list[Solution] = []
     for number, stage in enumerate(stages):
@@ -655,13 +657,11 @@ class _Stage:
 
     def _in_parts(self, look: Callable[..., Any], work: Level | BothWays, params: Params) -> Any:
         """`look(work, params)`, of as many pairs at a time as run side by side."""
-        stop = self.stage.stop
-        width = stop.width if isinstance(stop, Stop) else None
+        width = _width(self.stage)
         if width is None or work.size <= width:
             return look(work, params)
-        places = torch.arange(work.size, device=self.whole.domain.center.device).split(width)
-        found = [look(work.take(place), tree_take(params, place)) for place in places]
-        return tree_map(lambda *leaves: torch.cat(leaves), found[0], *found[1:])
+        every = torch.arange(work.size, device=self.whole.domain.center.device)
+        return in_parts(lambda part: look(work.take(every[part]), tree_take(params, part)), work.size, width)
 
     def _reporter(self, level: int, levels: int) -> Callable[[int, int, int, float], None] | None:
         progress = self.progress
@@ -672,6 +672,11 @@ class _Stage:
             progress(Event(self.number, self.stages, level, levels, step, steps, active, self.size, value))
 
         return tell
+
+
+def _width(stage: Stage) -> int | None:
+    """How many pairs run side by side; None for all."""
+    return stage.stop.width if isinstance(stage.stop, Stop) else None
 
 
 def _looks(objective: Objective) -> bool:

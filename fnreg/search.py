@@ -28,7 +28,7 @@ from fnreg.inputs import Inputs
 from fnreg.losses.terms import OF_IMAGES, Objective
 from fnreg.optim import adam
 from fnreg.problem import Level
-from fnreg.pytree import over_batch, pytree_dataclass, static, tree_detach, tree_map
+from fnreg.pytree import in_parts, over_batch, pytree_dataclass, static, tree_detach, tree_map, tree_take
 from fnreg.sampling import Padding
 from fnreg.solvers.descent import Descent
 from fnreg.solvers.loop import run
@@ -79,7 +79,14 @@ def search_levels(size: tuple[int, ...]) -> int:
 
 
 def search(
-    whole: Inputs, transform: Transform, objective: Objective, size: int, padding: Padding | None, failed: Tensor
+    whole: Inputs,
+    transform: Transform,
+    objective: Objective,
+    size: int,
+    padding: Padding | None,
+    failed: Tensor,
+    *,
+    width: int | None = None,
 ) -> Choice | None:
     """The start of each of `size` pairs; None where there is nothing to choose.
 
@@ -87,6 +94,7 @@ def search(
     after the transform: then the headers are trusted.
 
     failed : (B,) pairs that keep the headers
+    width : pairs that are searched at a time, each with all its candidates; None for all
 
     Candidates are compared with "border" where voxels outside would count nothing: else a map that leaves nothing but
     background in sight were the best.  The choice counts as a constant in differentiation.
@@ -100,17 +108,24 @@ def search(
     params = kind.cast(_expand(_candidates(kind, whole, coarsest), size), whole.fixed[0].data.dtype)
     names = _names(kind, grid.ndim)
 
-    level = _level(whole, kind, objective, size, padding, coarsest)
-    tried = _Tried.of(level, params, torch.arange(len(names), device=grid.center.device).expand(size, -1))
-    middle = tried.value.median(1).values
-    solved = tried.descend(failed)
-    if finer != coarsest:
-        level = _level(whole, kind, objective, size, padding, finer)
-        kept = solved.best(KEEP + 1, always=0)
-        solved = _Tried.of(level, kept.params, kept.number).descend(failed)
-    header = _Tried.of(level, tree_map(lambda leaf: leaf[:, :1], params), torch.zeros_like(tried.number[:, :1]))
-    chosen = header.beside(solved).first_alike(middle, failed)
-    return Choice(Mapping(chosen.params, grid, kind), chosen.number, names)
+    levels = [_level(whole, kind, objective, size, padding, number) for number in (coarsest, finer)]
+    every, numbers = (torch.arange(count, device=grid.center.device) for count in (size, len(names)))
+
+    def choose(part: slice) -> tuple[Params, Tensor]:
+        coarse, fine = (level.take(every[part]) for level in levels)
+        begun, lost = tree_take(params, part), failed[part]
+        tried = _Tried.of(coarse, begun, numbers.expand(coarse.size, -1))
+        middle = tried.value.median(1).values
+        solved = tried.descend(lost)
+        if finer != coarsest:
+            kept = solved.best(KEEP + 1, always=0)
+            solved = _Tried.of(fine, kept.params, kept.number).descend(lost)
+        header = _Tried.of(fine, tree_map(lambda leaf: leaf[:, :1], begun), torch.zeros_like(tried.number[:, :1]))
+        chosen = header.beside(solved).first_alike(middle, lost)
+        return chosen.params, chosen.number
+
+    found, number = in_parts(choose, size, width)
+    return Choice(Mapping(found, grid, kind), number, names)
 
 
 def _levels(whole: Inputs) -> tuple[int, int]:

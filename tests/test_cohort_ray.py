@@ -131,6 +131,31 @@ def test_a_run_that_is_asked_to_stop_ends_after_its_batches(cluster: Any, tmp_pa
     whole(tmp_path / "study", rows)
 
 
+def test_workers_that_wait_for_cores_are_told_of(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from fnreg.cohort import cluster as engine_ray
+
+    class Other:
+        def ready(self) -> None:
+            pass
+
+    others = [ray.remote(num_cpus=1)(Other).remote() for _ in range(2)]
+    ray.get([other.ready.remote() for other in others])
+    monkeypatch.setattr(engine_ray, "PATIENCE", 1.0)
+    real = engine_ray.notes.warn
+
+    def warn(text: str, **options: Any) -> None:
+        real(text, **options)
+        for other in others:
+            ray.kill(other)
+
+    monkeypatch.setattr(engine_ray.notes, "warn", warn)
+    with pytest.warns(UserWarning, match="2 of 2 workers have not begun within 1 s.*ray status") as told:
+        assert len(register(pairs(tmp_path, 4), tmp_path / "study", engine="ray")) == 4
+    assert len(told) == 1  # however long it takes
+
+
 def test_what_ends_a_worker_ends_the_run(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, real = pairs(tmp_path, 4), engine.Order
     monkeypatch.setattr(engine, "Order", lambda *given: real(*given[:4], (tmp_path / "none.nii",)))

@@ -234,6 +234,38 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path, monkeypatch: pytest
     assert sizes[0] == 8 and max(sizes[sizes.index(1) + 8 :]) <= 2  # it is remembered
 
 
+def test_few_pairs_that_all_run_at_once_are_not_taken_for_many_of_which_most_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A batch of 512, of which a quarter ran, says nothing good of one of 4 that all run."""
+    gpu, room, each = torch.device("cuda"), 2**36, 2**31
+    monkeypatch.setattr(batches, "free", lambda _: room)
+    sizes, peak = Sizes(gpu), Peak(gpu)
+    for name, count, voxels in (("small", 512, 2**17), ("large", 1, 2**23)):
+        peak.taken = sizes.width(count, voxels) * voxels * (each // 2**23)  # all of it is of those that run
+        sizes.fitted(name, count, voxels, peak)
+    many = sizes.of("large", 2**23)
+    assert many == 16 and sizes.width(many, 2**23) * each < room / 2
+    room = 2**33
+    few = sizes.of("large", 2**23)
+    assert few == 2 == sizes.width(few, 2**23)  # of 4 GB two at 2 GB
+    room = 2**50
+    sizes.fitted("large", 64, 2**23, peak)
+    assert sizes.of("large", 2**23) == 64  # the host has to hold them too
+    sizes = Sizes(gpu)
+    room = 2**33
+    for taken, expected in ((2**30, 8), (2**20, 8), (2**31, 4)):  # a second time less seems to be taken
+        peak.taken = taken
+        sizes.fitted("a", 2, 2**20, peak)
+        assert sizes.of("a", 2**20) == expected
+
+
+def test_what_torch_keeps_of_a_device_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, bytes_of in (("memory_reserved", 700), ("memory_allocated", 300), ("mem_get_info", (1000, 5000))):
+        monkeypatch.setattr(torch.cuda, name, lambda _, found=bytes_of: found)
+    assert free(torch.device("cuda")) == 1400
+
+
 def test_errors_that_lack_memory() -> None:
     assert is_lack(MemoryError()) and is_lack(RuntimeError(LACK)) and is_lack(torch.OutOfMemoryError("CUDA"))
     assert not is_lack(RuntimeError("shape mismatch")) and not is_lack(ValueError("out of memory"))
@@ -263,6 +295,8 @@ def test_the_size_of_a_batch_by_what_one_pair_took(monkeypatch: pytest.MonkeyPat
     sizes.lacked("a", 1)
     assert sizes.of("a", 1000) == 1
     assert sizes.width(512, 100_000) == 128 and sizes.width(512, 1000) == 512 and sizes.width(3, 10**6) == 3
+    each = [sizes.width(pairs, 10**6) for pairs in range(1, 600)]
+    assert each == sorted(each) and each[:4] == [1, 2, 3, 4]
     assert Sizes(cpu, fixed=100).width(100, 10**6) == Sizes(cpu, refills=False).width(100, 10**6) == 100
     room = 0
     assert sizes.of("b", 1000) == 1

@@ -22,10 +22,12 @@ from fnreg import (
     Scaling,
     Similarity,
     Stage,
+    Stop,
     Subject,
     Translation,
     mse,
     register,
+    search,
     stack,
 )
 from fnreg.search import search_levels, searched
@@ -129,6 +131,27 @@ def test_a_pair_of_a_batch_chooses_as_it_does_alone(dimension: int) -> None:
         )
         < SAME
     )
+
+
+def test_pairs_that_wait_are_not_searched_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all candidates a search takes more memory than a descent: it too is of some pairs at a time."""
+    fixed, moving = scene(2, grow=4), moving_scene(2, grow=4)
+    turned = stack([displaced(moving, (angle,))[0] for angle in (0.0, 2.8, -1.5, 0.4, 1.1)])
+    options: dict[str, Any] = {"start": "auto", "levels": 2, "steps": 10}
+    whole = register(stack([fixed] * 5), turned, Rigid(), stop=Stop(), **options)
+    widths, run = list[int](), search.run
+
+    def watched(problem: Any, *given: Any, **rest: Any) -> Any:
+        widths.append(problem.size)
+        return run(problem, *given, **rest)
+
+    monkeypatch.setattr(search, "run", watched)
+    parts = register(stack([fixed] * 5), turned, Rigid(), stop=Stop(width=2), **options)
+    assert whole.choice is not None and parts.choice is not None
+    assert max(widths) == 2 * len(parts.choice.names)
+    assert torch.equal(whole.choice.candidate, parts.choice.candidate) and len(whole.choice.candidate.unique()) > 2
+    for n in range(5):
+        assert voxels_apart(take(whole.mapping, n), take(parts.mapping, n), fixed.grid) < SAME
 
 
 def test_what_a_mask_hides_has_no_say() -> None:

@@ -349,16 +349,20 @@ def test_a_solver_that_cannot_be_joined_takes_turns() -> None:
             self.solver = Descent(adam(0.3, pure=True))
 
         def init(self, problem: Any, params: Any) -> Any:
+            begun.append(problem.size)
             return self.solver.init(problem, params)
 
         def step(self, *given: Any) -> Any:
             return self.solver.step(*given)
 
-    toy = bowls()
-    found = run(toy, toy.start(), Bare(), steps=100, stop=Stop(every=1, width=2))
+    begun: list[int] = []
+    toy = bowls(12)
+    found = run(toy, toy.start(), Bare(), steps=100, stop=Stop(every=1, width=4))
     whole = run(toy, toy.start(), SOLVERS["pure"], steps=100, stop=Stop())
     assert torch.equal(found.steps, whole.steps)
     assert_close(found.params["x"], whole.params["x"], atol=1e-9, rtol=0)
+    assert len(set(whole.steps.tolist())) > 3  # so places were dropped, and yet
+    assert begun == [4, 4, 4]
 
 
 @every_solver

@@ -5,12 +5,16 @@ says how many fit in a share of the memory that is free.  A batch that does not 
 ones of that shape are not tried again.
 
 Of a large batch a part runs side by side, and on each level those that wait take the places of those that are done.
+How much of the memory is of those that run and how much of all is not known: the next batch is taken to need more by
+whichever of the two grows more.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +28,17 @@ GROWTH = 16  # the next batch of a shape has at most so many times the pairs of 
 MOST = 512  # pairs in a batch: more save no time, and a process that dies loses a batch
 WAITING = 2**28  # bytes of pairs that may wait for others of their shape
 VOXELS = 2**22  # of both images of all pairs that run side by side, on a CPU: more fall out of its caches
-BUSY = 2**20  # likewise, fewer do not keep a device busy: each step takes its time whatever its size
+HELD = 2**29  # likewise of a batch on any device, 2 GB: the host holds up to four, computed, complete and being read
+BUSY = 2**20  # of those that run, fewer do not keep a device busy: each step takes its time whatever its size
 WAVES = 4  # pairs in a batch for each that runs: so many are hardly done all at once
+
+
+class _Measured(NamedTuple):
+    """Bytes that the largest batch took, of so many voxels in all and so many of pairs that ran side by side."""
+
+    taken: int = 0
+    voxels: int = 1
+    beside: int = 1
 
 
 class Sizes:
@@ -55,7 +68,7 @@ class Sizes:
         self.window = 1  # pairs in the last batch that was asked for
         self._limit: dict[Hashable, int] = {}  # of shapes of which more did not fit
         self._fitted: dict[Hashable, int] = {}  # the largest batch so far
-        self._measured = (0, float(LEAST))  # of the largest batch: voxels, and bytes of each
+        self._measured = _Measured()
 
     def of(self, key: Hashable, voxels: int) -> int:
         """Pairs in the next batch of a shape with so many voxels in both images of a pair."""
@@ -69,23 +82,31 @@ class Sizes:
         fitted = self._fitted.get(key, 0)
         if not fitted:
             return 1
-        rate = max(LEAST, self._measured[1])
-        room = int(self.share * free(self.device) / (rate * voxels))
+        limit = min(limit, GROWTH * fitted, max(1, HELD // voxels))
         if self.device.type == "cpu":
             width = VOXELS // voxels
             limit = min(limit, WAVES * width if self.refills and width >= WAVES else width)
-        return max(1, min(limit, room, GROWTH * fitted))
+        room = self.share * free(self.device)
+        return max(1, bisect_right(range(1, limit + 1), room, key=lambda pairs: self._need(pairs, voxels)))
+
+    def _need(self, pairs: int, voxels: int) -> float:
+        """Bytes of a batch, as far as it is known."""
+        taken, of_all, beside = self._measured
+        whole = pairs * voxels
+        return max(LEAST * whole, taken * max(whole / of_all, self.width(pairs, voxels) * voxels / beside))
 
     def width(self, pairs: int, voxels: int) -> int:
-        """How many of a batch run side by side."""
-        return max(-(-pairs // WAVES), min(pairs, BUSY // voxels)) if self.refills and pairs > WAVES else pairs
+        """How many of a batch run side by side: of a larger batch no fewer."""
+        return max(-(-pairs // WAVES), min(pairs, max(WAVES, BUSY // voxels))) if self.refills else pairs
 
     def fitted(self, key: Hashable, pairs: int, voxels: int, peak: Peak) -> None:
         """A batch of pairs with so many voxels each has run."""
         self._fitted[key] = max(pairs, self._fitted.get(key, 0))
-        # Of a small batch most is taken by what is there once; so the largest one that was measured counts.
-        if peak.risen and pairs * voxels >= self._measured[0]:
-            self._measured = pairs * voxels, peak.taken / (pairs * voxels)
+        # Of a small batch most is taken by what is there once; so the largest one that was measured counts.  It takes
+        # no less than those before: what a process keeps of their memory is there already when it begins.
+        if peak.risen and pairs * voxels >= self._measured.voxels:
+            beside = self.width(pairs, voxels) * voxels
+            self._measured = _Measured(max(peak.taken, self._measured.taken), pairs * voxels, beside)
 
     def lacked(self, key: Hashable, pairs: int) -> None:
         """A batch of so many pairs did not fit."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fnreg import __version__
+from fnreg import __version__, notes
 from fnreg.cohort.ledger import Record
 from fnreg.cohort.local import LOADERS
 from fnreg.cohort.save import sweep
@@ -26,6 +27,7 @@ POLL = 0.2  # seconds in which an interrupt is noticed
 FALSE_STARTS = 3  # of a worker, one after the other, before its place is given up
 FAREWELL = 5.0  # seconds for a process to be gone
 ANSWER = 10.0  # seconds in which a cluster is to be reached
+PATIENCE = 30.0  # seconds in which a worker is to begin, before the user is told that it has not
 
 
 class ClusterError(RuntimeError):
@@ -36,6 +38,7 @@ class _Place:
     """Where one worker is, and what it has to do.
 
     options : of the actor; threads, share : what it takes of its machine
+    since : when its worker was asked to begin, until it has
     """
 
     def __init__(self, options: dict[str, Any], threads: int, share: float) -> None:
@@ -43,18 +46,23 @@ class _Place:
         self.actor: Any = None
         self.held: set[str] = set()
         self.busy, self.false_starts = 0.0, 0
+        self.since: float | None = None
 
     def start(self, ray: Any, order: Order, calls: dict[Any, _Place]) -> None:
         """Begin a worker, which counts once it has answered."""
         never = {"max_restarts": 0, "max_task_retries": 0}
         self.actor = ray.remote(Worker).options(**self.options, **never, max_concurrency=2).remote()
-        self.false_starts += 1
+        self.false_starts, self.since = self.false_starts + 1, time.monotonic()
         calls[self.actor.start.remote(order, threads=self.threads, share=self.share)] = self
 
     def lost(self) -> int:
         """The worker is no more; how many in a row were so before they answered."""
-        self.actor, self.held, self.busy = None, set(), 0.0
+        self.actor, self.since, self.held, self.busy = None, None, set(), 0.0
         return self.false_starts
+
+    def begun(self) -> None:
+        """The worker has answered."""
+        self.false_starts, self.since = 0, None
 
 
 def cluster(work: Work, order: Order, *, address: str = "ray", workers: int | None = None) -> Iterator[Record]:
@@ -80,7 +88,7 @@ def cluster(work: Work, order: Order, *, address: str = "ray", workers: int | No
 
 def _rounds(ray: Any, work: Work, order: Order, places: list[_Place], calls: dict[Any, _Place]) -> Iterator[Record]:
     """Hand out rows and take records; `calls` are those that are not answered."""
-    last, told_to_end = "", False
+    last, told_to_end, warned = "", False, False
     while work.left or any(place.held for place in places):
         if work.stop.is_set() and not told_to_end:
             told_to_end = True
@@ -93,6 +101,7 @@ def _rounds(ray: Any, work: Work, order: Order, places: list[_Place], calls: dic
                     place.start(ray, order, calls)
                 else:  # it had nothing to do, and others died
                     _hand_out(work, place, calls, len(places))
+        warned = warned or _warn_of_late_ones(places)
         found, _ = ray.wait(list(calls), timeout=POLL)
         for call in found:
             place = calls.pop(call)
@@ -114,10 +123,22 @@ def _rounds(ray: Any, work: Work, order: Order, places: list[_Place], calls: dic
             elif answer != __version__:
                 raise ClusterError(f"a worker has fnreg {answer} and this is {__version__}: install the same")
             else:
-                place.false_starts = 0
+                place.begun()
                 _hand_out(work, place, calls, len(places))
         if not places and work.left:
             raise ClusterError(f"no worker is left, what was done is kept: {last}")
+
+
+def _warn_of_late_ones(places: list[_Place]) -> bool:
+    """Ray waits for cores and GPUs without end and without a word: whether the user had to be told."""
+    late = sum(place.since is not None and time.monotonic() - place.since > PATIENCE for place in places)
+    if late:
+        notes.warn(
+            f"{late} of {len(places)} workers have not begun within {PATIENCE:g} s: others may be using the cores or "
+            "GPUs of the cluster, which ray status tells; they begin once there is room, interrupt to end the run",
+            stacklevel=2,
+        )
+    return late > 0
 
 
 def _hand_out(work: Work, place: _Place, calls: dict[Any, _Place], workers: int, wanted: int = 2 * LOADERS) -> None:
@@ -191,9 +212,9 @@ def _connected(address: str) -> Generator[Any]:
 
 
 def _answers(address: str) -> None:
-    """Raises OSError or ValueError at once, where Ray would try for minutes."""
+    """Raises OSError at once, where Ray would try for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER):
+    with socket.create_connection((host, int(port)), timeout=ANSWER):
         pass
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import traceback
 from collections.abc import Hashable
 from pathlib import Path
@@ -150,8 +151,9 @@ class Loaded:
     @property
     def voxels(self) -> int:
         """Values of both images as a batch takes them."""
-        grids = self.grids if self.lattice is None else self.lattice.grids(*self.grids)
-        return self.fixed.image.channels * sum(grid.numel for grid in grids)
+        sizes = [grid.size for grid in self.grids]
+        sizes = sizes if self.lattice is None else self.lattice.sizes(*sizes)
+        return self.fixed.image.channels * sum(map(math.prod, sizes))
 
     def ready(self) -> Ready:
         """What goes into a batch: the images, on the lattice where there is one."""

@@ -17,8 +17,9 @@ _LACKING = ("not enough memory", "can't allocate memory", "out of memory")  # of
 
 def free(device: torch.device) -> int:
     """Bytes that a device, or the machine, has to give; within a container or a job what that may still take."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # what torch keeps of earlier tensors is to be had too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + kept)
     found = 2**33  # where nothing tells
     with suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()

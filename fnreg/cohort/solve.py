@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from fnreg import fields, lattice, notes
-from fnreg.beginning import Before, Begin, before, starting
+from fnreg.beginning import Before, before, starting
 from fnreg.cohort.batches import Sizes
 from fnreg.cohort.load import Asked, Loaded, told
 from fnreg.cohort.memory import Peak, is_lack
 from fnreg.cohort.study import OK
-from fnreg.image import Subject
-from fnreg.pytree import over_batch, stack, tree_map, tree_take
+from fnreg.pytree import in_parts, over_batch, stack, tree_map, tree_take
 from fnreg.registration import Registration, SpeedWarning, register
 from fnreg.results import number
 from fnreg.settings import INITS
@@ -86,17 +85,17 @@ def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]
     init = batch[0].init if batch[0].init in INITS else "header"
     torch.manual_seed(asked.settings.seed)
 
-    def start_of(some: tuple[Subject, Subject, Begin], _: Sequence[Loaded]) -> Before:
-        return before(*some, stages, padding)
+    def start_of(part: slice) -> Before:
+        return before(*tree_take((fixed, moving, begun), part), stages, padding)
 
     with notes.hearing() as heard:
-        begin = _in_parts(start_of, (fixed, moving, begun), batch, width)
+        begin = in_parts(start_of, len(batch), width)
         how = starting(begun, init, stages[0].transform, grid)
         if initial is not None:
             how |= {"initial": initial, "start": "header"}
         how |= asked.options | ({"stop": Stop(width=width)} if width < len(batch) else {})
         result = register(fixed, moving, stages, **how)
-    found = _in_parts(_numbers, result, batch, width)
+    found = in_parts(lambda part: _numbers(tree_take(result, part), batch[part]), len(batch), width)
     numbers = found | {"value_before": begin.value, "value_after": result.value}
     speed = _speed(result.mapping)
     start, result, numbers = tree_map(lambda leaf: leaf.cpu(), (begin.start, result, numbers))
@@ -120,15 +119,6 @@ def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]
 
 
 _TOO_FAST = "a velocity is too fast for its squarings, so the inverse is inaccurate: use more, or a stronger penalty"
-
-
-def _in_parts(function: Callable[..., Any], tree: Any, batch: Sequence[Loaded], width: int) -> Any:
-    """`function(tree, batch)` of so many pairs at a time."""
-    if width >= len(batch):
-        return function(tree, batch)
-    parts = [slice(start, start + width) for start in range(0, len(batch), width)]
-    found = [function(tree_take(tree, part), batch[part]) for part in parts]
-    return tree_map(lambda *leaves: torch.cat(leaves), found[0], *found[1:])
 
 
 def _speed(mapping: Mapping) -> Tensor | None:

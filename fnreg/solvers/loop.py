@@ -53,10 +53,10 @@ def run(
     if end == begin:
         return Solved(params, counts, status, torch.empty(total, 0, device=device), {}, now)
     course, final = _Course(total, end - begin), params
-    first, waiting = None, counts[:0]  # None: all at once
+    first, waiting, width = None, counts[:0], total  # None: all at once
     if stop is not None and stop.width is not None and stop.width < total:
-        places = running.nonzero().squeeze(1)
-        first, waiting = places[: stop.width], places[stop.width :]
+        places, width = running.nonzero().squeeze(1), stop.width
+        first, waiting = places[:width], places[width:]
         if not len(first):  # all are frozen: one is looked at for the names of the terms
             first = counts[:1]
 
@@ -103,12 +103,12 @@ def run(
         if not len(left) and not len(waiting):
             break
         # Those that took all steps have to go: they have no place in the course any more.
-        free = slots.problem.size - len(left)
-        some = full or free * ROOM >= slots.problem.size
+        free = width - len(left)  # also of slots that were dropped while the others could not be joined
+        some = full or free * ROOM >= width
         if len(waiting) and (not len(left) or (some and _joins(solver, slots.carry))):
             final = _put(final, slots.places, slots.found)
             fresh, waiting = waiting[:free], waiting[free:]
-            slots = slots.take(left).join(start(fresh), problem) if len(left) else start(fresh)
+            slots = slots.join(left, start(fresh), problem) if len(left) else start(fresh)
         elif stop.compact and (full or len(left) <= slots.problem.size // 2):
             final = _put(final, slots.places, slots.found)
             slots = slots.take(left)
@@ -175,34 +175,38 @@ class _Slots(NamedTuple):
 
     def take(self, keep: Tensor) -> _Slots:
         """Some of them, by place."""
-        width = self.problem.size
-        if len(keep) == width:
+        if len(keep) == self.problem.size:
             return self
+        return self._states(keep)._replace(problem=self.problem.take(keep))
+
+    def _states(self, keep: Tensor) -> _Slots:
+        """Of some of them all but the problem, which is large."""
+        width = self.problem.size
         carry = tree_map(lambda leaf: leaf[keep] if _batched(leaf, width) else leaf, self.carry)
         rest = tree_take((self.params, self.previous, self.running, self.marks), keep)
         params, previous, running, marks = rest
         index = keep if self.places is None else self.places[keep]
         age = self.age if isinstance(self.age, int) else self.age[keep.cpu()]
-        return _Slots(index, self.problem.take(keep), params, previous, carry, running, marks, age)
+        return _Slots(index, None, params, previous, carry, running, marks, age)
 
-    def join(self, fresh: _Slots, problem: Any) -> _Slots:
-        """Beside them others that begin; problem : that of all pairs."""
-        counts = self.problem.size, fresh.problem.size
+    def join(self, keep: Tensor, fresh: _Slots, problem: Any) -> _Slots:
+        """Some of them, and beside them others that begin; problem : that of all pairs."""
+        old = self._states(keep)
+        counts = len(old.running), len(fresh.running)
 
-        def both(old: Any, new: Any) -> Any:
-            return torch.cat([old, new]) if _batched(old, counts[0]) and _batched(new, counts[1]) else old
+        def both(one: Any, other: Any) -> Any:
+            return torch.cat([one, other]) if _batched(one, counts[0]) and _batched(other, counts[1]) else one
 
-        old_age, new_age = (
-            torch.full((n,), a) if isinstance(a, int) else a for n, a in zip(counts, (self.age, fresh.age), strict=True)
-        )
-        index = torch.cat([self.places, fresh.places])  # type: ignore[list-item]
+        ages = [
+            torch.full((n,), a) if isinstance(a, int) else a for n, a in zip(counts, (old.age, fresh.age), strict=True)
+        ]
+        index = torch.cat([old.places, fresh.places])  # type: ignore[list-item]
         params, previous, carry, running, marks = tree_map(
             both,
-            (self.params, self.previous, self.carry, self.running, self.marks),
+            (old.params, old.previous, old.carry, old.running, old.marks),
             (fresh.params, fresh.previous, fresh.carry, fresh.running, fresh.marks),
         )
-        age = torch.cat([old_age, new_age])
-        return _Slots(index, problem.take(index), params, previous, carry, running, marks, age)
+        return _Slots(index, problem.take(index), params, previous, carry, running, marks, torch.cat(ages))
 
     def last_look(self, solver: Solver, steps: int) -> _Slots:
         """Those that have taken all steps are done, once the last one has been looked at too."""
