@@ -32,7 +32,7 @@ from fnreg.commands.base import Json as _Json
 from fnreg.commands.base import Verbose as _Verbose
 from fnreg.commands.base import option as _option
 from fnreg.process import prepare
-from fnreg.settings import SAVES, Settings, SettingsError, choose, pointing
+from fnreg.settings import SAVES, SettingsError, choose
 
 DEMOS = ("story", "circle-to-c")
 
@@ -46,14 +46,7 @@ def register(
     /,
     *,
     output: _Output,
-    preset: options.Preset = None,
-    transform: options.Stages = None,
-    similarity: options.Similarity = None,
-    penalty: options.Penalty = None,
-    symmetric: options.Symmetric = None,
-    optimizer: options.Optimizer = None,
-    levels: options.Levels = None,
-    steps: options.Steps = None,
+    how: options.How = options.How(),
     fixed_mask: Annotated[Path | None, _option("Image; voxels of the fixed image count where it is above 0.")] = None,
     moving_mask: Annotated[Path | None, _option("The same for the moving image.")] = None,
     fixed_labels: Annotated[
@@ -66,17 +59,9 @@ def register(
     ] = None,
     moving_points: Annotated[Path | None, _option("The same for the moving image, by name or row.")] = None,
     space: options.Space = None,
-    init: options.Init = None,
-    padding: options.Padding = None,
-    lattice: options.Lattice = None,
     save: Annotated[
         str | None, _option(f"What to write, joined by +, of: {', '.join(SAVES)}. [default: params+xfm+warped+figures]")
     ] = None,
-    seed: options.Seed = None,
-    threads: options.Threads = None,
-    device: options.Device = None,
-    settings: options.SettingsFile = None,
-    assign: options.Assigned = None,
     overwrite: Annotated[bool, _option("Replace results in a folder that holds some.")] = False,
     dry_run: Annotated[bool, _option("Check everything, say what would be done, write nothing.")] = False,
     as_json: Annotated[bool, _option("Print the record as JSON instead of text.", "--json")] = False,
@@ -91,14 +76,7 @@ def register(
     moving
         Image that is to look like it.
     """
-    given = options.by_name(
-        penalty, preset=preset, transform=transform, similarity=similarity, symmetric=symmetric, optimizer=optimizer,
-        levels=levels, steps=steps, init=init, padding=padding, lattice=lattice, save=save, seed=seed,
-        threads=threads, device=device,
-    )  # fmt: skip
-    here = options.named(given, assign)
-    with pointing(settings, here):
-        chosen = Settings.gather(given, settings, assigned=assign or ())
+    chosen = how.chosen(save)
     if space is not None:
         choose("space", space, options.SPACES)
     from fnreg import results, run
@@ -111,7 +89,7 @@ def register(
     files = Files(fixed, moving, output, fixed_mask, moving_mask, known)
     folder = OutputFolder(output, overwrite=overwrite, known=results.KNOWN)
     folder.check()
-    with pointing(settings, here):
+    with how.pointing(save):
         plan = run.prepare(files, chosen)
     if dry_run:
         _print_plan(plan.record(), as_json)

@@ -398,6 +398,21 @@ def test_the_second_time_there_is_nothing_to_do(tmp_path: Path) -> None:
     assert register(more, tmp_path / "study", settings) == {}  # changes nothing but rounding
 
 
+def test_a_second_try_that_is_killed_goes_on_too(tmp_path: Path) -> None:
+    """Where it was killed, its files may be there already and the note of the first failure gone."""
+    rows, study = pairs(tmp_path, 3), tmp_path / "study"
+    content = rows[1].files["fixed"].read_bytes()
+    rows[1].files["fixed"].write_text("a note")
+    assert register(rows, study)["p001"]["status"] == "invalid_input"
+    assert register(rows, study) == {}  # not without being asked
+    with Ledger(study) as ledger:
+        ledger.append([{"pair_id": "p001", "status": "begun", "among": 1}])
+    assert set(register(rows, study)) == {"p001"}
+    assert register(rows, study) == {}
+    rows[1].files["fixed"].write_bytes(content)
+    assert register(rows, study)["p001"]["status"] == "ok"
+
+
 def test_parts_of_a_table_side_by_side(tmp_path: Path) -> None:
     rows = pairs(tmp_path, 7)
     found = [register(rows, tmp_path / "study", shard=(part, 3), batch_size=2) for part in (1, 2, 3)]

@@ -156,9 +156,10 @@ def _run(
             held.enter_context(ledger)
         write_description(study)
         mine = {row.pair_id for row in rows[shard[0] - 1 :: shard[1]]}
-        todo = [row for row in study.todo(retry_failed=retry_failed) if row.pair_id in mine]
         attempts = {name: known for name, known in read_attempts(study.folder).items() if name in mine}
-        sweep(study.folder, {name for name, known in attempts.items() if known.among}, alone=shard == (1, 1))
+        open_ones = {name for name, known in attempts.items() if known.among}
+        todo = [row for row in study.todo(retry_failed=retry_failed, begun=open_ones) if row.pair_id in mine]
+        sweep(study.folder, open_ones, alone=shard == (1, 1))
         known = read_ledger(study.folder, without=OF_RECORDS)
         work = Work(
             todo, asked, ledger, attempts=attempts, before={name: one["status"] for name, one in known.items()},

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +102,22 @@ class Study:
         """manifest.tsv, where it is not there or has other rows."""
         _write(self.folder / "manifest.tsv", write_manifest(self.rows))
 
-    def todo(self, *, retry_failed: bool = False) -> list[Row]:
-        """The rows that are not finished: without a record, with inputs that changed, and failed ones if asked."""
-        known = read_ledger(self.folder, without=("history", "warnings"))
-        return [row for row in self.rows if not self._finished(row, known.get(row.pair_id), retry_failed)]
+    def todo(self, *, retry_failed: bool = False, begun: Container[str] = ()) -> list[Row]:
+        """The rows that are not finished: without a record, with inputs that changed, and failed ones if asked.
 
-    def _finished(self, row: Row, record: Record | None, retry_failed: bool) -> bool:
+        begun : ids of pairs that were begun since their last outcome: to try a failed one again was asked before
+        """
+        known = read_ledger(self.folder, without=("history", "warnings"))
+        return [
+            row
+            for row in self.rows
+            if not self._finished(row, known.get(row.pair_id), retry_failed or row.pair_id in begun)
+        ]
+
+    def _finished(self, row: Row, record: Record | None, again: bool) -> bool:
         if record is None or record.get("settings_sha") != self.sha:
             return False
-        if record.get("status") not in DONE and retry_failed:
+        if record.get("status") not in DONE and again:
             return False
         return unchanged(row, record.get("inputs", {}), record.get("beside", {}))
 

@@ -18,7 +18,7 @@ import cyclopts
 from fnreg.commands import options
 from fnreg.commands.base import FAILED, INTERRUPTED, OK, Json, Verbose, app, option, print_table
 from fnreg.commands.report import Figures, drawn
-from fnreg.settings import DRAWN, Settings, SettingsError, choose, pointing
+from fnreg.settings import DRAWN, SettingsError, choose
 
 if TYPE_CHECKING:
     from fnreg.cohort.manifest import Row
@@ -42,27 +42,12 @@ def run(
     bids: Bids = None,
     suffix: Suffix = "T1w",
     glob: Glob = None,
-    preset: options.Preset = None,
-    transform: options.Stages = None,
-    similarity: options.Similarity = None,
-    penalty: options.Penalty = None,
-    symmetric: options.Symmetric = None,
-    optimizer: options.Optimizer = None,
-    levels: options.Levels = None,
-    steps: options.Steps = None,
+    how: options.How = options.How(),
     space: options.Space = None,
-    init: options.Init = None,
-    padding: options.Padding = None,
-    lattice: options.Lattice = None,
     save: Annotated[
         str | None,
         option("Of each pair, joined by +: params, xfm, warped, inverse, displacement, jacobian. [default: params]"),
     ] = None,
-    seed: options.Seed = None,
-    threads: options.Threads = None,
-    device: options.Device = None,
-    settings: options.SettingsFile = None,
-    assign: options.Assigned = None,
     batch_size: Annotated[int | None, option("Pairs at a time. [default: as many as fit in memory]")] = None,
     engine: Annotated[
         str, option("Who computes: local, ray (many machines), or the address of a Ray cluster, as head:6379.")
@@ -84,13 +69,7 @@ def run(
 
     Interrupt once to end after the batch that is being registered, twice to end now.
     """
-    given = options.by_name(
-        penalty, preset=preset, transform=transform, similarity=similarity, symmetric=symmetric, optimizer=optimizer,
-        levels=levels, steps=steps, init=init, padding=padding, lattice=lattice, save=save, seed=seed,
-        threads=threads, device=device,
-    )  # fmt: skip
-    with pointing(settings, options.named(given, assign)):
-        chosen = Settings.gather(given, settings, assigned=assign or (), defaults={"save": "params"})
+    chosen = how.chosen(save, {"save": "params"})
     if space is not None:
         choose("space", space, options.SPACES)
     choose("figures", figures, DRAWN)

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
+from cyclopts import Parameter
+
 from fnreg.commands.base import option
-from fnreg.settings import LATTICES, OPTIMIZERS, PADDINGS, PENALTIES, PRESETS, SIMILARITIES, SYMMETRIC, TRANSFORMS
+from fnreg.settings import (
+    LATTICES,
+    OPTIMIZERS,
+    PADDINGS,
+    PENALTIES,
+    PRESETS,
+    SIMILARITIES,
+    SYMMETRIC,
+    TRANSFORMS,
+    Settings,
+    pointing,
+)
 
 SPACES = ("LPS", "RAS", "voxel")
 
@@ -68,12 +84,39 @@ Assigned = Annotated[
 ]
 
 
-def by_name(penalty: list[str] | None, **given: Any) -> dict[str, Any]:
-    """Options by the names of `Settings`; penalties are joined."""
-    return {**given, "penalty": "+".join(penalty) if penalty else None}
+@Parameter(name="*", group="How to register")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class How:
+    """These options, of whatever registers."""
 
+    preset: Preset = None
+    transform: Stages = None
+    similarity: Similarity = None
+    penalty: Penalty = None
+    symmetric: Symmetric = None
+    optimizer: Optimizer = None
+    levels: Levels = None
+    steps: Steps = None
+    init: Init = None
+    padding: Padding = None
+    lattice: Lattice = None
+    seed: Seed = None
+    threads: Threads = None
+    device: Device = None
+    settings: SettingsFile = None
+    assign: Assigned = None
 
-def named(given: dict[str, Any], assigned: list[str] | None) -> set[str]:
-    """The settings that were given on the command line."""
-    here = {name for name, value in given.items() if value is not None}
-    return here | {text.partition("=")[0] for text in assigned or ()}
+    def chosen(self, save: str | None, defaults: Mapping[str, Any] | None = None) -> Settings:
+        """The settings; save : the option that says what is written; defaults : where commands have their own."""
+        with self.pointing(save):
+            return Settings.gather(self._given(save), self.settings, assigned=self.assign or (), defaults=defaults)
+
+    def pointing(self, save: str | None) -> AbstractContextManager[None]:
+        """Within it an error that is about a line of the settings file says so."""
+        here = {name for name, value in self._given(save).items() if value is not None}
+        return pointing(self.settings, here | {text.partition("=")[0] for text in self.assign or ()})
+
+    def _given(self, save: str | None) -> dict[str, Any]:
+        """By the names of `Settings`, None where an option is not given; penalties are joined."""
+        given = {name: value for name, value in vars(self).items() if name not in ("settings", "assign")}
+        return given | {"penalty": "+".join(self.penalty) if self.penalty else None, "save": save}
