@@ -20,7 +20,7 @@ from benchmarks.measure import Absent, Options, Table
 from fnreg import FFD, Affine, Grid, Image, Mapping, Registration, Rigid, Stage, Stop, bending, lncc, mse, register
 from fnreg.problem import Level
 
-DIGITS = 2048
+DIGITS = 1024
 
 
 class Looks:
@@ -75,13 +75,13 @@ def run(options: Options) -> list[Table]:
         def of_digits(stop: Stop | None, transform: Any = transform) -> Registration:
             return register(fixed, moving, transform, objective=mse, stop=stop)
 
-        table.rows += rows(f"{count} {name}", of_digits, count // 4, None)
+        table.rows += rows(f"{count} {name}", of_digits, count // 2, None)
     try:
-        known, other = pairs(subjects(3 if options.quick else 8))
+        known, other = pairs(subjects(3 if options.quick else 5))
     except Absent as missing:
         table.notes = (f"without hippocampi: {missing}",)
         return [table]
-    steps = (5, 3, 1) if options.quick else (100, 100, 50)
+    steps = (5, 3, 1) if options.quick else (60, 60, 20)
     affine = Stage(Affine(), BOTH, steps=steps)
     field = Stage(FFD(stride=6), lncc(radius=3) + bending, steps=steps)
     for name, stages in {"affine, MI + LNCC": [affine], "affine and free-form, LNCC": [affine, field]}.items():
