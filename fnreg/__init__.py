@@ -81,6 +81,8 @@ if TYPE_CHECKING:
     from fnreg.solvers.base import Stop as Stop
     from fnreg.solvers.descent import Descent as Descent
     from fnreg.solvers.gauss_newton import GaussNewton as GaussNewton
+    from fnreg.sweeps import Sweep as Sweep
+    from fnreg.sweeps import sweep as sweep
     from fnreg.transforms.base import Held as Held
     from fnreg.transforms.base import Mapping as Mapping
     from fnreg.transforms.base import Sequential as Sequential
@@ -149,6 +151,7 @@ _HOME = {
     "fnreg.solvers.base": ("Status", "Stop"),
     "fnreg.solvers.descent": ("Descent",),
     "fnreg.solvers.gauss_newton": ("GaussNewton",),
+    "fnreg.sweeps": ("Sweep", "sweep"),
     "fnreg.transforms.base": ("Held", "Mapping", "Sequential", "Transform", "warp"),
     "fnreg.transforms.dense": ("Diffeomorphism", "Displacement", "SVF"),
     "fnreg.transforms.spline": ("FFD", "SVFFD"),

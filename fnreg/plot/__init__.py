@@ -16,6 +16,7 @@ from fnreg.plot.images import pyramid, slices
 from fnreg.plot.labels import labels
 from fnreg.plot.maps import flow, jacobian, quiver, warped_grid
 from fnreg.plot.pairs import batch, checkerboard, difference, overlay, overview
+from fnreg.plot.trade import trade_off
 
 __all__ = [
     "overview",
@@ -32,4 +33,5 @@ __all__ = [
     "jacobian",
     "losses",
     "search",
+    "trade_off",
 ]
