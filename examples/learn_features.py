@@ -23,8 +23,7 @@ OPTIONS = {"optimizer": adam(0.6, decay=0.2), "levels": 2, "padding": "border"}
 
 def slices() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, fnreg.Grid]:
     """Of both contrasts, (N, 1, Y, X) to learn from and as many others to judge by, and their grid about 0."""
-    folder = Path(os.environ.get("FNREG_DATA", "."), "multimodal3d_spm")
-    if folder.is_dir():
+    if (folder := Path(os.environ.get("FNREG_DATA", "."), "multimodal3d_spm")).is_dir():
         t1, t2 = (fnreg.io.read_image(folder / f"avg152{name}.nii.gz").data[0].float() for name in ("T1", "T2"))
         sides, spacing = [[side[z : z + 1] for z in range(30, 62, 2)] for side in (t1, t2)], 2.0
     else:
@@ -67,10 +66,9 @@ def errors(found: Mapping, truth: Mapping, fixed: Image) -> torch.Tensor:
 def learn(a: torch.Tensor, b: torch.Tensor, grid: fnreg.Grid, *, rounds: int, steps: int, seed: int = 0):
     """The network after learning from other motions in each round, and the mean error in mm of each round."""
     torch.manual_seed(seed)
-    network, losses = Features(), []
-    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam((network := Features()).parameters(), lr=5e-3)
     fading = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, rounds)
-    solve = fnreg.differentiable(fnreg.register, adjoint=Unrolled(last=10))
+    solve, losses = fnreg.differentiable(fnreg.register, adjoint=Unrolled(last=10)), []
     for number in range(rounds):
         fixed, moving, truth = pairs(a, b, grid, 8, 10_000 * (seed + 1) + number)
         found = solve(*network(fixed, moving), Rigid(), objective=mse, steps=steps, **OPTIONS)
@@ -97,8 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("figures"))
     parser.add_argument("--rounds", type=int, default=100, help="of learning (default: 100)")
-    options = parser.parse_args()
-    a, b, c, d, grid = slices()
+    options, (a, b, c, d, grid) = parser.parse_args(), slices()
     network, losses = learn(a, b, grid, rounds=options.rounds, steps=20)
     fixed, moving, truth = pairs(c, d, grid, 40, 1)
     left, right = (figure := Figure((8, 3.5), layout="constrained")).subplots(1, 2)
@@ -111,10 +108,10 @@ def main() -> None:
     panels = (shown := Figure((11, 3.2), layout="constrained")).subplots(1, 4)
     for axes, image in zip(panels, (fixed, *network(fixed, moving), moving), strict=True):
         axes.imshow(image.data[0].detach().movedim(0, -1).add(1).div(2).clamp(0, 1).numpy(), cmap="gray")
-        axes.set(xticks=[], yticks=[])
+        axes.set_axis_off()
     options.folder.mkdir(parents=True, exist_ok=True)
-    for name, each in (("errors", figure), ("seen", shown)):
-        each.savefig(options.folder / f"learn_features_{name}.png")
+    figure.savefig(options.folder / "learn_features_errors.png")
+    shown.savefig(options.folder / "learn_features_seen.png")
     print(f"figures are in {options.folder}")
 
 
