@@ -31,6 +31,8 @@ NAMES = (
     "files",
     "growth",
     "adjoint",
+    "sweeps",
+    "learning",
     "brain_affine",
     "brain_deformable",
     "brain_race",

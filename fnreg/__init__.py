@@ -85,6 +85,8 @@ if TYPE_CHECKING:
     from fnreg.solvers.gauss_newton import GaussNewton as GaussNewton
     from fnreg.solvers.lbfgs import LBFGS as LBFGS
     from fnreg.solvers.newton_cg import NewtonCG as NewtonCG
+    from fnreg.sweeps import Sweep as Sweep
+    from fnreg.sweeps import sweep as sweep
     from fnreg.transforms.base import Held as Held
     from fnreg.transforms.base import Mapping as Mapping
     from fnreg.transforms.base import Sequential as Sequential
@@ -159,6 +161,7 @@ _HOME = {
     "fnreg.solvers.gauss_newton": ("GaussNewton",),
     "fnreg.solvers.lbfgs": ("LBFGS",),
     "fnreg.solvers.newton_cg": ("NewtonCG",),
+    "fnreg.sweeps": ("Sweep", "sweep"),
     "fnreg.transforms.base": ("Held", "Mapping", "Sequential", "Transform", "warp"),
     "fnreg.transforms.dense": ("Diffeomorphism", "Displacement", "SVF"),
     "fnreg.transforms.spline": ("FFD", "SVFFD"),

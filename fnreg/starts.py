@@ -38,7 +38,11 @@ def _check_shapes(name: str, params: Any, transform: Transform, domain: Grid) ->
     pattern = transform.init(single(domain))
     if tree_flatten(params)[1] != tree_flatten(pattern)[1]:
         verb = "does" if name == "initial" else "do"
-        raise ValueError(f"{name} {verb} not fit {transform}: expected the structure of {transform}.init(domain)")
+        expected, given = (tree_map(lambda leaf: tuple(getattr(leaf, "shape", ())), tree) for tree in (pattern, params))
+        raise ValueError(
+            f"{name} {verb} not fit {transform}: expected the structure of {transform}.init(domain), shapes {expected} "
+            f"at the end, not {given}"
+        )
     for path, leaf, like in zip(tree_paths(pattern), tree_leaves(params), tree_leaves(pattern), strict=True):
         shape = tuple(getattr(leaf, "shape", ()))
         if not isinstance(leaf, Tensor) or shape[len(shape) - like.ndim :] != tuple(like.shape):

@@ -17,6 +17,7 @@ from fnreg.plot.images import pyramid, slices
 from fnreg.plot.labels import labels
 from fnreg.plot.maps import flow, jacobian, quiver, warped_grid
 from fnreg.plot.pairs import batch, checkerboard, difference, overlay, overview
+from fnreg.plot.trade import trade_off
 
 __all__ = [
     "overview",
@@ -34,4 +35,5 @@ __all__ = [
     "ellipses",
     "losses",
     "search",
+    "trade_off",
 ]
