@@ -17,7 +17,6 @@ STATUSES = {
     "failed": "the registration ended without a result",
     "diverged": "the registration diverged",
     "crashed": "the process ended while it worked on this pair, twice",
-    "timeout": "the pair took too long",
     "pending": "not done yet",
 }
 COLUMNS = {

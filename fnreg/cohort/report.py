@@ -33,7 +33,7 @@ from fnreg.settings import DRAWN
 REPORT, TEMPLATE = "report.html", "report.html"
 INSIDE = 100  # pairs whose pictures are in the file
 COURSE, COURSE_OUTSIDE = 100, 30  # points of the objective's course, of those and of the other pairs
-SEVERITY = ("crashed", "failed", "diverged", "timeout", "invalid_input", "warn", "ok", "pending")
+SEVERITY = ("crashed", "failed", "diverged", "invalid_input", "warn", "ok", "pending")
 MEASURES = {"dice_mean": 1, "tre_mean": -1, "value_after": -1}  # by which pairs are judged, and the sign of the better
 HISTOGRAMS = ("value_after", "dice_mean", "tre_mean", "folds", "seconds")
 TABLE = (
