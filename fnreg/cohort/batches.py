@@ -120,6 +120,7 @@ class Buckets:
         self.sizes, self.held = sizes, 0
         self._bytes = 0
         self._waiting: OrderedDict[Hashable, list[Loaded]] = OrderedDict()
+        self._wanted: dict[Hashable, int] = {}  # of each: to ask what is free takes longer than to read a small pair
 
     def add(self, pair: Loaded) -> list[Loaded] | None:
         """Let a pair wait; the batch that it completes, where it does."""
@@ -127,7 +128,9 @@ class Buckets:
         waiting.append(pair)
         self.held += 1
         self._bytes += _bytes(pair)
-        return self._take(pair.key) if len(waiting) >= self.sizes.of(pair.key, pair.voxels) else None
+        if len(waiting) >= self._wanted.get(pair.key, 1):
+            self._wanted[pair.key] = self.sizes.of(pair.key, pair.voxels)
+        return self._take(pair.key) if len(waiting) >= self._wanted[pair.key] else None
 
     @property
     def full(self) -> bool:
@@ -144,6 +147,7 @@ class Buckets:
         waiting = self._waiting[key]
         size = self.sizes.of(key, waiting[0].voxels)
         batch, self._waiting[key] = waiting[:size], waiting[size:]
+        self._wanted.pop(key, None)
         if not self._waiting[key]:
             del self._waiting[key]
         self.held -= len(batch)
