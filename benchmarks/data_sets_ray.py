@@ -22,11 +22,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.data_sets import rows_of
+from benchmarks.data_sets import rows_of, write
 from benchmarks.hippocampus import subjects
-from benchmarks.images import same_digit_pairs
 from benchmarks.measure import Options, Table, apart, peer
-from fnreg import Image, cohort, io
+from fnreg import cohort, io
 from fnreg.cohort.ledger import read_records
 from fnreg.cohort.manifest import write_manifest
 from fnreg.settings import Settings
@@ -136,9 +135,7 @@ def kills(options: Options) -> Table:
     found = Table("Pairs of digits, the process killed at random moments", columns)
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
-        for side, images in zip(("fixed", "moving"), same_digit_pairs(min(count, 1000)), strict=True):
-            for number, values in enumerate(images):
-                io.write_image(home / f"{side}{number}.nii", Image(torch.from_numpy(values)[None]))
+        write(home, count)
         (home / "pairs.tsv").write_bytes(write_manifest(rows_of(home, count)))
         command = [sys.executable, "-m", "fnreg", "run", str(home / "pairs.tsv"), *DIGITS, "-o"]
         begin = time.perf_counter()
