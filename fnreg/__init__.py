@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from fnreg.image import Image as Image
     from fnreg.image import Subject as Subject
     from fnreg.implicit import NoOptimumError as NoOptimumError
+    from fnreg.levels import Event as Event
+    from fnreg.levels import RegistrationError as RegistrationError
     from fnreg.losses import descriptors as descriptors
     from fnreg.losses import functional as functional
     from fnreg.losses import information as information
@@ -72,10 +74,7 @@ if TYPE_CHECKING:
     from fnreg.optim import normalized as normalized
     from fnreg.optim import sgd as sgd
     from fnreg.pytree import stack as stack
-    from fnreg.registration import Event as Event
     from fnreg.registration import Registration as Registration
-    from fnreg.registration import RegistrationError as RegistrationError
-    from fnreg.registration import Stage as Stage
     from fnreg.registration import evaluate as evaluate
     from fnreg.registration import register as register
     from fnreg.search import Choice as Choice
@@ -85,6 +84,7 @@ if TYPE_CHECKING:
     from fnreg.solvers.gauss_newton import GaussNewton as GaussNewton
     from fnreg.solvers.lbfgs import LBFGS as LBFGS
     from fnreg.solvers.newton_cg import NewtonCG as NewtonCG
+    from fnreg.stages import Stage as Stage
     from fnreg.sweeps import Sweep as Sweep
     from fnreg.sweeps import sweep as sweep
     from fnreg.transforms.base import Held as Held
@@ -155,7 +155,9 @@ _HOME = {
     "fnreg.optim": ("adam", "chain", "clip", "normalized", "sgd"),
     "fnreg.pytree": ("stack",),
     "fnreg.search": ("Choice",),
-    "fnreg.registration": ("Event", "Registration", "RegistrationError", "Stage", "evaluate", "register"),
+    "fnreg.levels": ("Event", "RegistrationError"),
+    "fnreg.registration": ("Registration", "evaluate", "register"),
+    "fnreg.stages": ("Stage",),
     "fnreg.solvers.base": ("Status", "Stop"),
     "fnreg.solvers.descent": ("Descent",),
     "fnreg.solvers.gauss_newton": ("GaussNewton",),

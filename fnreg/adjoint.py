@@ -24,10 +24,11 @@ from torch.autograd.forward_ad import unpack_dual
 from fnreg.concrete import concretely
 from fnreg.implicit import Condition, NoOptimumError, Search, optimum
 from fnreg.inputs import Inputs, prepare
+from fnreg.levels import Solution
 from fnreg.losses.features import Feature
 from fnreg.losses.terms import mse
 from fnreg.notes import warn
-from fnreg.optim import SGD, Adam, Chain
+from fnreg.optim import Chain, purely
 from fnreg.problem import Level
 from fnreg.pytree import (
     batch_axes,
@@ -38,9 +39,10 @@ from fnreg.pytree import (
     tree_leaves,
     tree_map,
 )
-from fnreg.registration import Course, Registration, Solution, Stage, course, register, stages_of
+from fnreg.registration import Course, Registration, course, register
 from fnreg.solvers.base import Status, largest
 from fnreg.solvers.recorded import Recording
+from fnreg.stages import Stage, stages_of
 from fnreg.starts import holds, initial_ranks
 from fnreg.symmetric import BothWays
 from fnreg.transforms.base import Held, Mapping, Sequential, Transform
@@ -161,15 +163,10 @@ def _recorded(adjoint: Any, given: dict[str, Any], recording: Recording) -> Regi
 def _pure(stage: Stage) -> Stage:
     """With optimizers through which derivatives go soundly, of the same formulas."""
 
-    def of(optimizer: Any) -> Any:
-        if isinstance(optimizer, Chain):
-            return Chain(tuple(of(part) for part in optimizer.parts))
-        return dataclasses.replace(optimizer, pure=True) if isinstance(optimizer, (Adam, SGD)) else optimizer
-
     optimizer = getattr(stage.solver, "optimizer", None)
     if optimizer is None:
         return stage
-    return dataclasses.replace(stage, solver=dataclasses.replace(stage.solver, optimizer=of(optimizer)))
+    return dataclasses.replace(stage, solver=dataclasses.replace(stage.solver, optimizer=purely(optimizer)))
 
 
 def _stages(given: dict[str, Any]) -> list[Stage]:
@@ -239,11 +236,11 @@ class Implicit:
         tree = {n: list(v) if isinstance(v, tuple) else v for n, v in tree.items() if v is not None}
         if any(_holds(stage.transform) for stage in stages) and _asked(tree.get("initial")):
             raise ValueError("initial asks for a gradient and a transform holds parameters of it: use Unrolled()")
-        options: dict[str, Any] = {"levels": 1, "min_size": 1, "detach": False}
+        options: dict[str, Any] = {"levels": 1, "min_size": 1, "detach": False, "mode": given["interpolation"]}
         whole = prepare(
             given["fixed"], given["moving"], given["then"], objectives=[s.objective[-1] for s in stages], **options
         )
-        whole = dataclasses.replace(whole, mode=given["interpolation"], wrapped=True)
+        whole = dataclasses.replace(whole, wrapped=True)
         ranks, sizes = _ranks(tree, stages, whole)
         batch = batch_size(sizes)
         asked, told = _asked(tree), list[Any]()
@@ -280,7 +277,7 @@ class Implicit:
         found = condition.newton(done.params, data, Search(self.ridge, LOOSE, self.iterations))
         moved = largest(found.step)
         assert self.check is not None
-        straight, reached = found.curvature > 0, moved <= self.check
+        straight, reached = found.straight, moved <= self.check
         bad = good & ~(straight & reached)
         if bool(bad.any()):
             first = int(bad.nonzero()[0])
@@ -373,20 +370,12 @@ def _asked(tree: Any) -> bool:
     return forward_asked() and any(is_transformed(leaf) or unpack_dual(leaf).tangent is not None for leaf in leaves)
 
 
-def _parts(transform: Transform) -> list[Transform]:
-    """A transform and those that it is made of."""
-    if isinstance(transform, Sequential):
-        return [transform, *(part for each in transform.transforms for part in _parts(each))]
-    return [transform, *_parts(transform.transform)] if isinstance(transform, Held) else [transform]
-
-
 def _check_descends(transform: Transform) -> None:
-    for part in _parts(transform):
-        if not isinstance(part, (Sequential, Held)) and type(part).project is not Transform.project:
-            raise ValueError(
-                f"{part} descends no single objective, for it is changed after each step, so there is no optimum to "
-                "differentiate: use Unrolled() or Checkpointed(), or a transform such as SVFFD"
-            )
+    if not transform.descends:
+        raise ValueError(
+            f"{transform} descends no single objective, for it is changed after each step, so there is no optimum to "
+            "differentiate: use Unrolled() or Checkpointed(), or a transform such as SVFFD"
+        )
 
 
 def _check_rates(stages: list[Stage]) -> None:
@@ -432,4 +421,6 @@ def _captured(value: Any, depth: int) -> list[Tensor]:
 
 
 def _holds(transform: Transform) -> bool:
-    return any(isinstance(part, Held) for part in _parts(transform))
+    if isinstance(transform, Sequential):
+        return any(_holds(part) for part in transform.transforms)
+    return isinstance(transform, Held)

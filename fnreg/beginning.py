@@ -14,9 +14,10 @@ from fnreg.image import Image, Subject
 from fnreg.io.files import TransformReadError
 from fnreg.io.itk import parts
 from fnreg.pytree import over_batch, tree_leaves, tree_map
-from fnreg.registration import Stage, evaluate
+from fnreg.registration import evaluate
 from fnreg.sampling import Padding
 from fnreg.settings import INITS, STARTS
+from fnreg.stages import Stage
 from fnreg.starts import STARTS as STARTED
 from fnreg.transforms.base import Mapping, Transform, first_domain
 from fnreg.transforms.linear import linear_mapping

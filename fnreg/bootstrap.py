@@ -13,7 +13,8 @@ from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.inputs import Inputs, prepare
 from fnreg.losses import functional
-from fnreg.losses.terms import Objective, Term, mse, objective
+from fnreg.losses.terms import Objective, Term, mse
+from fnreg.noise import squared_weights
 from fnreg.pytree import (
     batch_axes,
     over_batch,
@@ -23,8 +24,9 @@ from fnreg.pytree import (
     tree_take,
     tree_vmap,
 )
-from fnreg.registration import Registration, Stage, register
+from fnreg.registration import Registration, register
 from fnreg.sampling import sample
+from fnreg.stages import Stage, first_transform, objectives_of
 from fnreg.starts import expand
 from fnreg.transforms.base import Mapping, Transform, domain_axes, moving_coords, single
 
@@ -118,7 +120,7 @@ def ensemble(
     if scatter < 0:
         raise ValueError(f"scatter is {scatter}: expected a number of voxels that is not negative")
     reference = register(fixed, moving, transform, **options)
-    given = objective(_last(options.get("objective", mse), transform))
+    given = objectives_of(transform, options.get("objective", mse))[-1][-1]
     whole = prepare(fixed, moving, None, levels=1, min_size=1, objectives=(given,))
     alone = reference.status.ndim == 0
     size = 1 if alone else len(reference.status)
@@ -134,18 +136,11 @@ def ensemble(
         both = torch.full((1, 1), float(pair[0])), torch.full((1, 1), float(pair[1]))
     place = torch.arange(size, device=whole.domain.center.device).repeat_interleave(count)
     copies = [_copies(image, strength, place, generator) for image, strength in zip((fixed, moving), both, strict=True)]
-    first, domain = _first(transform), whole.domain
+    first, domain = first_transform(transform), whole.domain
     options = _spread_options(options, place, first, domain)
     if scatter > 0:
         options["initial"] = _scattered(first, options.get("initial"), domain, place, scatter, generator)
     return Ensemble(register(copies[0], copies[1], transform, **options), reference, count, alone)
-
-
-def _last(given: Any, transform: Any) -> Any:
-    """The objective of the last stage and finest level."""
-    stage = transform[-1] if isinstance(transform, Sequence) and len(transform) else transform
-    own = stage.objective if isinstance(stage, Stage) and stage.objective is not None else given
-    return own[-1] if isinstance(own, (list, tuple)) else own
 
 
 def _noise_of(result: Registration, whole: Inputs, padding: Any) -> Tensor:
@@ -156,8 +151,7 @@ def _noise_of(result: Registration, whole: Inputs, padding: Any) -> Tensor:
     def one(mapping: Mapping, fixed: Image, moving: Image, mask: Tensor) -> Tensor:
         coords = moving_coords(mapping, fixed.grid, moving.grid, fixed.data.dtype)
         seen = sample(moving.data, coords, padding="border" if padding is None else padding)
-        part = coords - coords.floor()
-        kept = 1 + ((1 - part).square() + part.square()).prod(0)
+        kept = 1 + squared_weights(coords).prod(0)
         counts = seen.inside * mask.flatten()
         square = (seen.value - fixed.data.flatten(1)).square() * counts
         return (square.sum(1) / (kept * counts).sum().clamp(min=1e-30)).sqrt()
@@ -182,12 +176,6 @@ def _copies(given: Any, strength: Tensor, place: Tensor, generator: torch.Genera
     strength = (strength if len(strength) == 1 else strength[place]).to(data)
     noisy = Image(data + fresh * strength.reshape(*strength.shape, *(1,) * image.grid.ndim), image.grid)
     return dataclasses.replace(taken, image=noisy) if isinstance(taken, Subject) else noisy
-
-
-def _first(transform: Any) -> Transform:
-    """What is optimised first."""
-    stage = transform[0] if isinstance(transform, Sequence) else transform
-    return stage.transform if isinstance(stage, Stage) else stage
 
 
 def _spread_options(options: dict[str, Any], place: Tensor, first: Transform, domain: Grid) -> dict[str, Any]:

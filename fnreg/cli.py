@@ -228,8 +228,8 @@ def _code(error: BaseException) -> int | None:
     if isinstance(error, MissingExtraError):
         return ENVIRONMENT
     from fnreg.cohort.cluster import ClusterError
+    from fnreg.levels import RegistrationError
     from fnreg.loading import DeviceError
-    from fnreg.registration import RegistrationError
 
     if isinstance(error, (DeviceError, ClusterError)):
         return ENVIRONMENT

@@ -20,11 +20,13 @@ from fnreg import data, plot
 from fnreg.doctor import kernels
 from fnreg.image import Image
 from fnreg.io.files import WriteError
+from fnreg.levels import Event
 from fnreg.losses.terms import bending, diffusion, mse
 from fnreg.optim import adam, sgd
 from fnreg.progress import Bars
-from fnreg.registration import Event, Registration, Stage, evaluate, register
+from fnreg.registration import Registration, evaluate, register
 from fnreg.results import there_and_back
+from fnreg.stages import Stage
 from fnreg.transforms.base import Mapping, Transform, warp
 from fnreg.transforms.linear import Rigid, Rotation
 from fnreg.transforms.rotation import matrix_to_angle

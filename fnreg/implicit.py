@@ -10,7 +10,7 @@ products with steps only, which are derivatives of g.  All is in the tangent at 
 other parameter.  Everything has the leading batch axis of the level; pairs have Hessians of their own.
 
 Krantz and Parks 2013, The Implicit Function Theorem, doi 10.1007/978-1-4614-5981-1; Blondel et al. 2022,
-arXiv 2105.15183.  Conjugate gradients: Hestenes and Stiefel 1952, doi 10.6028/jres.049.044.
+arXiv 2105.15183.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from fnreg.pair import pair_energy
 from fnreg.problem import Level
 from fnreg.pytree import Axes, tree_flatten, tree_leaves, tree_map, tree_unflatten, tree_vmap
 from fnreg.sampling import Padding
+from fnreg.solvers.base import joined, parted
+from fnreg.solvers.conjugate import conjugate_gradients, dot
 from fnreg.symmetric import BothWays
 from fnreg.transforms.base import Domain, Transform, domain_axes, single
 
@@ -48,50 +50,31 @@ class Search:
 
 
 class Found(NamedTuple):
-    """What conjugate gradients found, per pair (B,)."""
+    """The solution of a linear system, per pair (B,)."""
 
     step: Any  # (B, ...)
     residual: Tensor  # |(H + ridge) step - b| / |b|
-    curvature: Tensor  # the least s^T (H + ridge) s / s^T s among the directions that were tried
+    straight: Tensor  # bool: along all directions that were tried the objective bends up
+    curvature: Tensor  # the least s^T (H + ridge) s / s^T s among these
     products: int
 
 
-# -- conjugate gradients -----------------------------------------------------------------------------------------------
+def solve(product: Product, right: Any, search: Search) -> Found:
+    """x with H x = b for every pair, leaves (B, ...); `product` is H of a tree of steps, positive definite."""
+    least: list[Tensor] = []
 
+    def of_rows(rows: Tensor) -> Tensor:
+        image = joined(product(parted(rows, right))).double()
+        size = dot(rows, rows)
+        least.append(torch.where(size > 0, dot(rows, image) / torch.where(size > 0, size, 1), torch.inf))
+        return image
 
-def conjugate_gradients(product: Product, right: Any, search: Search) -> Found:
-    """x with H x = b for every pair, leaves (B, ...); `product` is H of a tree of steps, positive definite.
-
-    A pair stops at its tolerance, or at a direction of negative curvature, and its neighbours go on.
-    """
-    x, left = tree_map(torch.zeros_like, right), right
-    direction, length = right, _dot(right, right)
-    start, curvature, count = length, torch.full_like(length, torch.inf), 0
-    going = length > 0
-    while count < search.iterations and bool(going.any()):
-        image, count = product(direction), count + 1
-        bend, size = _dot(direction, image), _dot(direction, direction)
-        seen = bend / torch.where(size > 0, size, 1)
-        curvature = torch.where(going, torch.minimum(curvature, seen), curvature)
-        going = going & (bend > 0)
-        part = torch.where(going, length / torch.where(going, bend, 1), 0)
-        x, left = _add(x, part, direction), _add(left, -part, image)
-        after = torch.where(going, _dot(left, left), length)
-        turn = torch.where(going, after / torch.where(length > 0, length, 1), 0)
-        direction, length = _add(left, turn, direction), after
-        going = going & (length > search.tolerance**2 * start)
-    return Found(x, (length / torch.where(start > 0, start, 1)).sqrt(), curvature, count)
-
-
-def _dot(a: Any, b: Any) -> Tensor:
-    """Inner products of steps (B,), in float64."""
-    parts = [(x.double() * y.double()).flatten(1).sum(1) for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True)]
-    return torch.stack(parts).sum(0)
-
-
-def _add(a: Any, factor: Tensor, b: Any) -> Any:
-    """a + factor b, with a factor (B,)."""
-    return tree_map(lambda x, y: x + factor.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * y, a, b)
+    rows = joined(right).double()
+    found = conjugate_gradients(of_rows, rows, tolerance=search.tolerance, iterations=search.iterations)
+    start, left = dot(rows, rows), dot(found.residual, found.residual)
+    residual = (left / torch.where(start > 0, start, 1)).sqrt()
+    curvature = torch.stack(least).amin(0) if least else torch.full_like(start, torch.inf)
+    return Found(parted(found.x, right), residual, ~found.curved, curvature, len(least))
 
 
 # -- the condition -----------------------------------------------------------------------------------------------------
@@ -176,7 +159,7 @@ class Condition:
     def newton(self, params: Any, data: Leaves, search: Search) -> Found:
         """The step -H^{-1} g towards the optimum."""
         right = tree_map(torch.neg, self.gradient(params, data))
-        return conjugate_gradients(self.curvature(params, data, search.ridge), right, search)
+        return solve(self.curvature(params, data, search.ridge), right, search)
 
 
 # -- functions with derivatives ----------------------------------------------------------------------------------------
@@ -315,11 +298,11 @@ class _Inverse(torch.autograd.Function):
     def forward(problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
         right, params, data = problem.split([t.detach() for t in tensors], step=True)
         search, condition = problem.search, problem.condition
-        found = conjugate_gradients(condition.curvature(params, data, search.ridge), right, search)
+        found = solve(condition.curvature(params, data, search.ridge), right, search)
         fault = _fault(found, search)
         if problem.alone and fault is not None:
             raise NoOptimumError(fault)
-        solved = (found.curvature > 0) & (found.residual <= search.tolerance)
+        solved = found.straight & (found.residual <= search.tolerance)
         return tuple(tree_leaves(_marked(found.step, solved)))
 
     @staticmethod
@@ -401,11 +384,11 @@ def _image(problem: Problem, step: Any, rest: Leaves) -> Any:
 
 def _fault(found: Found, search: Search) -> str | None:
     """What is wrong with a solution of the pairs, and what to do about it; None where nothing is."""
-    least = float(found.curvature.min())
-    if not least > 0:
+    if not bool(found.straight.all()):
         return (
-            f"the objective has no minimum where the registration ended: its curvature along a step is {least:.3g} per "
-            "squared voxel, where it must be positive; add a penalty or a ridge, Implicit(ridge=...), or use Unrolled()"
+            "the objective has no minimum where the registration ended: its curvature along a step is "
+            f"{float(found.curvature.min()):.3g} per squared voxel, where it must be positive beyond rounding; add a "
+            "penalty or a ridge, Implicit(ridge=...), or use Unrolled()"
         )
     worst = float(found.residual.max())
     if not worst <= search.tolerance:

@@ -19,7 +19,7 @@ from fnreg.notes import warn
 from fnreg.pair import Pair
 from fnreg.problem import Level
 from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach, tree_map
-from fnreg.sampling import Mode, Padding
+from fnreg.sampling import MODES, Mode, Padding
 from fnreg.solvers.base import Status
 from fnreg.transforms.base import Domain, Mapping, Transform, first_domain
 
@@ -141,15 +141,21 @@ def prepare(
     detach: bool = True,
     objectives: Sequence[Objective] = (),
     deeper: Callable[[tuple[int, ...]], int] | None = None,
+    mode: Mode = "linear",
 ) -> Inputs:
     """Pyramids, masks, labels and points of what `register` was given.
 
+    mode : how the moving images are interpolated
     deeper : of the fixed size, how many levels the pyramids have if the size allows, where that is more than `levels`
 
     ValueError where the two sides do not fit together, or have not what the objectives ask for.
     """
     if levels < 1:
         raise ValueError(f"levels is {levels}: give at least one")
+    if mode == "nearest":
+        raise ValueError("interpolation is 'nearest', which has no derivative: choose linear or cubic")
+    if mode not in MODES:
+        raise ValueError(f"unknown interpolation {mode!r}: choose linear or cubic")
     wrapped = is_transformed(fixed, moving, then)
     detach = detach and not wrapped
     sizes: dict[str, int] = {}
@@ -192,7 +198,7 @@ def prepare(
         check(objective, subjects[0][0], subjects[1][0])
     needs = frozenset(name for objective in objectives for name in objective.needs)
     sharp = subjects[0][0].sharp, subjects[1][0].sharp
-    made = Inputs(fixed_images, moving_images, fixed_masks, moving_masks, then, sizes, wrapped, sharp, needs)
+    made = Inputs(fixed_images, moving_images, fixed_masks, moving_masks, then, sizes, wrapped, sharp, needs, mode=mode)
     if not needs.isdisjoint(OF_LABELS):
         classes, labels = _labels(subjects, (len(fixed_images), len(moving_images)), min_size)
         made = dataclasses.replace(made, labels=labels, labels_differ=classes.differ)

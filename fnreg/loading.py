@@ -18,9 +18,9 @@ from fnreg.image import Image, Subject
 from fnreg.io.files import ImageReadError
 from fnreg.losses.terms import objective as as_objective
 from fnreg.placement import gap
-from fnreg.registration import Stage
 from fnreg.search import searched
 from fnreg.settings import Settings, SettingsError
+from fnreg.stages import Stage
 from fnreg.transforms.base import Transform
 
 

@@ -33,6 +33,17 @@ class Noise(NamedTuple):
     slope: Tensor
 
 
+def squared_weights(coords: Tensor) -> Tensor:
+    """Of linear interpolation along each axis, (1 - t)^2 + t^2 (D, N): their product is what it leaves of a variance.
+
+    >>> import torch
+    >>> squared_weights(torch.tensor([[2.0, 2.5]]))
+    tensor([[1.0000, 0.5000]])
+    """
+    part = coords - coords.floor()
+    return (1 - part).square() + part.square()
+
+
 def independent(moving: Tensor, coords: Tensor, padding: Padding | None) -> Noise:
     """Equal independent noise in every voxel of both images: C = I + W W^T, W the linear interpolation.
 
@@ -49,8 +60,7 @@ def independent(moving: Tensor, coords: Tensor, padding: Padding | None) -> Nois
     def apply(values: Tensor) -> Tensor:
         return values + interpolated(spread(values)[0])
 
-    part = coords - coords.floor()
-    each = (1 - part).square() + part.square()  # (D, N) squared weights along each axis
+    each = squared_weights(coords)
     variance = 1 + each.prod(0)
     others = [torch.cat([each[:k], each[k + 1 :]]).prod(0) for k in range(len(each))]
     return Noise(apply, variance.expand(len(moving), -1), 2 * torch.stack(others))

@@ -15,8 +15,8 @@ from typing import Any
 
 from fnreg.losses.terms import lncc, ncc
 from fnreg.optim import adam
-from fnreg.registration import Stage
 from fnreg.solvers.gauss_newton import GaussNewton
+from fnreg.stages import Stage
 from fnreg.transforms.dense import Diffeomorphism
 from fnreg.transforms.linear import Affine
 

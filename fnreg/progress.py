@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from fnreg.registration import Event
+    from fnreg.levels import Event
 
 
 def fraction(event: Event) -> float:

@@ -9,104 +9,43 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from fnreg import optim
 from fnreg.fields import determinant
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.inputs import Input, Inputs, check_dimension, prepare
-from fnreg.losses.terms import OF_IMAGES, OF_LABELS, Objective, mse
+from fnreg.levels import Event, Failures, Levels, Solution, Trace
+from fnreg.losses.terms import mse
 from fnreg.losses.terms import objective as as_objective
 from fnreg.notes import warn
-from fnreg.problem import Level, refine
 from fnreg.pytree import (
     batch_axes,
     batch_size,
     first_pair,
-    in_parts,
     is_concrete,
-    is_tracked,
     is_transformed,
     over_batch,
     pytree_dataclass,
-    static,
     tree_detach,
     tree_leaves,
     tree_map,
-    tree_take,
 )
-from fnreg.sampling import MODES, Mode, Padding
+from fnreg.sampling import Mode, Padding
 from fnreg.search import Choice, search, search_levels
 from fnreg.solvers.base import Status, Stop
-from fnreg.solvers.descent import Descent
-from fnreg.solvers.gauss_newton import GaussNewton
-from fnreg.solvers.lbfgs import LBFGS
-from fnreg.solvers.loop import run
-from fnreg.solvers.newton_cg import NewtonCG
-from fnreg.solvers.recorded import Recording, run_recorded
-from fnreg.starts import STARTS, Start, begin, expand, initial_ranks, spread
-from fnreg.symmetric import BothWays
-from fnreg.transforms.base import Mapping, Params, Transform, domain_axes, same_place, warp
+from fnreg.solvers.recorded import Recording
+from fnreg.stages import Stage, stages_of
+from fnreg.starts import STARTS, Start, begin, expand, initial_ranks
+from fnreg.transforms.base import Mapping, Params, Transform, same_place, warp
 from fnreg.transforms.linear import Homogeneous
-
-
-class RegistrationError(ValueError):
-    """A single pair could not be registered, and what to do about it; in a batch this is its `Status`."""
 
 
 class SpeedWarning(UserWarning):
     """A velocity is too fast for the squarings of its flow."""
-
-
-class Event(NamedTuple):
-    """What a progress callback is told."""
-
-    stage: int  # from 0
-    stages: int
-    level: int  # 0 is the finest
-    levels: int
-    step: int
-    steps: int
-    active: int  # pairs still running
-    pairs: int
-    value: float  # mean over the running pairs
-
-
-@pytree_dataclass
-class Trace:
-    """The course of one level.
-
-    value : (steps,) or (B, steps), the objective at every step, NaN after the last
-    terms : each term's unweighted value by name, likewise
-    stage : from 0
-    level : 0 is the finest
-    """
-
-    value: Tensor
-    terms: dict[str, Tensor]
-    stage: int = static()
-    level: int = static()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Stage:
-    """One registration of a sequence; what is None is taken from the call of `register`.
-
-    objective, steps : for all levels, or a sequence from coarse to fine
-    """
-
-    transform: Transform
-    objective: Any = None
-    solver: Any = None
-    optimizer: Any = None
-    levels: int | None = None
-    steps: int | Sequence[int] | None = None
-    stop: Stop | Literal["inherit"] | None = "inherit"
 
 
 @pytree_dataclass
@@ -326,14 +265,13 @@ def course(
     if symmetric and not any(stage.transform.negates for stage in stages):
         raise ValueError(f"{stages[-1].transform} has no cheap inverse: symmetric registration goes with SVF and SVFFD")
     objectives = [part for stage in stages for part in stage.objective]
-    most = max(_levels(stage) for stage in stages)
+    most = max(stage.depth for stage in stages)
     if start not in STARTS:
         raise ValueError(f"unknown start {start!r}: choose {', '.join(STARTS[:-1])} or {STARTS[-1]}")
     deeper = search_levels if start == "auto" else None
     recorded = recording is not None
     options: dict[str, Any] = {"objectives": objectives, "deeper": deeper, "detach": not recorded}
-    whole = prepare(fixed, moving, then, levels=most, min_size=min_size, **options)
-    whole = dataclasses.replace(whole, mode=_check_interpolation(interpolation))
+    whole = prepare(fixed, moving, then, levels=most, min_size=min_size, mode=interpolation, **options)
     if recorded or is_transformed(objectives, initial, starts):
         whole = dataclasses.replace(whole, wrapped=True)
     if not whole.wrapped:
@@ -350,12 +288,12 @@ def course(
         raise ValueError(f"{' and '.join(given_starts)} both say where to begin: give one of them")
     batch = batch_size(sizes)
     single, size = batch is None, batch or 1
-    failures = _Failures.at_start(whole, size, single)
+    failures = Failures.at_start(whole, size, single)
     choice: Choice | None = None
     if start == "auto":
         first = stages[0]
         failed = failures.cause > 0
-        choice = search(whole, first.transform, first.objective[0], size, padding, failed, width=_width(first))
+        choice = search(whole, first.transform, first.objective[0], size, padding, failed, width=first.width)
         start, initial = "header", None if choice is None else choice.mapping
     done: list[Solution] = []
     for number, stage in enumerate(stages):
@@ -363,7 +301,7 @@ def course(
         params, after = begin(
             whole, stage.transform, size, earlier, None if done else initial, "header" if done else start
         )
-        run_of = _Stage(whole, stage, size, after, padding, symmetric, number, len(stages), progress, recording)
+        run_of = Levels(whole, stage, size, after, padding, symmetric, number, len(stages), progress, recording)
         failures = done[-1].failures if done else failures
         done.append(run_of.solve(params, None if done else starts, failures))
     if whole.visible:
@@ -385,8 +323,8 @@ def evaluate(
     Returns scalars, or (B,) where a leaf of images, mapping or weights has a batch axis.
     """
     total = as_objective(objective)
-    whole = prepare(fixed, moving, None, levels=1, min_size=1, detach=False, objectives=(total,))
-    whole = dataclasses.replace(whole, mode=_check_interpolation(interpolation))
+    options: dict[str, Any] = {"detach": False, "objectives": (total,), "mode": interpolation}
+    whole = prepare(fixed, moving, None, levels=1, min_size=1, **options)
     check_dimension("mapping", mapping, whole.domain)
     ranks = mapping.ranks()
     sizes = batch_axes("mapping", mapping, ranks)[1] | batch_axes("objective", total, total.ranks())[1]
@@ -399,71 +337,6 @@ def evaluate(
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
-
-
-def stages_of(
-    transform: Any, objective: Any, solver: Any, optimizer: Any, levels: int, steps: Any, stop: Any
-) -> list[Stage]:
-    """The stages of a call of `register`, with nothing left open."""
-    default = Stage(Transform(), objective, solver, optimizer, levels, steps, stop)
-    given: list[Any] = [transform]
-    if isinstance(transform, Sequence) and not isinstance(transform, str):
-        given = list(transform)
-    if not given:
-        raise ValueError("no transform: give one, or a sequence of stages")
-    return [_resolve(stage, default) for stage in given]
-
-
-def _resolve(given: Stage | Transform, default: Stage) -> Stage:
-    """A stage with everything that it leaves open taken from the call, its objective and solver made ready."""
-    stage = Stage(given) if isinstance(given, Transform) else given
-    if not isinstance(stage, Stage) or not isinstance(stage.transform, Transform):
-        raise TypeError(f"transform is {given!r}: expected a value such as Rigid(), a Stage, or a sequence of these")
-    solver, optimizer = stage.solver, stage.optimizer
-    if solver is None and optimizer is None:
-        solver, optimizer = default.solver, default.optimizer
-    if solver is not None and (isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "step"))):
-        raise TypeError(f"solver is {solver!r}: expected a value such as Descent() or GaussNewton()")
-    stop = default.stop if stage.stop == "inherit" else stage.stop
-    if stop is not None and not isinstance(stop, Stop):
-        raise TypeError(f"stop is {stop!r}: expected Stop(...), or None to take all steps")
-    if optimizer is not None:
-        if isinstance(solver, (GaussNewton, NewtonCG, LBFGS)):
-            raise ValueError(f"{type(solver).__name__} has no optimizer: give either a solver or an optimizer")
-        limited = default.solver if solver is None else solver
-        solver = Descent(optim.as_optimizer(optimizer), limited.limit if isinstance(limited, Descent) else None)
-    objective = default.objective if stage.objective is None else stage.objective
-    given_each: Sequence[Any] = objective if isinstance(objective, (list, tuple)) else [objective]
-    several = tuple(as_objective(one) for one in given_each)
-    levels = default.levels if stage.levels is None else stage.levels
-    if len(several) != 1 and len(several) != levels:
-        raise ValueError(
-            f"{len(several)} objectives for {levels} levels: give one, or one per level from coarse to fine"
-        )
-    if isinstance(solver, GaussNewton):
-        for one in several:
-            one.check_squares()
-    if getattr(solver, "descends", False) and not stage.transform.descends:
-        raise ValueError(
-            f"{stage.transform} composes and smooths its steps, so it descends no stated objective, and "
-            f"{type(solver).__name__} needs one: choose SVFFD, SVF or FFD, or solver=Descent()"
-        )
-    return Stage(
-        stage.transform,
-        several,
-        Descent() if solver is None else solver,
-        levels=levels,
-        steps=default.steps if stage.steps is None else stage.steps,
-        stop=stop,
-    )
-
-
-def _check_interpolation(mode: Mode) -> Mode:
-    if mode == "nearest":
-        raise ValueError("interpolation is 'nearest', which has no derivative: choose linear or cubic")
-    if mode not in MODES:
-        raise ValueError(f"unknown interpolation {mode!r}: choose linear or cubic")
-    return mode
 
 
 def _warn_of_gradients(**given: Any) -> None:
@@ -494,197 +367,3 @@ def _warn_of_speed(found: Solution, domain: Grid) -> None:
             SpeedWarning,
             stacklevel=4,
         )
-
-
-def _levels(stage: Stage) -> int:
-    return 1 if stage.levels is None else stage.levels
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Failures:
-    """Why pairs have failed: cause (B,) is the first `Status` of each, 0 without; a pair that is alone raises."""
-
-    cause: Tensor
-    alone: bool
-
-    @staticmethod
-    def at_start(whole: Inputs, size: int, alone: bool) -> _Failures:
-        failures = _Failures(torch.zeros(size, dtype=torch.int64, device=whole.domain.center.device), alone)
-        for pairs, cause in whole.faults() if whole.visible else ():
-            failures = failures.add(pairs, cause)
-        return failures
-
-    def add(self, pairs: Tensor, cause: Status) -> _Failures:
-        if self.alone and is_concrete(pairs) and bool(pairs.any()):
-            raise RegistrationError(cause.remedy)
-        return _Failures(torch.where(pairs & (self.cause == 0), int(cause), self.cause), self.alone)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Solution:
-    """The outcome of a stage; everything has the batch axis.
-
-    then : what acts after its map; steps, traces : per level, coarse to fine
-    """
-
-    transform: Transform
-    params: Params
-    then: Mapping | None
-    value: Tensor
-    terms: dict[str, Tensor]
-    status: Tensor
-    steps: list[Tensor]
-    traces: list[Trace]
-    failures: Any = None  # what is known of causes
-
-    def map(self, domain: Grid) -> Mapping:
-        """The map that was found."""
-        return Mapping(self.params, domain, self.transform)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Stage:
-    """One stage of a registration of a batch of pairs."""
-
-    whole: Inputs
-    stage: Stage
-    size: int
-    then: Mapping | None
-    padding: Padding | None
-    symmetric: bool
-    number: int
-    stages: int
-    progress: Callable[[Event], None] | None
-    recording: Recording | None = None
-
-    def solve(self, params: Params, starts: Params | None, failures: _Failures) -> Solution:
-        """All levels, coarse to fine.  With starts, S of them run per pair, fewer on every finer level."""
-        whole, transform, stop = self.whole, self.stage.transform, self.stage.stop
-        assert stop != "inherit"
-        # Beside torch.func, autograd goes through any optimizer that works out of place.
-        free = self.recording is not None and self.recording.every is None and not is_tracked()
-        if whole.wrapped and (stop is not None or not (free or _is_pure(self.stage.solver))):
-            raise ValueError(
-                "register inside vmap or grad needs stop=None and fnreg's own optimizer, such as adam(0.3, pure=True); "
-                "differentiable(register, adjoint=Implicit()) takes any"
-            )
-        counts = self._counts()
-        width = 1
-        if starts is not None:
-            params, width = spread(starts, transform, whole.domain, self.size)
-        device = whole.domain.center.device
-        status = torch.zeros(self.size, dtype=torch.int64, device=device)
-        steps: list[Tensor] = []
-        traces: list[Trace] = []
-        level: Level | BothWays | None = None
-        for depth, count in zip(range(len(counts) - 1, -1, -1), counts, strict=True):
-            finer = self._level(depth)
-            each = torch.arange(self.size, device=device).repeat_interleave(width)
-            work = finer if starts is None else finer.take(each)
-            params = transform.cast(params, whole.fixed[0].data.dtype) if level is None else params
-            if not transform.linear:  # parameters are given on the finest level
-                before = whole.domain if level is None else level.pairs.domain
-                before = tree_take(before, each, domain_axes(before))
-                params = refine(transform, params, before, work.pairs.domain)
-            if level is None and whole.visible and _looks(self._objective(depth)):
-                apart = (self._in_parts(type(work).overlap, work, params) <= 0).reshape(self.size, width).all(1)
-                failures = failures.add(apart, Status.NO_OVERLAP)
-            level = finer
-            solver = self.stage.solver if starts is None else self.stage.solver.take(each)
-            options: dict[str, Any] = {"steps": count, "frozen": (failures.cause > 0)[each]}
-            options |= {"progress": self._reporter(depth, len(counts))}
-            if (recording := self._recording(depth)) is None:
-                solved = run(work, params, solver, stop=stop, **options)
-            else:
-                solved = run_recorded(work, params, solver, recording=recording, **options)
-            params, status, taken, history = solved.params, solved.status, solved.steps, solved.history
-            terms = solved.terms if count else dict.fromkeys(self._objective(depth).names, history)
-            if starts is not None:
-                keep = 1 if depth == 0 else max(1, width // 2**whole.domain.ndim)
-                best, chosen = self._best(work, params, status, width, keep)
-                status, taken, history, terms = tree_take((status, taken, history, terms), best)
-                params, width = tree_take(params, chosen), keep
-            if whole.visible:
-                failures = failures.add(status == int(Status.DIVERGED), Status.DIVERGED)
-            steps.append(taken)
-            traces.append(Trace(history, terms, self.number, depth))
-        assert level is not None
-        value, terms = self._in_parts(type(level).value, level, params)
-        if whole.visible and _looks(self._objective(0)):
-            failures = failures.add(self._in_parts(type(level).overlap, level, params) <= 0, Status.LOST_OVERLAP)
-        status = torch.where(failures.cause > 0, failures.cause, status)
-        return Solution(transform, params, self.then, value, terms, status, steps, traces, failures)
-
-    def _level(self, depth: int) -> Level | BothWays:
-        stage = self.stage
-        objective = self._objective(depth)
-        level = self.whole.level(depth, stage.transform, objective, self.size, self.padding, self.then)
-        return BothWays.of(level) if self.symmetric and stage.transform.negates else level
-
-    def _recording(self, depth: int) -> Recording | None:
-        """Where only the last steps count, these are of the finest level of the last stage."""
-        if self.recording is None or self.recording.last is None:
-            return self.recording
-        return self.recording if depth == 0 and self.number == self.stages - 1 else Recording(last=0)
-
-    def _objective(self, depth: int) -> Objective:
-        """That of a level, 0 the finest; a pyramid that ends early drops the coarsest."""
-        several: Sequence[Objective] = self.stage.objective
-        return several[-1 - depth] if len(several) > 1 else several[0]
-
-    def _counts(self) -> list[int]:
-        """Steps per level, coarse to fine; a pyramid that ends early drops the coarsest."""
-        asked, steps = _levels(self.stage), self.stage.steps
-        levels = min(asked, len(self.whole.fixed))
-        several: Any = [steps] * asked if isinstance(steps, Integral) else steps or ()
-        counts = [int(n) for n in several]
-        if len(counts) not in (asked, levels) or min(counts) < 0:
-            raise ValueError(
-                f"steps is {steps} for {asked} levels: give one number, or one per level from coarse to fine"
-            )
-        return counts[-levels:]
-
-    def _best(
-        self, work: Level | BothWays, params: Params, status: Tensor, width: int, keep: int
-    ) -> tuple[Tensor, Tensor]:
-        """Positions of each pair's best start (B,), and of its `keep` best (B keep,), among B width."""
-        value = self._in_parts(type(work).value, work, params)[0]
-        useless = ~torch.isfinite(value) | (status == int(Status.DIVERGED))  # without overlap it is infinite
-        value = torch.where(useless, torch.inf, value)
-        order = value.reshape(self.size, width).sort(dim=1, stable=True).indices[:, :keep]
-        chosen = order + width * torch.arange(self.size, device=order.device)[:, None]
-        return chosen[:, 0], chosen.reshape(-1)
-
-    def _in_parts(self, look: Callable[..., Any], work: Level | BothWays, params: Params) -> Any:
-        """`look(work, params)`, of as many pairs at a time as run side by side."""
-        width = _width(self.stage)
-        if width is None or work.size <= width:
-            return look(work, params)
-        every = torch.arange(work.size, device=self.whole.domain.center.device)
-        return in_parts(lambda part: look(work.take(every[part]), tree_take(params, part)), work.size, width)
-
-    def _reporter(self, level: int, levels: int) -> Callable[[int, int, int, float], None] | None:
-        progress = self.progress
-        if progress is None:
-            return None
-
-        def tell(step: int, steps: int, active: int, value: float) -> None:
-            progress(Event(self.number, self.stages, level, levels, step, steps, active, self.size, value))
-
-        return tell
-
-
-def _width(stage: Stage) -> int | None:
-    """How many pairs run side by side; None for all."""
-    return stage.stop.width if isinstance(stage.stop, Stop) else None
-
-
-def _looks(objective: Objective) -> bool:
-    """Whether an objective asks for voxels, of which some have to be in sight."""
-    return not objective.needs.isdisjoint((*OF_IMAGES, *OF_LABELS))
-
-
-def _is_pure(solver: Any) -> bool:
-    optimizer = getattr(solver, "optimizer", None)
-    parts = optimizer.parts if isinstance(optimizer, optim.Chain) else (optimizer,)
-    return all(part is None or isinstance(part, optim.Clip) or getattr(part, "pure", False) for part in parts)

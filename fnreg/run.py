@@ -25,10 +25,12 @@ from fnreg.beginning import Begin, before, begin, starting
 from fnreg.image import Subject
 from fnreg.io.files import write_bytes
 from fnreg.lattice import Lattice, own, own_mapping
+from fnreg.levels import Event
 from fnreg.loading import Files, device_of, read, stages_of, try_stage
 from fnreg.output import OutputFolder
-from fnreg.registration import Event, SpeedWarning, Stage, register
+from fnreg.registration import SpeedWarning, register
 from fnreg.settings import Settings, SettingsError
+from fnreg.stages import Stage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

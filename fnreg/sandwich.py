@@ -16,16 +16,10 @@ from fnreg import noise as noises
 from fnreg.grid import Grid, index_points
 from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS
 from fnreg.pair import Pair, pair_coords, pair_found, pair_map, pair_seen
-from fnreg.pytree import tree_flatten, tree_leaves, tree_unflatten
+from fnreg.pytree import tree_leaves
 from fnreg.sampling import Padding, sample
+from fnreg.solvers.base import parted
 from fnreg.transforms.base import Transform
-
-
-def as_step(flat: Tensor, zero: Any) -> Any:
-    """A step from its entries side by side (P,)."""
-    leaves, spec = tree_flatten(zero)
-    parts = flat.split([leaf.numel() for leaf in leaves])
-    return tree_unflatten([p.reshape(leaf.shape) for p, leaf in zip(parts, leaves, strict=True)], spec)
 
 
 class Options(NamedTuple):
@@ -58,7 +52,7 @@ def pair_covariance(options: Options, params: Any, pair: Pair) -> Found:
     grid, needs = pair.fixed.grid, pair.objective.needs
 
     def moved(flat: Tensor) -> Any:
-        return transform.perturb(params, as_step(flat, zero), pair.domain)
+        return transform.perturb(params, parted(flat, zero), pair.domain)
 
     def along(flat: Tensor) -> tuple[Tensor, Tensor]:
         found = pair_coords(transform, moved(flat), pair)

@@ -17,10 +17,10 @@ from fnreg.fields import statistics
 from fnreg.image import Image, Subject, subject
 from fnreg.inputs import check_dimension
 from fnreg.losses.terms import OF_LABELS, OF_POINTS, mse
-from fnreg.losses.terms import objective as as_objective
 from fnreg.metrics import classes, dice, target_registration_error
 from fnreg.pytree import batch_axes, batch_size, over_batch, pytree_dataclass, static, tree_leaves, tree_map, tree_take
-from fnreg.registration import Registration, Stage, register
+from fnreg.registration import Registration, register
+from fnreg.stages import Stage, first_transform, objectives_of
 from fnreg.starts import initial_ranks
 from fnreg.transforms.base import Mapping as Map
 from fnreg.transforms.base import Transform
@@ -221,12 +221,10 @@ def _check_judge(judge: Judge, known: tuple[Subject, Subject], *, told: tuple[st
 
 def _check_unseen(judge: Judge, transform: Any, options: Mapping[str, Any]) -> None:
     """ValueError where an objective asks for what judges."""
-    stages: Sequence[Any] = transform if isinstance(transform, Sequence) else [transform]
-    own = [stage.objective for stage in stages if isinstance(stage, Stage) and stage.objective is not None]
     names = {"labels": OF_LABELS, "points": OF_POINTS, "value": ()}[judge]
-    for given in [*own, options.get("objective", mse)]:
-        for part in given if isinstance(given, (list, tuple)) else [given]:
-            if not as_objective(part).needs.isdisjoint(names):
+    for several in objectives_of(transform, options.get("objective", mse)):
+        for part in several:
+            if not part.needs.isdisjoint(names):
                 raise ValueError(
                     f"the objective {part!r} sees the {judge} that are to judge it: judge by others, "
                     f"held=(Subject(image, {judge}=...), ...), or by another judge"
@@ -238,8 +236,7 @@ def _ranks(name: str, tree: Any, transform: Any, fixed: Subject) -> Any:
     if isinstance(tree, Map):
         check_dimension(name, tree, fixed.image.grid)
         return tree.ranks()
-    first = transform[0] if isinstance(transform, Sequence) else transform
-    return initial_ranks(tree, first.transform if isinstance(first, Stage) else first, fixed.image.grid)
+    return initial_ranks(tree, first_transform(transform), fixed.image.grid)
 
 
 def _each(tree: Any, axes: Any, count: int) -> Any:

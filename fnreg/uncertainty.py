@@ -50,11 +50,10 @@ from fnreg.pytree import (
 )
 from fnreg.registration import Registration
 from fnreg.sampling import Padding
-from fnreg.sandwich import Found, Options, as_step, pair_covariance
-from fnreg.solvers.base import Status
+from fnreg.sandwich import Found, Options, pair_covariance
+from fnreg.solvers.base import Status, parted
 from fnreg.starts import expand
 from fnreg.transforms.base import Domain, Mapping, Sequential, Transform, first_domain, single
-from fnreg.transforms.dense import Diffeomorphism
 
 FAR = 3.0  # standard deviations
 UNSEEN = 0.05  # of what moves a point
@@ -126,7 +125,7 @@ class Laplace:
         noise = torch.randn(count, len(root), generator=generator, dtype=root.dtype).to(root.device)
         transform, domain, params = _first(self.mapping)
         zero = transform.zero_step(domain)
-        found = vmap(lambda flat: transform.retract(params, as_step(flat, zero), domain))(noise @ root.mT)
+        found = vmap(lambda flat: transform.retract(params, parted(flat, zero), domain))(noise @ root.mT)
         if _is_then(self.mapping):
             rest = tree_map(lambda leaf: leaf.expand(count, *leaf.shape), self.mapping.params[1:])
             found = (found, *rest)
@@ -235,7 +234,7 @@ def _with_image(given: Image | Subject, image: Image) -> Image | Subject:
 def _check(
     transform: Transform, total: Objective, noise: str, reach: int, registration: Registration, fixed: Image | Subject
 ) -> None:
-    if isinstance(transform, Diffeomorphism):
+    if not transform.descends:
         raise ValueError(
             f"{transform} descends no single objective, so there is no Hessian at its end: use SVFFD, or `ensemble`"
         )
@@ -279,7 +278,7 @@ def _points(laplace: Laplace, points: Tensor) -> Tensor:
     start = torch.cat([leaf.flatten() for leaf in tree_leaves(zero)]).to(torch.float64)
 
     def mapped(flat: Tensor) -> Tensor:
-        found = transform.perturb(params, as_step(flat, zero), domain)
+        found = transform.perturb(params, parted(flat, zero), domain)
         if _is_then(mapping):
             found = (found, *mapping.params[1:])
         return mapping.transform.points(found, mapping.domain, points.to(torch.float64))

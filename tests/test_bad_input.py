@@ -470,8 +470,14 @@ def test_an_optimizer_that_would_climb() -> None:
 
 
 def test_a_solver_and_an_optimizer_that_exclude_each_other() -> None:
+    class Own:
+        scales = True
+        init = step = staticmethod(lambda *given: None)
+
     with pytest.raises(ValueError, match="GaussNewton has no optimizer: give either a solver or an optimizer"):
         register(FIXED, MOVING, Rigid(), solver=GaussNewton(), optimizer=adam(0.3), **QUICK)
+    with pytest.raises(ValueError, match="Own has no optimizer"):
+        register(FIXED, MOVING, Rigid(), solver=Own(), optimizer=adam(0.3), **QUICK)
     with pytest.raises(ValueError, match="GaussNewton has no optimizer"):
         register(FIXED, MOVING, Stage(Rigid(), solver=GaussNewton(), optimizer=adam(0.3)), **QUICK)
 

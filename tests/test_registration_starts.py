@@ -29,14 +29,17 @@ from torch.testing import assert_close
 import fnreg
 from fnreg import (
     Affine,
+    Descent,
     Event,
     Grid,
     Image,
     Mapping,
     Rigid,
     Rotation,
+    Stop,
     Subject,
     Translation,
+    adam,
     linear_mapping,
     register,
     stack,
@@ -88,6 +91,23 @@ def test_fewer_starts_go_on_to_each_finer_level() -> None:
     register(fixed, moving, Rigid(), starts=starts, levels=3, steps=2, stop=None, progress=told.append)
     widths = {event.level: event.active for event in told}
     assert widths == {2: 12, 1: 3, 0: 1}
+
+
+def test_a_solver_of_ones_own_needs_no_more_than_steps_to_search_among_starts() -> None:
+    """One with init, step and scales, that says nothing of pairs, is the same for all."""
+    plain = Descent(adam(0.3))
+
+    class Own:
+        scales = True
+        init, step = plain.init, plain.step
+
+    fixed, moving, _ = known_pair(Rigid(), 2)
+    starts = Rigid().spread(fixed.grid, 6)
+    options: dict[str, Any] = {"starts": starts, "levels": 2, "steps": 8}
+    several = stack([fixed, fixed, fixed])
+    for stop in (None, Stop(), Stop(width=2)):
+        own = register(several, moving, Rigid(), solver=Own(), stop=stop, **options)
+        assert equal_bits(own.mapping, register(several, moving, Rigid(), solver=plain, stop=stop, **options).mapping)
 
 
 def test_one_start_is_no_search() -> None:

@@ -37,7 +37,7 @@ from fnreg import (
 from fnreg.data import circle
 from fnreg.filters import gaussian
 from fnreg.pytree import tree_leaves
-from fnreg.sandwich import as_step
+from fnreg.solvers.base import parted
 
 SIZE = 28
 NEWTON: dict[str, Any] = {"levels": 2, "solver": GaussNewton()}
@@ -61,7 +61,7 @@ def waves(
     kind: dict[str, Any] = {"generator": draw, "dtype": torch.float64}
     vectors, phase = torch.randn(count, 30, grid.ndim, **kind) / wave, 2 * math.pi * torch.rand(count, 30, 1, **kind)
     start, zero = transform.init(grid), transform.zero_step(grid)
-    truth = Mapping(vmap(lambda s: transform.retract(start, as_step(s, zero), grid))(steps), grid, transform)
+    truth = Mapping(vmap(lambda s: transform.retract(start, parted(s, zero), grid))(steps), grid, transform)
     points = grid.points().expand(count, -1, -1)
 
     def seen(where: Tensor) -> Image:
@@ -127,10 +127,10 @@ def test_of_a_linear_model_it_is_the_classical_one(transform: Any) -> None:
     start = result.mapping.params
 
     def moved(flat: Tensor) -> Tensor:
-        return transform.points(transform.retract(start, as_step(flat, zero), grid), grid, grid.points())
+        return transform.points(transform.retract(start, parted(flat, zero), grid), grid, grid.points())
 
     def penalty(flat: Tensor) -> Tensor:
-        return fnreg.penalties.bending(transform.field(transform.retract(start, as_step(flat, zero), grid), grid))
+        return fnreg.penalties.bending(transform.field(transform.retract(start, parted(flat, zero), grid), grid))
 
     assert fixed.mask is not None
     counts = fixed.mask.flatten() > 0
@@ -225,7 +225,7 @@ def test_a_spline_from_its_prior_is_in_its_ellipse_as_often_as_told() -> None:
     start, zero, flat = transform.init(grid), transform.zero_step(grid), flat_zero(transform, grid)
 
     def penalty(flat: Tensor) -> Tensor:
-        return fnreg.penalties.bending(transform.field(transform.retract(start, as_step(flat, zero), grid), grid))
+        return fnreg.penalties.bending(transform.field(transform.retract(start, parted(flat, zero), grid), grid))
 
     held = hessian(penalty)(flat) / 2
     values, vectors = torch.linalg.eigh(held)

@@ -28,9 +28,10 @@ from fnreg.io.files import Print, fingerprints
 from fnreg.lattice import Lattice, own, own_mapping
 from fnreg.loading import Files, device_of, read, stages_of, try_stage
 from fnreg.pytree import tree_flatten
-from fnreg.registration import Registration, Stage
+from fnreg.registration import Registration
 from fnreg.settings import Settings, SettingsError
 from fnreg.solvers.descent import Descent
+from fnreg.stages import Stage
 from fnreg.transforms.base import Mapping
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -154,6 +154,25 @@ class Solver(Protocol):
         ...
 
 
+class PerPair:
+    """A solver that carries nothing but what is each pair's own, and finds the length of its steps itself."""
+
+    scales: ClassVar[bool] = False
+
+    def take(self, index: Tensor) -> Self:
+        """The same."""
+        return self
+
+    def joins(self, carry: Any) -> bool:
+        """Pairs may begin beside others at any time."""
+        return True
+
+
+def solver_of(solver: Solver, index: Tensor) -> Solver:
+    """The solver of some of the pairs; one that says nothing of that is the same for all."""
+    return solver.take(index) if hasattr(solver, "take") else solver
+
+
 class Taken(NamedTuple):
     """What one step gave, per pair."""
 
@@ -197,9 +216,9 @@ def joined(step: Any) -> Tensor:
 
 
 def parted(flat: Tensor, zero: Any) -> Any:
-    """A step from its entries side by side (B, P)."""
+    """A step from its entries side by side: (B, P) for one of leaves (B, ...), (P,) for one without that axis."""
     leaves, spec = tree_flatten(zero)
-    parts = flat.split([leaf[0].numel() for leaf in leaves], dim=1)
+    parts = flat.split([leaf.numel() // (len(leaf) if flat.ndim > 1 else 1) for leaf in leaves], dim=-1)
     return tree_unflatten([p.reshape(leaf.shape).to(leaf.dtype) for p, leaf in zip(parts, leaves, strict=True)], spec)
 
 

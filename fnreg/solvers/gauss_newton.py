@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fnreg.pytree import tree_choose
-from fnreg.solvers.base import Taken, largest, parted
+from fnreg.solvers.base import PerPair, Taken, largest, parted
 
 
 class _Carry(NamedTuple):
@@ -21,7 +21,7 @@ class _Carry(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussNewton:
+class GaussNewton(PerPair):
     """(J^T J + damping diag(J^T J)) s = -J^T r; a step that does not lower |r|^2 is undone and damped more.
 
     J is the derivative of the residuals by the step.  Marquardt 1963, doi 10.1137/0111030.
@@ -35,8 +35,6 @@ class GaussNewton:
     factor: float = 10.0
     limit: float = 4.0
 
-    scales: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         if not (self.damping > 0 and self.factor > 1 and self.limit > 0):
             raise ValueError(f"{self!r}: expected damping > 0, factor > 1 and limit > 0")
@@ -45,14 +43,6 @@ class GaussNewton:
         """The normal equations where the level starts."""
         value, slope, normal, terms = problem.normal_equations(params)
         return _Carry(torch.full_like(value, self.damping), value, slope, normal, terms)
-
-    def take(self, index: Tensor) -> GaussNewton:
-        """The same."""
-        return self
-
-    def joins(self, carry: _Carry) -> bool:
-        """Whatever is carried is of each pair alone."""
-        return True
 
     def step(self, problem: Any, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None) -> Taken:
         """One trial step of every pair; the value is that after it."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fnreg.pytree import tree_choose
-from fnreg.solvers.base import Taken, largest, lowers
+from fnreg.solvers.base import PerPair, Taken, largest, lowers
 from fnreg.solvers.conjugate import dot
 from fnreg.solvers.scaled import Look, Scaled
 
@@ -28,7 +28,7 @@ class _Carry(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LBFGS:
+class LBFGS(PerPair):
     """s = -a K g, K the inverse Hessian that the last steps and changes of the gradient tell of.
 
     The two-loop recursion of Nocedal 1980 and Liu and Nocedal 1989, doi 10.1007/BF01589116, which begins with the
@@ -49,7 +49,6 @@ class LBFGS:
     limit: float = 4.0
     tolerance: float = 0.0
 
-    scales: ClassVar[bool] = False
     descends: ClassVar[bool] = True  # a stated objective, which a transform must have
 
     def __post_init__(self) -> None:
@@ -74,14 +73,6 @@ class LBFGS:
         history = slope.new_zeros(slope.shape[0], self.memory, slope.shape[1])
         length = torch.ones(slope.shape[0], dtype=torch.float64, device=slope.device)
         return _Carry(look, length, history, history, history[:, :, 0], diagonal)
-
-    def take(self, index: Tensor) -> LBFGS:
-        """The same."""
-        return self
-
-    def joins(self, carry: _Carry) -> bool:
-        """Whatever is carried is of each pair alone."""
-        return True
 
     def step(self, problem: Any, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None) -> Taken:
         """One trial step of every pair; the value is that after it."""

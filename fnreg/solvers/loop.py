@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fnreg import lengths
 from fnreg.pytree import tree_choose, tree_leaves, tree_map, tree_take
-from fnreg.solvers.base import Solved, Solver, Status, Stop, Taken
+from fnreg.solvers.base import Solved, Solver, Status, Stop, Taken, solver_of
 
 Progress = Callable[[int, int, int, float], None]  # step, steps, active pairs, mean value
 
@@ -144,7 +144,7 @@ class _Slots(NamedTuple):
     ) -> _Slots:
         if index is not None:
             problem, params, running = problem.take(index), tree_take(params, index), running[index]
-            solver = solver.take(index) if hasattr(solver, "take") else solver
+            solver = solver_of(solver, index)
         marks = None if stop is None else _Marks.start(params, running)
         return _Slots(index, problem, params, params, solver.init(problem, params), running, marks, 0)
 

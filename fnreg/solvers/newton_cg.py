@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fnreg.pytree import tree_choose
-from fnreg.solvers.base import Taken, largest, lowers
+from fnreg.solvers.base import PerPair, Taken, largest, lowers
 from fnreg.solvers.conjugate import conjugate_gradients, dot
 from fnreg.solvers.scaled import Look, Scaled
 
@@ -25,7 +25,7 @@ class _Carry(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class NewtonCG:
+class NewtonCG(PerPair):
     """(H + damping D) s = -g, solved by conjugate gradients; a step that does not lower the value is undone.
 
     H is never made: only its products with steps are.  D is close to its diagonal and preconditions: the penalties'
@@ -54,7 +54,6 @@ class NewtonCG:
     limit: float = 4.0
     tolerance: float = 0.0
 
-    scales: ClassVar[bool] = False
     descends: ClassVar[bool] = True  # a stated objective, which a transform must have
 
     def __post_init__(self) -> None:
@@ -73,14 +72,6 @@ class NewtonCG:
         diagonal = scaled.diagonal(product, look.slope, self.limit)
         one = torch.ones(look.slope.shape[0], dtype=torch.float64, device=look.slope.device)
         return _Carry(look, self.damping * one, 0.5 * one, diagonal)
-
-    def take(self, index: Tensor) -> NewtonCG:
-        """The same."""
-        return self
-
-    def joins(self, carry: _Carry) -> bool:
-        """Whatever is carried is of each pair alone."""
-        return True
 
     def step(self, problem: Any, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None) -> Taken:
         """One trial step of every pair; the value is that after it."""

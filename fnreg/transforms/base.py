@@ -95,8 +95,11 @@ class Transform:
 
     @property
     def descends(self) -> bool:
-        """Whether its steps are those of the objective as it is stated: then it has minima, with a gradient of zero."""
-        return True
+        """Whether its steps are those of the objective as it is stated: then it has minima, with a gradient of zero.
+
+        A transform that changes its parameters after each step, see `project`, has none.
+        """
+        return type(self).project is Transform.project
 
     @property
     def splits(self) -> bool:

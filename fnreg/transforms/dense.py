@@ -216,10 +216,6 @@ class Diffeomorphism(_Displacements):
         if not (self.gradient >= 0 and self.smooth >= 0 and self.limit > 0):
             raise ValueError(f"{self!r}: expected gradient and smooth >= 0 and limit > 0")
 
-    @property
-    def descends(self) -> bool:
-        return False
-
     def perturb(self, params: Params, step: Step, domain: Domain) -> Params:
         return super().retract(params, step, domain)
 
