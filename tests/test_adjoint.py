@@ -344,9 +344,11 @@ def test_without_a_derivative_it_is_register() -> None:
 def test_the_page_runs() -> None:
     page = Path(__file__).resolve().parents[1] / "docs" / "differentiable.md"
     blocks = re.findall(
-        r"^```\{code-cell\} ipython3\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        r"^```\{code-cell\} ipython3\n(?::tags:[^\n]*\n)?(.*?)^```$",
+        page.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
     )
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)
