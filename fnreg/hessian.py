@@ -20,7 +20,7 @@ from torch.func import grad, vjp
 
 from fnreg.losses.terms import Objective
 from fnreg.pair import Pair, pair_energy, pair_views
-from fnreg.pytree import is_concrete, is_tracked, tree_map
+from fnreg.pytree import is_concrete, tree_map
 from fnreg.sampling import Padding
 from fnreg.transforms.base import Transform
 
@@ -29,10 +29,11 @@ Product = Callable[[Any], Any]  # from a step (B, ...) to the Hessian times it
 Over = Callable[..., Any]  # calls a function of one pair, (transform, padding, *arguments, pair), on all pairs
 
 
-def gauss_newton(over: Over, objective: Objective, params: Any, zero: Any) -> Product:
+def gauss_newton(over: Over, objective: Objective, params: Any, zero: Any, *, recorded: bool = False) -> Product:
     """The products with the Gauss-Newton matrix at `params`; what all of them share is computed here.
 
     zero : the step of no change (B, ...)
+    recorded : whether the products themselves are differentiated, by parameters or images
     """
 
     def squares(leaf: Any) -> bool:
@@ -75,11 +76,14 @@ def gauss_newton(over: Over, objective: Objective, params: Any, zero: Any) -> Pr
         several = [part(along) for part in parts]
         return pull(tree_map(lambda *leaves: sum(leaves[1:], leaves[0]), *several))[0]
 
-    return _unrecorded(product, params)
+    return product if recorded else _unrecorded(product)
 
 
-def hessian(over: Over, params: Any, zero: Any) -> Product:
-    """The products with the whole Hessian at `params`, by the derivative of the gradient."""
+def hessian(over: Over, params: Any, zero: Any, *, recorded: bool = False) -> Product:
+    """The products with the whole Hessian at `params`, by the derivative of the gradient.
+
+    zero, recorded : as for `gauss_newton`
+    """
 
     def slope(transform: Transform, padding: Padding | None, step: Any, params: Any, pair: Pair) -> Any:
         def energy(step: Any) -> Tensor:
@@ -88,7 +92,7 @@ def hessian(over: Over, params: Any, zero: Any) -> Product:
         return grad(energy)(step)
 
     pull = vjp(lambda step: over(slope, step, params), zero)[1]
-    return _unrecorded(lambda step: pull(step)[0], params)
+    return (lambda step: pull(step)[0]) if recorded else _unrecorded(lambda step: pull(step)[0])
 
 
 def _apart(transform: Transform, padding: Padding | None, step: Any, params: Any, pair: Pair) -> Any:
@@ -113,10 +117,8 @@ def _transposed(pull: Callable[[Any], Any], at: Any) -> Product:
     return lambda v: push(v)[0]
 
 
-def _unrecorded(product: Product, params: Any) -> Product:
-    """Without a record of the pull-backs, where nobody differentiates around this call."""
-    if is_tracked(params):
-        return product
+def _unrecorded(product: Product) -> Product:
+    """Without a record of the pull-backs, for where nobody differentiates around this call."""
 
     def quiet(step: Any) -> Any:
         with torch.no_grad():

@@ -21,16 +21,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, vjp
+from torch.func import vjp
 
-from fnreg.pair import pair_energy
 from fnreg.problem import Level
-from fnreg.pytree import Axes, tree_flatten, tree_leaves, tree_map, tree_unflatten, tree_vmap
-from fnreg.sampling import Padding
+from fnreg.pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from fnreg.solvers.base import joined, parted
 from fnreg.solvers.conjugate import conjugate_gradients, dot
 from fnreg.symmetric import BothWays
-from fnreg.transforms.base import Domain, Transform, domain_axes, single
 
 Leaves = Sequence[Tensor]
 Product = Callable[[Any], Any]
@@ -80,86 +77,39 @@ def solve(product: Product, right: Any, search: Search) -> Found:
 # -- the condition -----------------------------------------------------------------------------------------------------
 
 
-class _Side(NamedTuple):
-    """One way of a level: its data are pairs of this structure; parameters and steps have this sign there."""
-
-    transform: Transform
-    padding: Padding | None
-    axes: Axes
-    structure: Any
-    sign: int
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Condition:
-    """That the gradient of a level by the step vanishes: g(params, data) = 0, data being the leaves of its pairs."""
+    """That the gradient of a level by the step vanishes: g(params, data) = 0.
 
-    sides: tuple[_Side, ...]
-    size: int
+    shell : the level without its tensors; structure : of these, the data
+    """
+
+    shell: Level | BothWays
+    structure: Any
 
     @staticmethod
     def of(problem: Level | BothWays) -> tuple[Condition, list[Tensor]]:
         """The condition of a level, and its data."""
-        levels = (problem,) if isinstance(problem, Level) else (problem.forward, problem.backward)
-        sides: list[_Side] = []
-        data: list[Tensor] = []
-        for number, level in enumerate(levels):
-            leaves, structure = tree_flatten(level.pairs)
-            sides.append(_Side(level.transform, level.padding, level.axes, structure, -1 if number else 1))
-            data += leaves
-        return Condition(tuple(sides), problem.size), data
+        data, structure = tree_flatten(problem.data)
+        return Condition(problem.with_data(tree_unflatten([None] * len(data), structure)), structure), data
 
-    def pairs(self, data: Leaves) -> list[Any]:
-        """The pairs of each side, from their leaves."""
-        found, begin = [], 0
-        for side in self.sides:
-            found.append(tree_unflatten(data[begin : begin + len(side.axes)], side.structure))
-            begin += len(side.axes)
-        return found
+    def problem(self, data: Leaves) -> Level | BothWays:
+        """The level with these data."""
+        return self.shell.with_data(tree_unflatten(list(data), self.structure))
 
-    def zero_step(self, data: Leaves) -> Any:
-        """The step of no change (B, ...)."""
-        transform, pairs = self.sides[0].transform, self.pairs(data)[0]
-        zero = transform.cast(transform.zero_step(single(pairs.domain)), pairs.fixed.data.dtype)
-        return tree_map(lambda leaf: leaf.expand(self.size, *leaf.shape).contiguous(), zero)
+    def gradient(self, params: Any, data: Leaves) -> Any:
+        """g: by the step (B, ...)."""
+        return self.problem(data).gradient(params)[0]
 
-    def values(self, step: Any, params: Any, data: Leaves) -> Tensor:
-        """E(perturb(params, step), data), (B,)."""
-        found: list[Tensor] = []
-        for side, pairs in zip(self.sides, self.pairs(data), strict=True):
-
-            def one(step: Any, params: Any, pair: Any, side: _Side = side) -> Tensor:
-                if side.sign < 0:
-                    params, step = tree_map(torch.neg, params), tree_map(torch.neg, step)
-                moved = side.transform.perturb(params, step, pair.domain)
-                return pair_energy(side.transform, side.padding, moved, pair)[0]
-
-            found.append(tree_vmap(one, (None, None, side.axes), step, params, pairs))
-        return torch.stack(found).mean(0)
-
-    def gradient(self, params: Any, data: Leaves, at: Any = None) -> Any:
-        """g: by the step (B, ...), at a step or at none."""
-        zero = self.zero_step(data) if at is None else at
-        return grad(lambda step: self.values(step, params, data).sum())(zero)
-
-    def curvature(self, params: Any, data: Leaves, ridge: float = 0.0) -> Product:
+    def product(self, params: Any, data: Leaves, ridge: float = 0.0) -> Product:
         """The product of H + ridge with steps, from one recording of the gradient."""
-        made: Any = vjp(lambda step: self.gradient(params, data, step), self.zero_step(data))
-        return lambda step: tree_map(lambda a, b: a + ridge * b, made[1](step)[0], step)
-
-    def retracted(self, step: Any, params: Any, data: Leaves) -> Any:
-        """The parameters after a step."""
-        transform, domain = self.sides[0].transform, self.pairs(data)[0].domain
-
-        def one(before: Any, change: Any, domain: Domain) -> Any:
-            return transform.retract(before, change, domain)
-
-        return tree_vmap(one, (None, None, domain_axes(domain)), params, step, domain)
+        bent = self.problem(data).curvature(params, exact=True)
+        return lambda step: tree_map(lambda a, b: a + ridge * b, bent(step), step)
 
     def newton(self, params: Any, data: Leaves, search: Search) -> Found:
         """The step -H^{-1} g towards the optimum."""
         right = tree_map(torch.neg, self.gradient(params, data))
-        return solve(self.curvature(params, data, search.ridge), right, search)
+        return solve(self.product(params, data, search.ridge), right, search)
 
 
 # -- functions with derivatives ----------------------------------------------------------------------------------------
@@ -193,7 +143,7 @@ def optimum(condition: Condition, params: Any, data: Leaves, good: Tensor, *, se
     good : (B,) the pairs that have a derivative; that of any other is NaN
     """
     leaves, structure = tree_flatten(tree_map(Tensor.detach, params))
-    problem = Problem(condition, search, structure, tree_flatten(condition.zero_step(data))[1], alone)
+    problem = Problem(condition, search, structure, tree_flatten(condition.problem(data).zero_step())[1], alone)
     return tree_unflatten(list(_Optimum.apply(problem, good, *leaves, *data)), structure)  # type: ignore[no-untyped-call]
 
 
@@ -247,8 +197,8 @@ class _Optimum(torch.autograd.Function):
         _, params, data = problem.split(tensors)
         count = len(tensors) - len(data)
         needed = _needed(ctx, data, 2 + count)
-        condition, zero = problem.condition, problem.condition.zero_step(data)
-        made: Any = vjp(lambda step: condition.retracted(step, params, data), zero)
+        condition, level = problem.condition, problem.condition.problem(data)
+        made: Any = vjp(lambda step: level.retract(params, step), level.zero_step())
         right = made[1](tree_unflatten(list(cotangents), problem.structure))[0]
         found = _inverse(problem, _marked(right, good), params, data)
 
@@ -266,17 +216,17 @@ class _Optimum(torch.autograd.Function):
         _, params, data = problem.split(tensors)
         along = tangents[2 + len(tensors) - len(data) :]
         needed = [n for n, tangent in enumerate(along) if tangent is not None and data[n].is_floating_point()]
-        condition, zero = problem.condition, problem.condition.zero_step(data)
+        condition, level = problem.condition, problem.condition.problem(data)
 
         def slope(*values: Tensor) -> Any:
             return condition.gradient(params, _filled(data, needed, values))
 
         right = _pushed(slope, [data[n] for n in needed], [along[n] for n in needed])
         step = tree_map(torch.neg, _inverse(problem, _marked(right, good), params, data))
-        leaves, structure = tree_flatten(zero)
+        leaves, structure = tree_flatten(level.zero_step())
 
         def moved(*values: Tensor) -> Any:
-            return condition.retracted(tree_unflatten(list(values), structure), params, data)
+            return level.retract(params, tree_unflatten(list(values), structure))
 
         return tuple(tree_flatten(_pushed(moved, leaves, tree_leaves(step)))[0])
 
@@ -298,7 +248,7 @@ class _Inverse(torch.autograd.Function):
     def forward(problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
         right, params, data = problem.split([t.detach() for t in tensors], step=True)
         search, condition = problem.search, problem.condition
-        found = solve(condition.curvature(params, data, search.ridge), right, search)
+        found = solve(condition.product(params, data, search.ridge), right, search)
         fault = _fault(found, search)
         if problem.alone and fault is not None:
             raise NoOptimumError(fault)
@@ -353,8 +303,7 @@ class _Inverse(torch.autograd.Function):
         problem, *tensors = args
         width, condition = info.batch_size, problem.condition
         begin = problem.steps.num_leaves + problem.structure.num_leaves
-        axes = (*(0 for _ in range(begin)), *(axis for side in condition.sides for axis in side.axes))
-        size = condition.size
+        axes, size = (*(0 for _ in range(begin)), *condition.shell.axes), condition.shell.size
         folded: list[Tensor] = []
         batched: list[int | None] = []
         for tensor, dim, axis in zip(tensors, in_dims[1:], axes, strict=True):
@@ -366,12 +315,8 @@ class _Inverse(torch.autograd.Function):
             wide = wide if axis == 0 else wide.unsqueeze(1).expand(width, size, *wide.shape[1:])
             folded.append(wide.flatten(0, 1))
             batched.append(0)
-        sides, first = [], begin
-        for side in condition.sides:
-            sides.append(side._replace(axes=tuple(batched[first : first + len(side.axes)])))
-            first += len(side.axes)
         same = all(dim is None for dim in in_dims[1 + problem.steps.num_leaves :])  # several right sides of one pair
-        wider = Condition(tuple(sides), width * size)
+        wider = Condition(condition.shell.with_axes(tuple(batched[begin:]), width * size), condition.structure)
         found = _Inverse.apply(dataclasses.replace(problem, condition=wider, alone=problem.alone and same), *folded)  # type: ignore[no-untyped-call]
         return tuple(leaf.unflatten(0, (width, size)) for leaf in found), (0,) * len(found)
 
@@ -379,7 +324,7 @@ class _Inverse(torch.autograd.Function):
 def _image(problem: Problem, step: Any, rest: Leaves) -> Any:
     """(H + ridge) step, as a function of parameters and data."""
     _, params, data = problem.split(rest)
-    return problem.condition.curvature(params, data, problem.search.ridge)(step)
+    return problem.condition.product(params, data, problem.search.ridge)(step)
 
 
 def _fault(found: Found, search: Search) -> str | None:

@@ -44,6 +44,10 @@ class Level:
         """The same problem on other tensors."""
         return dataclasses.replace(self, pairs=data)
 
+    def with_axes(self, axes: Axes, size: int) -> Level:
+        """The same problem for data of other batch axes."""
+        return dataclasses.replace(self, axes=axes, size=size)
+
     @functools.cached_property
     def _domain_axes(self) -> Axes:
         return domain_axes(self.pairs.domain)
@@ -85,9 +89,10 @@ class Level:
     def curvature(self, params: Any, *, exact: bool = False) -> Product:
         """The Hessian of the energy by the step, as its product with steps (B, ...); without `exact` that of
         Gauss-Newton."""
+        recorded = is_tracked(params, self.pairs)
         if exact:
-            return hessian(self._over, params, self.zero_step())
-        return gauss_newton(self._over, self.pairs.objective, params, self.zero_step())
+            return hessian(self._over, params, self.zero_step(), recorded=recorded)
+        return gauss_newton(self._over, self.pairs.objective, params, self.zero_step(), recorded=recorded)
 
     def stiffness(self) -> Stiffness | None:
         """What is known of the Hessian's diagonal before any image is seen; None where the step is not one field."""

@@ -17,7 +17,7 @@ from fnreg.hessian import Product
 from fnreg.image import Image
 from fnreg.pair import Pair, pair_seen
 from fnreg.problem import Level
-from fnreg.pytree import batch_axes, over_batch, tree_map
+from fnreg.pytree import Axes, batch_axes, over_batch, tree_map
 from fnreg.stiffness import Stiffness
 from fnreg.transforms.base import Split, split_coords
 
@@ -105,6 +105,16 @@ class BothWays:
     def with_data(self, data: tuple[Pair, Pair]) -> BothWays:
         """The same problem on other tensors."""
         return BothWays(self.forward.with_data(data[0]), self.backward.with_data(data[1]))
+
+    @property
+    def axes(self) -> Axes:
+        """Of all leaves of `data`."""
+        return (*self.forward.axes, *self.backward.axes)
+
+    def with_axes(self, axes: Axes, size: int) -> BothWays:
+        """The same problem for data of other batch axes."""
+        first = len(self.forward.axes)
+        return BothWays(self.forward.with_axes(axes[:first], size), self.backward.with_axes(axes[first:], size))
 
     def take(self, index: Tensor) -> BothWays:
         """The same for some of the pairs."""

@@ -36,7 +36,7 @@ class Newton:
         condition, data = Condition.of(problem)
         right, value, terms = problem.gradient(params)
         flat = torch.cat([leaf.flatten(1) for leaf in tree_leaves(right)], 1)  # (B, P)
-        product, zero = condition.curvature(params, data), problem.zero_step()
+        product, zero = condition.product(params, data), problem.zero_step()
         units = torch.eye(flat.shape[1], dtype=flat.dtype).unsqueeze(1).expand(-1, len(flat), -1)  # (P, B, P)
         rows = vmap(lambda unit: torch.cat([leaf.flatten(1) for leaf in tree_leaves(product(parted(unit, zero)))], 1))
         values, vectors = torch.linalg.eigh(rows(units).movedim(1, 0))

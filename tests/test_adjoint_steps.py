@@ -26,6 +26,7 @@ from fnreg import (
     Held,
     Image,
     Implicit,
+    NewtonCG,
     NoOptimumError,
     Rigid,
     Stage,
@@ -165,6 +166,17 @@ def test_backward_goes_through_the_optimizers_of_torchopt(optimizer: Any) -> Non
     leaf = point.clone().requires_grad_()
     function(leaf, unrolled).backward()
     along = direction(point)
+    expected = differences(lambda x: function(x, plainly), point, along, 1e-6)
+    assert_close((leaf.grad * along).sum(), expected, atol=0, rtol=1e-4)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
+def test_backward_goes_through_products_with_hessians(curvature: Any) -> None:
+    """Also through those of the first step, whose parameters are constants."""
+    solver = NewtonCG(curvature, iterations=3)
+    function, point = by("fixed", Affine(), optimizer=None, solver=solver, levels=1, steps=2)
+    leaf, along = point.clone().requires_grad_(), direction(point)
+    function(leaf, unrolled).backward()
     expected = differences(lambda x: function(x, plainly), point, along, 1e-6)
     assert_close((leaf.grad * along).sum(), expected, atol=0, rtol=1e-4)  # type: ignore[operator]
 
