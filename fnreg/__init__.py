@@ -10,16 +10,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__: str  # of the package as it was installed; versions are git's tags
 
 if TYPE_CHECKING:
+    from fnreg import cohort as cohort
     from fnreg import data as data
     from fnreg import fields as fields
+    from fnreg import filters as filters
     from fnreg import io as io
     from fnreg import metrics as metrics
     from fnreg import optim as optim
     from fnreg import plot as plot
     from fnreg import presets as presets
+    from fnreg import sampling as sampling
     from fnreg.adjoint import Checkpointed as Checkpointed
     from fnreg.adjoint import Implicit as Implicit
     from fnreg.adjoint import Unrolled as Unrolled
@@ -184,9 +187,11 @@ _HOME = {
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _MODULES = {
+    "cohort": "fnreg.cohort",
     "data": "fnreg.data",
     "descriptors": "fnreg.losses.descriptors",
     "fields": "fnreg.fields",
+    "filters": "fnreg.filters",
     "functional": "fnreg.losses.functional",
     "information": "fnreg.losses.information",
     "io": "fnreg.io",
@@ -197,6 +202,7 @@ _MODULES = {
     "plot": "fnreg.plot",
     "points": "fnreg.losses.points",
     "presets": "fnreg.presets",
+    "sampling": "fnreg.sampling",
 }
 
 __all__ = ["__version__", *sorted(_WHERE), *sorted(_MODULES)]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -207,7 +213,18 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_WHERE[name]), name)
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module 'fnreg' has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("fnreg")
+    except metadata.PackageNotFoundError:  # a folder of sources that was never installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:
