@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from fnreg import plot as plot
     from fnreg import presets as presets
     from fnreg import sampling as sampling
-    from fnreg.adjoint import Checkpointed as Checkpointed
-    from fnreg.adjoint import Implicit as Implicit
-    from fnreg.adjoint import Unrolled as Unrolled
     from fnreg.adjoint import differentiable as differentiable
     from fnreg.bootstrap import Ensemble as Ensemble
     from fnreg.bootstrap import ensemble as ensemble
@@ -76,6 +73,7 @@ if TYPE_CHECKING:
     from fnreg.optim import clip as clip
     from fnreg.optim import normalized as normalized
     from fnreg.optim import sgd as sgd
+    from fnreg.optimum import Implicit as Implicit
     from fnreg.pytree import stack as stack
     from fnreg.registration import Registration as Registration
     from fnreg.registration import evaluate as evaluate
@@ -115,9 +113,11 @@ if TYPE_CHECKING:
     from fnreg.transforms.tps import tps_mapping as tps_mapping
     from fnreg.uncertainty import Laplace as Laplace
     from fnreg.uncertainty import laplace as laplace
+    from fnreg.unrolled import Checkpointed as Checkpointed
+    from fnreg.unrolled import Unrolled as Unrolled
 
 _HOME = {
-    "fnreg.adjoint": ("Checkpointed", "Implicit", "Unrolled", "differentiable"),
+    "fnreg.adjoint": ("differentiable",),
     "fnreg.bootstrap": ("Ensemble", "ensemble"),
     "fnreg.uncertainty": ("Laplace", "laplace"),
     "fnreg.grid": ("Grid",),
@@ -155,6 +155,7 @@ _HOME = {
         "total_variation",
         "tversky",
     ),
+    "fnreg.optimum": ("Implicit",),
     "fnreg.optim": ("adam", "chain", "clip", "normalized", "sgd"),
     "fnreg.pytree": ("stack",),
     "fnreg.search": ("Choice",),
@@ -167,6 +168,7 @@ _HOME = {
     "fnreg.solvers.lbfgs": ("LBFGS",),
     "fnreg.solvers.newton_cg": ("NewtonCG",),
     "fnreg.sweeps": ("Sweep", "sweep"),
+    "fnreg.unrolled": ("Checkpointed", "Unrolled"),
     "fnreg.transforms.base": ("Held", "Mapping", "Sequential", "Transform", "warp"),
     "fnreg.transforms.dense": ("Diffeomorphism", "Displacement", "SVF"),
     "fnreg.transforms.spline": ("FFD", "SVFFD"),

@@ -6,7 +6,7 @@ with the intensities x and y in bins.  Thevenaz and Unser 2000, doi 10.1109/83.8
 
 The range of an image is that of the voxels that count, and its least and greatest window lie within the bins, so no
 weight is lost and the windows of a voxel sum to its weight.  The range moves continuously with values and weights, and
-so does the histogram; in differentiation it counts as a constant.
+so does the histogram; in differentiation it counts as a constant.  Where the range is given the derivative is exact.
 
 In C a row, which is one channel of one pair, is cut into parts by its length alone, and their sums are joined in one
 order: neither the number of threads nor the batch changes a bit.  `parzen` computes the same in torch.
@@ -30,11 +30,17 @@ PARTS = 32
 LEAST = 4  # bins: one window covers as many
 
 
-def joint_histogram(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, bins: int = 32) -> Tensor:
+Ranges = tuple[tuple[float, float], tuple[float, float]]  # of warped and of fixed
+
+
+def joint_histogram(
+    warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, bins: int = 32, ranges: Ranges | None = None
+) -> Tensor:
     """h (C, bins, bins) in float64 of images (C, N), the bins of `warped` first.
 
     weights : (1, N), not negative; None counts every voxel once
     bins : at least 4, the width of a window; the range of an image covers bins - 3 of them
+    ranges : the least and the greatest value of either image, beyond which values are held there; None looks
 
     Can be differentiated by all three to any order, in reverse and in forward mode.
 
@@ -48,18 +54,23 @@ def joint_histogram(warped: Tensor, fixed: Tensor, weights: Tensor | None = None
     images = warped.unsqueeze(0), fixed.unsqueeze(0), share
     if forward_asked():
         share = None if share is None else share.detach()
-        scaled = _scaled(parzen.ends, warped.detach().unsqueeze(0), fixed.detach().unsqueeze(0), share, bins)
+        scaled = _scaled(parzen.ends, warped.detach().unsqueeze(0), fixed.detach().unsqueeze(0), share, bins, ranges)
         return parzen.counted(*images, scaled, bins).squeeze(0)
-    return _Histogram.apply(*images, bins)[0].squeeze(0)  # type: ignore[no-untyped-call]
+    return _Histogram.apply(*images, bins, ranges)[0].squeeze(0)  # type: ignore[no-untyped-call]
 
 
 def _scaled(
-    ends: Callable[[Tensor, Weights], tuple[Tensor, Tensor]], warped: Tensor, fixed: Tensor, weights: Weights, bins: int
+    ends: Callable[[Tensor, Weights], tuple[Tensor, Tensor]],
+    warped: Tensor,
+    fixed: Tensor,
+    weights: Weights,
+    bins: int,
+    ranges: Ranges | None,
 ) -> Tensor:
     """(B, C, 4): the least value and the bins per unit of intensity, of warped and of fixed."""
     found: list[Tensor] = []
-    for image in (warped, fixed):
-        low, high = ends(image, weights)
+    for image, known in zip((warped, fixed), ranges or (None, None), strict=True):
+        low, high = ends(image, weights) if known is None else (image.new_full(image.shape[:2], end) for end in known)
         found += parzen.scale(low, high, bins)
     return torch.stack([part.expand(warped.shape[:2]) for part in found], -1)
 
@@ -145,9 +156,11 @@ class _Histogram(torch.autograd.Function):
     """warped (B, C, N), fixed (B or 1, C, N), weights (B or 1, 1, N) to h (B, C, bins, bins) and `_scaled`."""
 
     @staticmethod
-    def forward(warped: Tensor, fixed: Tensor, weights: Weights, bins: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        warped: Tensor, fixed: Tensor, weights: Weights, bins: int, ranges: Ranges | None
+    ) -> tuple[Tensor, Tensor]:
         fast = _serves(warped, fixed, weights)
-        scaled = _scaled(_ends if fast else parzen.ends, warped, fixed, weights, bins)
+        scaled = _scaled(_ends if fast else parzen.ends, warped, fixed, weights, bins, ranges)
         return (_counted if fast else parzen.counted)(warped, fixed, weights, scaled, bins), scaled
 
     @staticmethod
@@ -161,7 +174,7 @@ class _Histogram(torch.autograd.Function):
         pull: Any = _chosen if forward_levels() else _Pull.apply
         found = iter(pull(by_out, *ctx.saved_tensors, wanted))
         images = zip(ctx.saved_tensors[:3], wanted, strict=True)
-        return (*(_summed(next(found), image) if yes else None for image, yes in images), None)
+        return (*(_summed(next(found), image) if yes else None for image, yes in images), None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -170,7 +183,7 @@ class _Histogram(torch.autograd.Function):
             fold(size, dim, image, lead, shared=number > 0)
             for number, (image, dim) in enumerate(zip(args[:3], in_dims[:3], strict=True))
         ]
-        found = _Histogram.apply(*folded, args[3])  # type: ignore[no-untyped-call]
+        found = _Histogram.apply(*folded, *args[3:])  # type: ignore[no-untyped-call]
         return tuple(part.unflatten(0, (size, lead)) for part in found), (0, 0)
 
 

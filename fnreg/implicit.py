@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
+from fnreg.notes import warn
 from fnreg.problem import Level
 from fnreg.pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from fnreg.solvers.base import joined, parted
@@ -105,11 +106,6 @@ class Condition:
         """The product of H + ridge with steps, from one recording of the gradient."""
         bent = self.problem(data).curvature(params, exact=True)
         return lambda step: tree_map(lambda a, b: a + ridge * b, bent(step), step)
-
-    def newton(self, params: Any, data: Leaves, search: Search) -> Found:
-        """The step -H^{-1} g towards the optimum."""
-        right = tree_map(torch.neg, self.gradient(params, data))
-        return solve(self.product(params, data, search.ridge), right, search)
 
 
 # -- functions with derivatives ----------------------------------------------------------------------------------------
@@ -232,7 +228,14 @@ class _Optimum(torch.autograd.Function):
 
 
 def _marked(step: Any, good: Tensor) -> Any:
-    return tree_map(lambda leaf: torch.where(good.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, torch.nan), step)
+    """NaN for the pairs without a derivative, but where nothing is asked of it: 0 of what is not known is 0."""
+    rows = [leaf.flatten(1) for leaf in tree_leaves(step)]
+    known = good | torch.stack([(row == 0).all(1) for row in rows]).all(0)
+    return tree_map(lambda leaf: _where(known, leaf), step)
+
+
+def _where(known: Tensor, leaf: Tensor) -> Tensor:
+    return torch.where(known.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, torch.nan)
 
 
 def _inverse(problem: Problem, right: Any, params: Any, data: Leaves) -> Any:
@@ -249,11 +252,14 @@ class _Inverse(torch.autograd.Function):
         right, params, data = problem.split([t.detach() for t in tensors], step=True)
         search, condition = problem.search, problem.condition
         found = solve(condition.product(params, data, search.ridge), right, search)
-        fault = _fault(found, search)
-        if problem.alone and fault is not None:
-            raise NoOptimumError(fault)
         solved = found.straight & (found.residual <= search.tolerance)
-        return tuple(tree_leaves(_marked(found.step, solved)))
+        asked = torch.isfinite(joined(right)).all(1)  # NaN marks a pair without a derivative, or comes from the loss
+        if bool((asked & ~solved).any()):
+            fault = _fault(found, search, asked & ~solved)
+            if problem.alone:
+                raise NoOptimumError(fault)
+            warn(f"{int((asked & ~solved).sum())} of {len(solved)} derivatives are NaN: {fault}")
+        return tuple(_where(solved, leaf) for leaf in tree_leaves(found.step))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -327,19 +333,16 @@ def _image(problem: Problem, step: Any, rest: Leaves) -> Any:
     return problem.condition.product(params, data, problem.search.ridge)(step)
 
 
-def _fault(found: Found, search: Search) -> str | None:
-    """What is wrong with a solution of the pairs, and what to do about it; None where nothing is."""
-    if not bool(found.straight.all()):
+def _fault(found: Found, search: Search, which: Tensor) -> str:
+    """What is wrong with the solutions of some pairs (B,), and what to do about it."""
+    if bool((which & ~found.straight).any()):
         return (
             "the objective has no minimum where the registration ended: its curvature along a step is "
-            f"{float(found.curvature.min()):.3g} per squared voxel, where it must be positive beyond rounding; add a "
-            "penalty or a ridge, Implicit(ridge=...), or use Unrolled()"
+            f"{float(found.curvature[which].min()):.3g} per squared voxel, where it must be positive beyond rounding; "
+            "add a penalty or a ridge, Implicit(ridge=...), or use Unrolled()"
         )
-    worst = float(found.residual.max())
-    if not worst <= search.tolerance:
-        return (
-            f"conjugate gradients left a relative residual of {worst:.3g} after {found.products} products with the "
-            f"Hessian, where tolerance is {search.tolerance:g}: give more iterations, a larger tolerance, a penalty or "
-            "a ridge, Implicit(iterations=..., tolerance=..., ridge=...)"
-        )
-    return None
+    return (
+        f"conjugate gradients left a relative residual of {float(found.residual[which].max()):.3g} after "
+        f"{found.products} products with the Hessian, where tolerance is {search.tolerance:g}: give more iterations, a "
+        "larger tolerance, a penalty or a ridge, Implicit(iterations=..., tolerance=..., ridge=...)"
+    )

@@ -60,6 +60,36 @@ class Inputs:
         """Whether values can be looked at."""
         return is_concrete(self.fixed[0].data) and is_concrete(self.moving[0].data)
 
+    def without(self, faulty: Tensor) -> Inputs:
+        """With zeros in the place of what faulty pairs have of their own, so that nothing of it spreads to others.
+
+        faulty : (B,), or a scalar for one pair
+        """
+
+        def cleared(leaf: Tensor | None, rank: int, other: float = 0.0) -> Any:
+            if leaf is None or leaf.ndim < rank + faulty.ndim:
+                return leaf
+            return torch.where(faulty.reshape(faulty.shape + (1,) * rank), torch.full_like(leaf, other), leaf)
+
+        def image(known: Image) -> Image:
+            return Image(cleared(known.data, known.grid.ndim + 1), known.grid)
+
+        def mask(known: Tensor | None) -> Any:
+            return cleared(known, self.domain.ndim + 1, 1.0)
+
+        def points(known: Points | None) -> Any:
+            ranks = None if known is None else known.ranks()
+            return None if known is None else tree_map(lambda leaf, rank: cleared(leaf, rank), known, ranks)
+
+        return dataclasses.replace(
+            self,
+            fixed=tuple(map(image, self.fixed)),
+            moving=tuple(map(image, self.moving)),
+            fixed_masks=tuple(map(mask, self.fixed_masks)),
+            moving_masks=tuple(map(mask, self.moving_masks)),
+            points=tuple(map(points, self.points)),
+        )
+
     def level(
         self,
         number: int,

@@ -15,7 +15,7 @@ from fnreg.grid import Grid
 from fnreg.inputs import Inputs
 from fnreg.losses.terms import OF_IMAGES, OF_LABELS, Objective
 from fnreg.problem import Level, refine
-from fnreg.pytree import in_parts, is_concrete, is_tracked, pytree_dataclass, static, tree_take
+from fnreg.pytree import in_parts, is_concrete, is_tracked, pytree_dataclass, static, tree_map, tree_take
 from fnreg.sampling import Padding
 from fnreg.solvers.base import Status, solver_of
 from fnreg.solvers.loop import run
@@ -125,7 +125,7 @@ class Levels:
         assert stop != "inherit"
         # Beside torch.func, autograd goes through any optimizer that works out of place.
         free = self.recording is not None and self.recording.every is None and not is_tracked()
-        if whole.wrapped and (stop is not None or not (free or _is_pure(self.stage.solver))):
+        if whole.wrapped and (stop is not None or not (free or is_pure(self.stage.solver))):
             raise ValueError(
                 "register inside vmap or grad needs stop=None and fnreg's own optimizer, such as adam(0.3, pure=True); "
                 "differentiable(register, adjoint=Implicit()) takes any"
@@ -175,6 +175,8 @@ class Levels:
         if whole.visible and _looks(self._objective(0)):
             failures = failures.add(self._in_parts(type(level).overlap, level, params) <= 0, Status.LOST_OVERLAP)
         status = torch.where(failures.cause > 0, failures.cause, status)
+        if self.recording is not None:  # in place of faulty images there are others, see `Inputs.without`
+            value, terms = tree_map(lambda x: torch.where(failures.cause > 0, torch.nan, x), (value, terms))
         return Solution(transform, params, self.then, value, terms, status, steps, traces, failures)
 
     def _level(self, depth: int) -> Level | BothWays:
@@ -198,13 +200,13 @@ class Levels:
         """Steps per level, coarse to fine; a pyramid that ends early drops the coarsest."""
         asked, steps = self.stage.depth, self.stage.steps
         levels = min(asked, len(self.whole.fixed))
-        several: Any = [steps] * asked if isinstance(steps, Integral) else steps or ()
-        counts = [int(n) for n in several]
-        if len(counts) not in (asked, levels) or min(counts) < 0:
+        several: Any = [steps] * asked if isinstance(steps, Integral) else steps
+        whole = isinstance(several, Sequence) and all(isinstance(n, Integral) for n in several)
+        if not whole or len(several) not in (asked, levels) or min(several) < 0:
             raise ValueError(
-                f"steps is {steps} for {asked} levels: give one number, or one per level from coarse to fine"
+                f"steps is {steps!r} for {asked} levels: give one whole number, or one per level from coarse to fine"
             )
-        return counts[-levels:]
+        return [int(n) for n in several][-levels:]
 
     def _best(
         self, work: Level | BothWays, params: Params, status: Tensor, width: int, keep: int
@@ -241,7 +243,8 @@ def _looks(objective: Objective) -> bool:
     return not objective.needs.isdisjoint((*OF_IMAGES, *OF_LABELS))
 
 
-def _is_pure(solver: Any) -> bool:
+def is_pure(solver: Any) -> bool:
+    """Whether a solver's steps are operations of torch alone, through which its transforms go."""
     optimizer = getattr(solver, "optimizer", None)
     parts = optimizer.parts if isinstance(optimizer, optim.Chain) else (optimizer,)
     return all(part is None or isinstance(part, optim.Clip) or getattr(part, "pure", False) for part in parts)

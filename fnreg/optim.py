@@ -61,6 +61,14 @@ def take(optimizer: Any, index: Tensor) -> Any:
     return dataclasses.replace(optimizer, lr=rate[index]) if isinstance(rate, Tensor) and rate.ndim else optimizer
 
 
+def rates(optimizer: Any) -> list[Tensor]:
+    """The tensors among an optimizer's options."""
+    if isinstance(optimizer, Chain):
+        return [rate for part in optimizer.parts for rate in rates(part)]
+    options = [getattr(optimizer, "lr", None), *(value for _, value in getattr(optimizer, "options", ()))]
+    return [value for value in options if isinstance(value, Tensor)]
+
+
 def purely(optimizer: Any) -> Any:
     """The same by fnreg's own lines, where there are some."""
     if isinstance(optimizer, Chain):

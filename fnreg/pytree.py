@@ -20,6 +20,7 @@ import optree
 import torch
 from torch import Tensor
 from torch._functorch import vmap as _functorch_vmap
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils import _python_dispatch
 from torch.utils import _pytree as _torch_pytree
 
@@ -360,6 +361,18 @@ def is_differentiated(tensor: Tensor) -> bool:
     while not tensor.requires_grad and functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor.requires_grad
+
+
+def is_followed(tensor: Tensor) -> bool:
+    """Whether it depends on what a derivative is taken by, in reverse or forward, or has a batch axis of vmap."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while True:
+        batched = functorch.is_functorch_wrapped_tensor(tensor) and functorch.is_batchedtensor(tensor)
+        if tensor.requires_grad or batched or (forward_asked() and unpack_dual(tensor).tangent is not None):
+            return True
+        if not functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)
 
 
 def is_tracked(*trees: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from fnreg import optim
 from fnreg.fields import determinant
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
@@ -30,7 +31,6 @@ from fnreg.pytree import (
     is_transformed,
     over_batch,
     pytree_dataclass,
-    tree_detach,
     tree_leaves,
     tree_map,
 )
@@ -39,7 +39,7 @@ from fnreg.search import Choice, search, search_levels
 from fnreg.solvers.base import Status, Stop
 from fnreg.solvers.recorded import Recording
 from fnreg.stages import Stage, stages_of
-from fnreg.starts import STARTS, Start, begin, expand, initial_ranks
+from fnreg.starts import STARTS, Start, begin, expand, initial_ranks, starts_ranks
 from fnreg.transforms.base import Mapping, Params, Transform, same_place, warp
 from fnreg.transforms.linear import Homogeneous
 
@@ -274,39 +274,47 @@ def course(
     whole = prepare(fixed, moving, then, levels=most, min_size=min_size, mode=interpolation, **options)
     if recorded or is_transformed(objectives, initial, starts):
         whole = dataclasses.replace(whole, wrapped=True)
-    if not whole.wrapped:
-        _warn_of_gradients(fixed=fixed, moving=moving, objective=objectives, then=then, initial=initial, starts=starts)
-        stages = [dataclasses.replace(stage, objective=tree_detach(stage.objective)) for stage in stages]
-    sizes = dict(whole.sizes)
-    for part in objectives:
-        sizes |= batch_axes("objective", part, part.ranks())[1]
-    if initial is not None:
-        sizes |= batch_axes("initial", initial, initial_ranks(initial, stages[0].transform, whole.domain))[1]
-    given_starts = [name for name, value in (("initial", initial), ("starts", starts)) if value is not None]
-    given_starts += [f"start={start!r}"] if start != "header" else []
-    if len(given_starts) > 1:
-        raise ValueError(f"{' and '.join(given_starts)} both say where to begin: give one of them")
-    batch = batch_size(sizes)
-    single, size = batch is None, batch or 1
-    failures = Failures.at_start(whole, size, single)
-    choice: Choice | None = None
-    if start == "auto":
-        first = stages[0]
-        failed = failures.cause > 0
-        choice = search(whole, first.transform, first.objective[0], size, padding, failed, width=first.width)
-        start, initial = "header", None if choice is None else choice.mapping
-    done: list[Solution] = []
-    for number, stage in enumerate(stages):
-        earlier = (done[-1].map(whole.domain), done[-1].then) if done else None
-        params, after = begin(
-            whole, stage.transform, size, earlier, None if done else initial, "header" if done else start
-        )
-        run_of = Levels(whole, stage, size, after, padding, symmetric, number, len(stages), progress, recording)
-        failures = done[-1].failures if done else failures
-        done.append(run_of.solve(params, None if done else starts, failures))
-    if whole.visible:
-        _warn_of_speed(done[-1], whole.domain)
-    return Course(whole, tuple(stages), tuple(done), single, choice)
+    rates = [leaf for stage in stages for leaf in optim.rates(getattr(stage.solver, "optimizer", None))]
+    plain = not whole.wrapped and not is_transformed(rates)
+    if plain:
+        told = {"objective": objectives, "optimizer": rates, "then": then, "initial": initial, "starts": starts}
+        _warn_of_gradients(fixed=fixed, moving=moving, **told)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not plain):
+        sizes = dict(whole.sizes)
+        for part in objectives:
+            sizes |= batch_axes("objective", part, part.ranks())[1]
+        if initial is not None:
+            sizes |= batch_axes("initial", initial, initial_ranks(initial, stages[0].transform, whole.domain))[1]
+        if starts is not None:
+            ranks = starts_ranks(starts, stages[0].transform, whole.domain)
+            sizes |= batch_axes("starts", starts, ranks)[1]
+        given_starts = [name for name, value in (("initial", initial), ("starts", starts)) if value is not None]
+        given_starts += [f"start={start!r}"] if start != "header" else []
+        if len(given_starts) > 1:
+            raise ValueError(f"{' and '.join(given_starts)} both say where to begin: give one of them")
+        batch = batch_size(sizes)
+        single, size = batch is None, batch or 1
+        failures = Failures.at_start(whole, size, single)
+        if recorded and whole.visible and batch is not None:
+            whole = whole.without(failures.cause > 0)
+        choice: Choice | None = None
+        if start == "auto":
+            first = stages[0]
+            failed = failures.cause > 0
+            choice = search(whole, first.transform, first.objective[0], size, padding, failed, width=first.width)
+            start, initial = "header", None if choice is None else choice.mapping
+        done: list[Solution] = []
+        for number, stage in enumerate(stages):
+            earlier = (done[-1].map(whole.domain), done[-1].then) if done else None
+            params, after = begin(
+                whole, stage.transform, size, earlier, None if done else initial, "header" if done else start
+            )
+            run_of = Levels(whole, stage, size, after, padding, symmetric, number, len(stages), progress, recording)
+            failures = done[-1].failures if done else failures
+            done.append(run_of.solve(params, None if done else starts, failures))
+        if whole.visible:
+            _warn_of_speed(done[-1], whole.domain)
+        return Course(whole, tuple(stages), tuple(done), single, choice)
 
 
 def evaluate(

@@ -29,11 +29,11 @@ def initial_ranks(initial: Any, transform: Transform, domain: Grid) -> Any:
         if family(transform) is None:
             raise ValueError(f"initial is a Mapping but {transform} is not linear: pass it as then, or give parameters")
         return initial.ranks()
-    _check_shapes("initial", initial, transform, domain)
+    check_params("initial", initial, transform, domain)
     return transform.ranks(domain)
 
 
-def _check_shapes(name: str, params: Any, transform: Transform, domain: Grid) -> None:
+def check_params(name: str, params: Any, transform: Transform, domain: Grid) -> None:
     """Parameters of the structure and trailing shapes that `init` gives; leading axes may come before."""
     pattern = transform.init(single(domain))
     if tree_flatten(params)[1] != tree_flatten(pattern)[1]:
@@ -47,6 +47,16 @@ def _check_shapes(name: str, params: Any, transform: Transform, domain: Grid) ->
         shape = tuple(getattr(leaf, "shape", ()))
         if not isinstance(leaf, Tensor) or shape[len(shape) - like.ndim :] != tuple(like.shape):
             raise ValueError(f"{name}: {path} has shape {shape}, expected {tuple(like.shape)} at its end")
+
+
+def starts_ranks(starts: Any, transform: Transform, domain: Grid) -> Any:
+    """The rank of each leaf of several start parameters for one pair; ValueError where they do not fit."""
+    check_params("starts", starts, transform, domain)
+    ranks = transform.ranks(domain)
+    for leaf, rank in zip(tree_leaves(starts), tree_leaves(ranks), strict=True):
+        if leaf.ndim not in (rank + 1, rank + 2):
+            raise ValueError(f"starts have shape {tuple(leaf.shape)}: expected an axis of starts before {rank} axes")
+    return tree_map(lambda rank: rank + 1, ranks)
 
 
 def begin(
@@ -156,12 +166,8 @@ def fit(transform: Transform, mapping: Mapping, domain: Grid, size: int) -> Para
 def spread(starts: Params, transform: Transform, domain: Grid, size: int) -> tuple[Params, int]:
     """Starts (S, ...) or (B, S, ...) as a batch (B S, ...), pair after pair, and S."""
     ranks = transform.ranks(domain)
-    _check_shapes("starts", starts, transform, domain)
-    widths: set[int] = set()
-    for leaf, rank in zip(tree_leaves(starts), tree_leaves(ranks), strict=True):
-        if leaf.ndim not in (rank + 1, rank + 2) or (leaf.ndim == rank + 2 and leaf.shape[0] != size):
-            raise ValueError(f"starts have shape {tuple(leaf.shape)}: expected an axis of starts before {rank} axes")
-        widths.add(int(leaf.shape[-rank - 1]))
+    each = zip(tree_leaves(starts), tree_leaves(ranks), strict=True)
+    widths = {int(leaf.shape[-rank - 1]) for leaf, rank in each}
     if len(widths) != 1:
         raise ValueError(f"starts have different lengths {sorted(widths)}: give every parameter as many")
     width = widths.pop()

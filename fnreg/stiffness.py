@@ -109,4 +109,4 @@ def _axis(n: int, stride: int, order: int, device: torch.device) -> Tensor:
     difference = torch.eye(n, dtype=torch.float64, device=device)
     for _ in range(min(order, n - 1)):
         difference = difference.diff(dim=0)
-    return difference.square().sum(0) / len(difference) if order < n else torch.zeros(n, dtype=torch.float64)
+    return difference.square().sum(0) / len(difference) if order < n else difference.new_zeros(n)

@@ -11,7 +11,7 @@ import torch
 from adjoint_scenes import SMOOTH, TIGHT, case, differences, direction, error, objective_of, pair
 from scenes import known_pair, tensor, uniform
 from torch import Tensor
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 from torch.testing import assert_close
 
 import fnreg
@@ -23,12 +23,15 @@ from fnreg import (
     Diffeomorphism,
     Displacement,
     GaussNewton,
+    Grid,
     Held,
     Image,
     Implicit,
+    IsotropicScaling,
     NewtonCG,
     NoOptimumError,
     Rigid,
+    Sequential,
     Stage,
     Stop,
     Subject,
@@ -447,7 +450,7 @@ def test_a_function_that_is_not_register() -> None:
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: Implicit(ridge=-1.0), "expected ridge >= 0"),
+        (lambda: Implicit(ridge=-1.0), "expected numbers: ridge >= 0"),
         (lambda: Implicit(tolerance=0.0), r"tolerance in \(0, 1\)"),
         (lambda: Implicit(iterations=0), "iterations >= 1"),
         (lambda: Implicit(check=0.0), "check > 0 or None"),
@@ -473,17 +476,179 @@ def test_unrolled_takes_all_steps() -> None:
 
 
 def test_what_the_optimum_does_not_depend_on_is_refused() -> None:
-    fixed, moving, chosen, options = case("mse", "rigid")
+    fixed, moving, chosen, _ = case("mse", "rigid")
     given = {"levels": 1, "steps": 2, **SMOOTH}
     with pytest.raises(ValueError, match=r"lr is inside vmap or asks for a gradient.*use Unrolled\(\)"):
         grad(lambda lr: implicit(fixed, moving, chosen, optimizer=adam(lr), **given).value)(tensor(0.1))
-    held = Held(Rigid(), ("rotation",))
+    torchopt = Torchopt("rmsprop", (("lr", tensor(0.1).requires_grad_()),))
+    with pytest.raises(ValueError, match=r"lr is inside vmap or asks for a gradient"):
+        implicit(fixed, moving, chosen, optimizer=torchopt, **given)
 
-    def of(angle: Tensor) -> Tensor:
-        return implicit(fixed, moving, held, **{**options, "initial": {**options["initial"], "rotation": angle}}).value
 
-    with pytest.raises(ValueError, match=r"initial asks for a gradient and a transform holds parameters"):
-        grad(of)(tensor([0.1]))
+HELD = Held(Rigid(), ("rotation",))
+
+
+@pytest.mark.parametrize("source", ["initial", "starts", "start='center'", "an earlier stage"])
+def test_what_is_held_is_no_part_of_the_optimum(source: str) -> None:
+    """A derivative by what it comes from would be lost in silence; what comes from nowhere is no hindrance."""
+    fixed, moving, _, options = case("mse", "rigid")
+    begun, given = options["initial"], {"levels": 1, "steps": 2, "objective": fnreg.mse, **SMOOTH}
+
+    def of(x: Tensor) -> Tensor:
+        if source == "an earlier stage":
+            return implicit(Image(x + fixed.data, fixed.grid), moving, [Rigid(), HELD], **given).value
+        if source == "start='center'":
+            held = Held(Rigid(), ("translation",))
+            return implicit(Image(x + fixed.data, fixed.grid), moving, held, start="center", **given).value
+        angle = {**begun, "rotation": begun["rotation"] + x}
+        angle = tree_map(lambda leaf: leaf.unsqueeze(0), angle) if source == "starts" else angle
+        return implicit(fixed, moving, HELD, **{source: angle}, **given).value
+
+    with pytest.raises(ValueError, match=rf"Held.* holds parameters from {source}, by which.*use Unrolled\(\)"):
+        grad(of)(tensor([0.0]) if source in ("initial", "starts") else tensor(0.0))
+    solve = differentiable(register, adjoint=Implicit(check=None))
+
+    def free(data: Tensor, **more: Any) -> Tensor:
+        return error(solve(Image(data, fixed.grid), moving, HELD, **more, **given))
+
+    for more in ({}, {"initial": begun}):
+        assert bool(torch.isfinite(grad(functools.partial(free, **more))(fixed.data)).all())
+
+
+def test_gradients_that_are_changed_have_no_optimum() -> None:
+    class Slow(Translation):
+        def precondition(self, gradient: Any, domain: Any) -> Any:
+            return tree_map(lambda leaf: leaf / 2, gradient)
+
+    fixed, moving = pair()
+    for options in ({"adjoint": implicit}, {"solver": NewtonCG()}):
+        solve = options.pop("adjoint", register)
+        with pytest.raises(ValueError, match=r"descends no"):
+            solve(fixed, moving, Slow(), levels=1, steps=2, **options)
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(check=None), Unrolled(), Checkpointed()], ids=str)
+@pytest.mark.parametrize("lost", ["nan", "constant", "apart"])
+def test_a_pair_that_failed_leaves_no_trace_in_what_a_batch_shares(adjoint: Any, lost: str) -> None:
+    fixed, moving = pair()
+    data, centers = torch.stack([fixed.data, fixed.data]), torch.stack([fixed.grid.center, fixed.grid.center])
+    if lost == "apart":
+        centers[1] += 1e4
+    else:
+        data[1, 0, 3 if lost == "nan" else slice(None)] = torch.nan if lost == "nan" else 0.5
+    solve = differentiable(register, adjoint=adjoint)
+    given: dict[str, Any] = (
+        {"levels": 1, "steps": 12, "solver": GaussNewton()}
+        if isinstance(adjoint, Implicit)
+        else {"levels": 1, "steps": 4}
+    )
+
+    def of(weight: Tensor, both: bool) -> Tensor:
+        places = Grid(fixed.grid.size, spacing=fixed.grid.spacing, center=centers)
+        several = Image(data, places) if both else fixed
+        result = solve(several, moving, Affine(), objective=weight * fnreg.mse, **given)
+        return torch.where(result.ok, result.value, 0).sum()
+
+    found, alone = (grad(of)(tensor(0.7), both) for both in (True, False))
+    assert_close(found, alone, atol=1e-10, rtol=1e-6)
+    leaf = tensor(0.7).requires_grad_()
+    of(leaf, True).backward()
+    assert_close(leaf.grad, found, atol=1e-12, rtol=1e-9)
+
+
+def test_start_parameters_of_a_sequence_and_wrong_ones() -> None:
+    fixed, moving = pair()
+    chosen = Sequential((Translation(), IsotropicScaling()))
+    begun = chosen.init(fixed.grid)
+    solve = differentiable(register, adjoint=Implicit(check=None))
+    given: dict[str, Any] = {"levels": 1, "steps": 3}
+    for name, value in (("initial", begun), ("starts", tree_map(lambda leaf: leaf.unsqueeze(0), begun))):
+        found, plain = (by(fixed, moving, chosen, **{name: value}, **given) for by in (solve, register))
+        assert_close(found.value, plain.value)
+    for wrong in ({}, {"translation": torch.zeros(3, 5)}, {"translation": [0.0, 0.0]}):
+        with pytest.raises(ValueError, match=r"starts"):
+            solve(fixed, moving, Translation(), starts=wrong, **given)
+    several = uniform(2, 3, 2, seed=1)
+    loop = torch.stack([solve(fixed, moving, Translation(), starts={"translation": s}, **given).value for s in several])
+    batch = vmap(lambda s: solve(fixed, moving, Translation(), starts={"translation": s}, **given).value)(several)
+    assert_close(batch, loop, atol=1e-10, rtol=0)
+
+
+def test_linear_systems_of_a_batch_that_are_not_solved_are_told() -> None:
+    fixed, moving, chosen, options = case("mse", "ffd")
+    data = torch.stack([fixed.data, 1.01 * fixed.data]).requires_grad_()
+    few = differentiable(register, adjoint=Implicit(check=None, iterations=2, tolerance=1e-12))
+    value = error(few(Image(data, fixed.grid), moving, chosen, **options))
+    with pytest.warns(UserWarning, match=r"2 of 2 derivatives are NaN: conjugate gradients left a relative residual"):
+        value.sum().backward()
+    assert bool(torch.isnan(data.grad).all())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("made", ["bound method", "callable object", "within a function"])
+@pytest.mark.parametrize("adjoint", [Implicit(), Checkpointed()], ids=str)
+def test_tensors_are_found_wherever_a_term_hides_them(made: str, adjoint: Any) -> None:
+    fixed, moving = pair()
+
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(tensor(2.0))
+
+        def forward(self, warped: Tensor, fixed: Tensor) -> Tensor:
+            return (self.scale * (warped - fixed)).square().mean()
+
+    class Plain:
+        __name__ = "plain"
+        scale = tensor(2.0).requires_grad_()
+
+        def __call__(self, warped: Tensor, fixed: Tensor) -> Tensor:
+            return (self.scale * (warped - fixed)).square().mean()
+
+    own = Own()
+    function = {
+        "bound method": own.forward,
+        "callable object": Plain(),
+        "within a function": lambda warped, fixed: own(warped, fixed),
+    }[made]
+    solve = differentiable(register, adjoint=adjoint)
+    with pytest.raises(ValueError, match=r"holds a tensor that asks for a gradient or is inside vmap"):
+        solve(fixed, moving, Rigid(), objective=fnreg.term(function), levels=1, steps=2)
+    with pytest.raises(ValueError, match=r"holds a tensor that asks for a gradient or is inside vmap"):
+        vmap(
+            lambda w: (
+                solve(
+                    fixed,
+                    moving,
+                    Rigid(),
+                    levels=1,
+                    steps=2,
+                    objective=fnreg.term(lambda warped, fixed: (w * (warped - fixed)).square().mean()),
+                ).value
+            )
+        )(tensor([1.0, 2.0]))
+
+
+def test_register_detaches_whatever_asks() -> None:
+    fixed, moving = pair()
+    network = torch.nn.Conv2d(1, 2, 3).double()
+    starts = {"translation": torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)}
+    given: dict[str, Any] = {"levels": 1, "steps": 2}
+    with pytest.warns(UserWarning, match="optimizer of register asks for a gradient"):
+        one = register(fixed, moving, Translation(), optimizer=adam(tensor(0.1).requires_grad_()), **given)
+    with pytest.warns(UserWarning, match="starts of register asks for a gradient"):
+        two = register(fixed, moving, Translation(), starts=starts, **given)
+    three = register(fixed, moving, Translation(), objective=fnreg.feature(network), **given)
+    for found in (one, two, three):
+        assert not any(leaf.requires_grad for leaf in tree_leaves(found))
+
+
+def test_recomputation_goes_in_reverse_and_with_its_own_optimizers() -> None:
+    fixed, moving = pair()
+    solve = differentiable(register, adjoint=Checkpointed())
+    with pytest.raises(NotImplementedError, match=r"Checkpointed\(\) goes in reverse only: take Unrolled\(\)"):
+        jacfwd(lambda x: solve(fixed, moving, Rigid(), objective=x * fnreg.mse, levels=1, steps=2).value)(tensor(1.0))
+    with pytest.raises(ValueError, match=r"Checkpointed.* takes fnreg's own optimizers.*use Unrolled\(\)"):
+        solve(fixed, moving, Rigid(), optimizer=Torchopt("rmsprop", (("lr", 0.1),)), levels=1, steps=2)
 
 
 @pytest.mark.parametrize("adjoint", [Implicit(), Checkpointed()], ids=str)
@@ -494,7 +659,8 @@ def test_tensors_within_a_term_that_ask_for_a_gradient(adjoint: Any) -> None:
     params = dict(network.named_parameters())
     for made in (network, lambda image: functional_call(network, params, image)):
         with pytest.raises(
-            ValueError, match=r"feature holds a tensor that asks for a gradient.*Image\(network\(fixed\)\)"
+            ValueError,
+            match=r"feature holds a tensor that asks for a gradient or is inside vmap.*Image\(network\(fixed\)\)",
         ):
             solve(fixed, moving, Rigid(), objective=fnreg.feature(made))
     still = {name: value.detach() for name, value in params.items()}

@@ -404,10 +404,23 @@ def test_a_start_that_the_transform_cannot_take(transform: Any) -> None:
         register(FIXED, MOVING, transform, start="center", **QUICK)
 
 
-@pytest.mark.parametrize(("levels", "steps"), [(2, (3,)), (2, (1, 2, 3)), (1, ()), (2, -1), (2, (3, -1))])
+@pytest.mark.parametrize(
+    ("levels", "steps"),
+    [
+        (2, (3,)),
+        (2, (1, 2, 3)),
+        (1, ()),
+        (2, -1),
+        (2, (3, -1)),
+        (1, 2.7),
+        (1, [2.7]),
+        (2, torch.tensor([3, 3])),
+        (1, "3"),
+    ],
+)
 def test_steps_of_the_wrong_length(levels: int, steps: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"steps is .* for \d levels: give one number, or one per level from coarse to fine"
+        ValueError, match=r"steps is .* for \d levels: give one whole number, or one per level from coarse to fine"
     ):
         register(FIXED, MOVING, Rigid(), levels=levels, steps=steps)
 

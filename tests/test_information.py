@@ -366,6 +366,37 @@ def test_bins_are_whole_and_as_many_as_a_window(name: str, bins: Any) -> None:
 
 
 @every_measure
+def test_a_range_that_is_given_is_that_which_is_found(name: str) -> None:
+    """Beyond it values are held, and have no slope; within it derivatives are those of differences."""
+    measure, images = MEASURES[name], (uniform(2, 40, seed=1), uniform(2, 40, seed=2) - 0.3)
+    ends = tuple((float(image[0].min()), float(image[0].max())) for image in images)
+    one = [image[:1] for image in images]
+    assert_close(measure(*one, bins=9, range=ends), measure(*one, bins=9), atol=1e-14, rtol=0)
+    held = [image.clamp(0.1, 0.6) for image in images]
+    assert_close(
+        measure(*images, bins=9, range=(0.1, 0.6)), measure(*held, bins=9, range=(0.1, 0.6)), atol=1e-14, rtol=0
+    )
+    slope = grad(lambda x: measure(x, images[1], bins=9, range=(0.1, 0.6)))(images[0])
+    outside = (images[0] < 0.1) | (images[0] > 0.6)
+    assert bool(outside.any()) and bool((slope[outside] == 0).all()) and bool((slope[~outside] != 0).any())
+    given = tuple(
+        image.requires_grad_() for image in (0.7 * uniform(1, 12, seed=3) + 0.1, 0.7 * uniform(1, 12, seed=4))
+    )
+    assert gradcheck(lambda a, b: measure(a, b, bins=5, range=(-0.1, 1.1)), given)
+    with mock.patch.object(native, "serves", return_value=False):
+        plain = measure(*images, bins=9, range=((0.1, 0.6), (-0.2, 0.5)))
+    assert_close(measure(*images, bins=9, range=((0.1, 0.6), (-0.2, 0.5))), plain, atol=1e-13, rtol=0)
+
+
+@every_measure
+@pytest.mark.parametrize("range", [(1.0, 0.0), (0.0,), (), 3.0, (0.0, math.inf), ((0.0, 1.0),), ("a", "b")], ids=str)
+def test_ranges_that_are_none(name: str, range: Any) -> None:
+    image = torch.rand(1, 5)
+    with pytest.raises(ValueError, match=r"range is .*: expected \(least, greatest\) of both images, or two of these"):
+        MEASURES[name](image, image, range=range)
+
+
+@every_measure
 def test_shapes_that_do_not_fit(name: str) -> None:
     image, measure = torch.rand(2, 3, 4), MEASURES[name]
     with pytest.raises(ValueError, match=r"warped has shape \(2, 4, 3\) and fixed \(2, 3, 4\): expected one shape"):

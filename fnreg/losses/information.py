@@ -14,6 +14,9 @@ count; of the moving image, that is the range of what is seen of it.  So scale a
 difference.  See `histogram` for how the range is found, and that it is a constant in differentiation.  An image without
 contrast foretells nothing: the value is the worst, the derivative 0, and so it is without any weight.
 
+`range` fixes it, one (least, greatest) for both images or two of these, for the moving and for the fixed one.  What
+lies beyond is held at its ends, and derivatives are exact, which those through a registration want.
+
 With `samples` only so many voxels are read, one drawn at random from each of as many runs of equal length in memory.
 Which ones depends on `seed` and the number of voxels alone.  So they are the same at every step, for the value and the
 gradient, and for every pair, alone or in a batch.  An image of no more voxels is read whole, as on coarse levels.  A
@@ -23,16 +26,17 @@ weights: where a mask shows a small part of the image, as small a part of them c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fnreg.histogram import LEAST, joint_histogram
+from fnreg.histogram import LEAST, Ranges, joint_histogram
 from fnreg.native import REALS
-from fnreg.pytree import constant
 
 MOST = 4096  # bins: a histogram has their square, for each channel and pair
+Range = tuple[float, float] | Ranges
 VARIANCE = 1e-9  # in bins; less is rounding
 
 
@@ -42,6 +46,7 @@ def mi(
     weights: Tensor | None = None,
     *,
     bins: int = 32,
+    range: Range | None = None,
     samples: int | None = None,
     seed: int = 0,
 ) -> Tensor:
@@ -51,6 +56,7 @@ def mi(
     doi 10.1023/A:1007958904918; Maes et al. 1997, doi 10.1109/42.563664.
 
     bins : of the histogram, at least 4
+    range : of intensities, see above; None looks
     samples : voxels that are read, drawn by `seed`, see above; None reads all
 
     >>> import torch
@@ -59,7 +65,7 @@ def mi(
     >>> mi((6 * ramp).sin(), ramp) < mi(torch.zeros(1, 1000), ramp)
     tensor(True)
     """
-    found = _entropies(_joint(warped, fixed, weights, bins, samples, seed))
+    found = _entropies(_joint(warped, fixed, weights, bins, range, samples, seed))
     return -(found.warped + found.fixed - found.joint).mean().to(warped.dtype)
 
 
@@ -69,6 +75,7 @@ def nmi(
     weights: Tensor | None = None,
     *,
     bins: int = 32,
+    range: Range | None = None,
     samples: int | None = None,
     seed: int = 0,
 ) -> Tensor:
@@ -78,9 +85,10 @@ def nmi(
     doi 10.1016/S0031-3203(98)00091-0.
 
     bins : of the histogram, at least 4
+    range : of intensities, see above; None looks
     samples : voxels that are read, drawn by `seed`, see above; None reads all
     """
-    found = _entropies(_joint(warped, fixed, weights, bins, samples, seed))
+    found = _entropies(_joint(warped, fixed, weights, bins, range, samples, seed))
     ratio = (found.warped + found.fixed) / torch.where(found.joint == 0, 1, found.joint)
     # A window alone has an entropy, so only without any weight there is none.
     return -torch.where(found.joint == 0, 1, ratio).mean().to(warped.dtype)
@@ -92,6 +100,7 @@ def correlation_ratio(
     weights: Tensor | None = None,
     *,
     bins: int = 32,
+    range: Range | None = None,
     samples: int | None = None,
     seed: int = 0,
 ) -> Tensor:
@@ -102,9 +111,10 @@ def correlation_ratio(
     1998, doi 10.1007/BFb0056301.
 
     bins : of the histogram, at least 4
+    range : of intensities, see above; None looks
     samples : voxels that are read, drawn by `seed`, see above; None reads all
     """
-    joint = _joint(warped, fixed, weights, bins, samples, seed)  # (C, bins of warped, bins of fixed)
+    joint = _joint(warped, fixed, weights, bins, range, samples, seed)  # (C, bins of warped, bins of fixed)
     # Moments in bins: cubic windows keep the mean, and add their own variance of 1/3.
     place = torch.arange(bins, dtype=joint.dtype, device=joint.device).unsqueeze(1) - (bins - 1) / 2
     count = joint.sum(1)  # (C, bins of fixed)
@@ -139,7 +149,15 @@ def _or_one(counts: Tensor) -> Tensor:
     return torch.where(counts <= 0, 1, counts)
 
 
-def _joint(warped: Tensor, fixed: Tensor, weights: Tensor | None, bins: int, samples: int | None, seed: int) -> Tensor:
+def _joint(
+    warped: Tensor,
+    fixed: Tensor,
+    weights: Tensor | None,
+    bins: int,
+    range: Range | None,
+    samples: int | None,
+    seed: int,
+) -> Tensor:
     """The checked images' histogram (C, bins, bins)."""
     if isinstance(bins, bool) or not isinstance(bins, (int, float)) or not (LEAST <= bins <= MOST and bins % 1 == 0):
         raise ValueError(
@@ -171,10 +189,24 @@ def _joint(warped: Tensor, fixed: Tensor, weights: Tensor | None, bins: int, sam
         images = tuple(image.gather(1, index.expand(len(image), -1)) for image in images)
         share = None if share is None else share.gather(1, index)
     share = None if share is None else share.to(kind)
-    return joint_histogram(images[0].to(kind), images[1].to(kind), share, bins=int(bins))
+    return joint_histogram(images[0].to(kind), images[1].to(kind), share, bins=int(bins), ranges=_ranges(range))
 
 
-@constant
+def _ranges(given: Range | None) -> Ranges | None:
+    """Of warped and of fixed."""
+    if given is None:
+        return None
+    ends: Any = given if isinstance(given, tuple) and given and isinstance(given[0], tuple) else (given, given)
+    for pair in ends:
+        known = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(end, (int, float)) for end in pair)
+        if len(ends) != 2 or not known or not -math.inf < pair[0] < pair[1] < math.inf:
+            raise ValueError(
+                f"range is {given!r}: expected (least, greatest) of both images, or two of these, of the moving and of "
+                "the fixed one"
+            )
+    return ends
+
+
 def drawn(count: int, samples: int, seed: int, device: torch.device) -> Tensor:
     """Places (1, samples) among so many: one of each of `samples` runs, all places of a run alike.
 

@@ -146,3 +146,7 @@ class _Again(torch.autograd.Function):
         by_wanted = grad(weighed)(tuple(given[n] for n in wanted))
         known = dict(zip(wanted, by_wanted, strict=True))
         return (None, *(known.get(n) for n in range(len(given))))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("Checkpointed() goes in reverse only: take Unrolled() for forward mode")

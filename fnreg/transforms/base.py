@@ -97,9 +97,10 @@ class Transform:
     def descends(self) -> bool:
         """Whether its steps are those of the objective as it is stated: then it has minima, with a gradient of zero.
 
-        A transform that changes its parameters after each step, see `project`, has none.
+        A transform that changes its gradients or its parameters itself, see `precondition` and `project`, has none.
         """
-        return type(self).project is Transform.project
+        kind = type(self)
+        return kind.project is Transform.project and kind.precondition is Transform.precondition
 
     @property
     def splits(self) -> bool:
