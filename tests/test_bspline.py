@@ -346,6 +346,26 @@ def test_gram_matrices_are_mean_products(axis: tuple[int, int], a: int, b: int) 
         assert abs(float(gram[k, j]) - total / (n - 1)) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dimension", [1, 2, 3])
+def test_all_stays_on_the_device_and_in_the_dtype_of_the_data(dimension: int, dtype: torch.dtype) -> None:
+    """The meta device stands in for any but the CPU, and refuses what mixes the two."""
+    along, device = net(dimension), torch.device("meta")
+    coefficients = torch.zeros(2, *along.shape, dtype=dtype, device=device)
+    index = torch.zeros(dimension, 5, dtype=dtype, device=device)
+    for found in (
+        *(bspline.evaluate(coefficients, along, derivative=(order,) * dimension) for order in ORDERS),
+        *(bspline.evaluate_at(coefficients, along, index, derivative=(order,) * dimension) for order in ORDERS),
+        bspline.subdivide(coefficients, along, axes=(True,) + (False,) * (dimension - 1)),
+        bspline.prefilter(coefficients),
+        bspline.prefilter(coefficients[..., :1]),
+    ):
+        assert found.is_meta and found.dtype == dtype
+    for n in (1, 9):
+        for matrix in (bspline.gram_matrix(n, 1, 1, 0, device), bspline.gram_root(n, 1, 1, device)):
+            assert matrix.is_meta and matrix.dtype == torch.float64
+
+
 def test_what_lattices_refuse() -> None:
     along = bspline.lattice((9, 6), (4, 2))
     coefficients = torch.zeros(1, *along.shape)

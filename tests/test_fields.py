@@ -885,6 +885,33 @@ def test_whole_numbers_are_no_field() -> None:
         fields.exp(torch.zeros(2, 3, 4, dtype=torch.int64), GRID)
 
 
+@every_dimension
+@every_dtype
+def test_all_stays_on_the_device_and_in_the_dtype_of_the_field(dimension: int, dtype: torch.dtype) -> None:
+    """The meta device stands in for any but the CPU, and refuses what mixes the two."""
+    grid = Grid(SMALL[dimension]).to("meta")
+    field = torch.zeros(dimension, *grid.shape, dtype=dtype, device="meta")
+    scale = torch.tensor(0.5, dtype=torch.float64, device="meta")
+    points = torch.zeros(4, dimension, dtype=torch.float64, device="meta")
+    matrix = torch.eye(dimension + 1, dtype=torch.float32, device="meta")
+    for found in (
+        to_shift(field, grid),
+        from_shift(field, grid),
+        fields.compose(field, field, grid),
+        fields.compose_step(field, field, grid, scale),
+        fields.exp(field, grid, steps=2),
+        fields.exp(field, grid, steps=1, on=grid.resize(2)),
+        *fields.log(field, grid, steps=2),
+        fields.inverse_consistency(field, field, grid).largest_voxels,
+        fields.bch(field, field, grid, terms=4),
+        fields.sample_field(field, grid, points),
+        fields.resample_field(field, grid, grid.resize(3)),
+        fields.affine_field(matrix, grid, dtype=dtype),
+        fields.random_field(grid, amplitude=1.0, smoothness=1.0, dtype=dtype),
+    ):
+        assert found.is_meta and found.dtype == dtype
+
+
 def test_results_are_the_same_bits_again() -> None:
     u, v = pair(GRID)
     for name, function in EVERYTHING.items():

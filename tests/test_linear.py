@@ -453,6 +453,28 @@ def test_fit_and_decompose_are_differentiable() -> None:
     assert gradcheck(fitted, matrix[:-1, :-1].clone().requires_grad_())
 
 
+@every_family
+def test_all_stays_on_the_device_of_the_domain(transform: Linear, dimension: int) -> None:
+    """And in float64; the meta device stands in for any but the CPU, and refuses what mixes the two."""
+    grid = Grid((4, 3, 2)[:dimension]).to("meta")
+    params = transform.init(grid)
+    matrix = transform.matrix(params, grid)
+    made = [
+        params,
+        matrix,
+        transform.zero_step(grid),
+        transform.displacement(params, grid),
+        transform.fit(matrix, grid),
+    ]
+    made += [transform.retract(params, transform.zero_step(grid), grid), transform.inverse(params, grid).matrix()]
+    made += [transform.spread(grid, 3)] if "rotation" in transform.parts else []
+    made += [linear_mapping(torch.eye(dimension + 1), grid).matrix(), *decompose(matrix)[1]]
+    for leaf in tree_flatten(made)[0]:
+        assert leaf.is_meta and leaf.dtype == torch.float64
+    for leaf in tree_flatten([transform.init(Grid(grid.size)), transform.zero_step(Grid(grid.size))])[0]:
+        assert leaf.device.type == "cpu" and leaf.dtype == torch.float64
+
+
 # -- SimpleITK as oracle -------------------------------------------------------------------------------------------
 
 

@@ -333,6 +333,27 @@ def test_without_numbers_to_look_at_the_plain_path_is_taken() -> None:
         assert [part.shape for part in sample(data, coords)] == [(2, 7), (2, 2, 7), (7,)]
 
 
+@every_dimension
+@every_padding
+@every_dtype
+def test_all_stays_on_the_device_and_in_the_dtype_of_the_data(
+    dimension: int, padding: Padding, dtype: torch.dtype
+) -> None:
+    """The meta device stands in for any but the CPU, and refuses what mixes the two."""
+    data = torch.zeros(2, *SHAPES[dimension], dtype=dtype, device="meta")
+    coords = torch.zeros(dimension, 7, dtype=torch.float64, device="meta")
+
+    def total(data: Tensor, coords: Tensor) -> Tensor:
+        found = sample(data, coords, padding=padding)
+        return found.value.square().sum() + found.gradient.square().sum()
+
+    made = [interpolate(data, coords, mode=mode, padding=padding) for mode in ("linear", "nearest", "cubic")]
+    several = vmap(lambda d, x: sample(d, x, padding=padding), (0, None))(data.expand(3, *data.shape), coords)
+    made += [*several, *grad(total, argnums=(0, 1))(data, coords.to(dtype))]
+    for found in made:
+        assert found.is_meta and found.dtype == dtype
+
+
 @pytest.mark.cuda
 @every_dimension
 @every_padding
