@@ -43,9 +43,10 @@ NAMES |= {value: key for key, value in NAMES.items()}
 
 
 def places(parent: ast.AST) -> Iterator[tuple[Any, Any, str, int | None]]:
-    """Every node with its place, but annotations, decorators, docstrings and the texts of errors."""
+    """Every node with its place, but annotations, decorators, docstrings, and what only guards: `raise`, `strict=`."""
     for name, value in ast.iter_fields(parent):
-        if name in ("annotation", "returns", "decorator_list") or isinstance(parent, ast.Raise):
+        guards = isinstance(parent, ast.Raise) or getattr(parent, "arg", None) == "strict"
+        if guards or name in ("annotation", "returns", "decorator_list"):
             continue
         for k, node in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if isinstance(node, ast.AST) and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
@@ -78,7 +79,7 @@ def changes(node: Any, parent: Any) -> Iterator[ast.AST]:
         case ast.Name(name) if name in NAMES and getattr(parent, "func", None) is node:
             yield ast.Name(NAMES[name], node.ctx)
     for k, keyword in enumerate(node.keywords if isinstance(node, ast.Call) else ()):
-        if keyword.arg:
+        if keyword.arg and keyword.arg != "strict":
             yield ast.Call(node.func, node.args, node.keywords[:k] + node.keywords[k + 1 :])
     if (
         isinstance(parent, ast.If | ast.While)

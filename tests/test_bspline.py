@@ -346,6 +346,36 @@ def test_gram_matrices_are_mean_products(axis: tuple[int, int], a: int, b: int) 
         assert abs(float(gram[k, j]) - total / (n - 1)) < 1e-12
 
 
+@given(axes(), st.sampled_from(ORDERS))
+def test_gram_roots_are_roots_of_full_rank(axis: tuple[int, int], order: int) -> None:
+    """With a row less for every degree of a polynomial whose derivative is 0."""
+    n, stride = axis
+    gram, root = bspline.gram_matrix(n, stride, order, order, CPU), bspline.gram_root(n, stride, order, CPU)
+    assert_close(root.mT @ root, gram, rtol=0, atol=1e-13)
+    assert root.is_contiguous() and root.dtype == torch.float64
+    if n > 1:
+        assert root.shape == (len(gram) - order, len(gram))
+        values = torch.linalg.svdvals(root)
+        assert float(values[-1]) > 1e-8 * float(values[0])
+
+
+@pytest.mark.parametrize("where", [-3.0, 0.0, 0.2, 5.0])
+def test_along_an_axis_of_one_voxel_nothing_changes(where: float) -> None:
+    along = bspline.lattice((1, 4), (1, 2))
+    coefficients = uniform(2, *along.shape)
+    line = bspline.lattice((4,), 2)
+    index = tensor([[where, math.nan], [1.3, 1.3]])
+    middle = (coefficients * tensor([1, 4, 1]) / 6).sum(-1)
+    for order, expected in (((0, 0), 0), ((0, 1), 1)):
+        found = bspline.evaluate_at(coefficients, along, index, derivative=order)
+        assert_close(found[:, :1], bspline.evaluate_at(middle, line, tensor([[1.3]]), derivative=(expected,)))
+        assert found[:, 1].isnan().all()
+    found = bspline.evaluate_at(coefficients, along, index, derivative=(1, 0))
+    assert (found[:, 0] == 0).all() and found[:, 1].isnan().all()
+    assert (bspline.evaluate(coefficients, along, derivative=(1, 0)) == 0).all()
+    assert_close(bspline.evaluate(coefficients, along)[..., 0], bspline.evaluate(middle, line))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dimension", [1, 2, 3])
 def test_all_stays_on_the_device_and_in_the_dtype_of_the_data(dimension: int, dtype: torch.dtype) -> None:

@@ -680,6 +680,18 @@ def test_slabs_are_the_grid_in_order(data: st.DataObject, voxels: int) -> None:
     assert_close(torch.cat([slab.points() for slab in slabs]), grid.points(), **EXACT)
 
 
+def test_slabs_by_hand() -> None:
+    """As many planes as fit, one at the least; what is left comes last."""
+    grid = Grid((3, 2, 7), origin=(1.0, 2.0, 3.0))
+    for voxels, depths in (
+        (1, [1] * 7), (11, [1] * 7), (12, [2, 2, 2, 1]), (23, [3, 3, 1]), (41, [6, 1]), (42, [7]), (99, [7])
+    ):  # fmt: skip
+        slabs = grid.slabs(voxels)
+        assert [slab.size for slab in slabs] == [(3, 2, depth) for depth in depths]
+        assert_close(torch.cat([slab.points() for slab in slabs]), grid.points(), **EXACT)
+    assert [slab.size for slab in Grid((5,)).slabs(2)] == [(2,), (2,), (1,)]
+
+
 @given(st.data())
 def test_center_crop_and_pad_stay_on_the_voxels(data: st.DataObject) -> None:
     grid = one_of(data, low=3, high=8)

@@ -113,6 +113,16 @@ def test_an_axis_of_one_voxel_still_has_a_finite_step(transform: Linear, dimensi
     assert all(bool(torch.isfinite(leaf).all()) for leaf in tree_flatten(params)[0])
 
 
+@every_family
+def test_an_axis_of_one_voxel_takes_the_steps_of_one_of_two(transform: Linear, dimension: int) -> None:
+    thin, double = (
+        Grid((n, 4, 3)[:dimension], spacing=(0.7, 1.0, 2.0)[:dimension], center=(0.0,) * dimension) for n in (1, 2)
+    )
+    step = tree_map(lambda leaf: uniform(*leaf.shape), transform.zero_step(thin))
+    found, expected = (transform.retract(transform.init(grid), step, grid) for grid in (thin, double))
+    close(found, expected, atol=1e-14)
+
+
 def test_rotations_compose_and_stay_rotations() -> None:
     """A thousand steps leave a unit quaternion, and turn by their sum about a fixed axis."""
     grid = Grid((5, 4, 3), spacing=(1.0, 2.0, 0.5), direction=orientation(3, tensor([0.3, -0.4, 0.9])))
