@@ -99,7 +99,8 @@ def mutants(source: str) -> Iterator[tuple[int, str, str]]:
             before, owner[key] = ast.unparse(shown), new
             after, changed = ast.unparse(parent if shown is parent else new), ast.unparse(tree)
             owner[key] = node
-            yield getattr(shown, "lineno", getattr(parent, "lineno", 0)), f"{before}  =>  {after}", changed
+            line = next((n.lineno for n in (node, shown, parent) if hasattr(n, "lineno")), 0)
+            yield line, f"{before}  =>  {after}", changed
 
 
 class Watch:

@@ -172,6 +172,25 @@ def test_a_field_at_points_and_on_another_grid_is_that_of_images(dimension: int)
 
 
 @every_dimension
+def test_fields_beyond_the_border_are_what_the_padding_says(dimension: int) -> None:
+    """And points of less precision lose no more than their own."""
+    grid = oblique(SMALL[dimension])
+    field = uniform(dimension, *grid.shape)
+    wide = grid.pad(1)
+    inside = (..., *(slice(1, -1),) * dimension)
+    for padding, ring in (("border", None), ("zeros", 0.0), (7.0, 7.0)):
+        found = fields.resample_field(field, grid, wide, padding=padding)
+        assert_close(found[inside], field, atol=1e-9, rtol=0)
+        if ring is not None:
+            assert_close(found[:, *(0,) * dimension], torch.full((dimension,), ring).double(), atol=1e-9, rtol=0)
+        at = fields.sample_field(field, grid, wide.points(), padding=padding)
+        assert_close(at.mT.reshape(found.shape), found, atol=1e-9, rtol=0)
+    few_digits = wide.points().float()
+    at = fields.sample_field(field, grid, few_digits)
+    assert torch.equal(at, fields.sample_field(field, grid, few_digits.double()))
+
+
+@every_dimension
 def test_the_inverse_of_a_linear_map_is_that_of_its_matrix(dimension: int) -> None:
     grid, matrix = cube(dimension), -contraction(dimension)  # its inverse is a contraction
     eye = torch.eye(dimension, dtype=torch.float64)
@@ -352,6 +371,16 @@ def test_where_nothing_stays_there_is_no_way_back() -> None:
     assert all(bool(value.isnan()) for value in fields.inverse_consistency(away, -away, GRID))
 
 
+def test_a_voxel_on_the_border_stays_and_one_is_enough() -> None:
+    """By hand: of two voxels half a unit apart the first goes nowhere and comes back by 3, the other leaves."""
+    grid = Grid((2,), spacing=0.5)
+    there, back = torch.tensor([[0.0, 0.25]]), torch.tensor([[3.0, 9.0]])
+    assert [float(value) for value in fields.inverse_consistency(there, back, grid)] == [3.0, 3.0, 6.0, 6.0]
+    still = torch.zeros(1, 2)
+    assert [float(value) for value in fields.inverse_consistency(still, back, grid)] == [6.0, 9.0, 12.0, 18.0]
+    assert [float(value) for value in fields.inverse_consistency(still, -back, grid)] == [6.0, 9.0, 12.0, 18.0]
+
+
 @every_dimension
 def test_the_inverse_of_the_inverse_is_the_field(dimension: int) -> None:
     errors = []
@@ -449,6 +478,9 @@ def test_the_number_of_squarings_brings_all_vectors_below_half_a_voxel() -> None
     velocity[1, 0, 1] = torch.inf
     assert fields.squarings(velocity, grid) == 8
     assert fields.squarings(velocity.requires_grad_(), grid) == 8
+    assert fields.squarings(torch.full((2, 3, 4), torch.nan), grid) == 0
+    assert fields.squarings(torch.full((2, 3, 4), torch.inf), grid) == 0
+    assert fields.squarings(torch.full((2, 3, 4), 2.0**90), grid) == 92  # their squares overflow float32
     assert_close(
         fields.exp(velocity[:, :2, 2:].detach(), Grid((2, 2)), steps=None).isfinite().all(), torch.tensor(True)
     )
@@ -488,6 +520,23 @@ def test_higher_terms_bring_the_logarithm_nearer(dimension: int) -> None:
     none = fields.log(displacement, grid, iterations=0)
     assert torch.equal(none.velocity, displacement)
     assert none.residual > one
+
+
+@every_dimension
+def test_what_is_not_given_has_the_values_that_are_told(dimension: int) -> None:
+    grid = oblique((12, 10, 8)[:dimension])
+    u, v = wave(grid, 2.0), wave(grid, seed=1)
+    steps = fields.squarings(u, grid) + 1
+    told = fields.log(u, grid, iterations=5, terms=2, steps=steps)
+    assert equal_bits(fields.log(u, grid), told)
+    others = ({"iterations": 1}, {"terms": 1}, {"steps": steps + 1})
+    assert not any(equal_bits(fields.log(u, grid, **other), told) for other in others)
+    assert_close(fields.bch(u, v, grid), u + v + fields.lie_bracket(u, v, grid) / 2)
+    assert equal_bits(fields.exp(u, grid), fields.exp(u, grid, steps=steps - 1))
+    assert not equal_bits(fields.invert(u, grid, iterations=1), fields.invert(u, grid))
+    shift = to_shift(u, grid)
+    assert torch.equal(exp_shift(shift, 1), compose_shift(shift / 2, shift / 2))
+    assert not fields.log(u.clone().requires_grad_(), grid).residual.requires_grad
 
 
 # -- the Lie algebra -----------------------------------------------------------------------------------------------
@@ -867,6 +916,11 @@ FIELD = torch.zeros(2, 3, 4)
         (lambda: fields.bch(FIELD, FIELD, GRID, terms=5), "terms is 5"),
         (lambda: fields.bch(FIELD, FIELD, GRID, terms=0), "terms is 0"),
         (lambda: fields.sample_field(FIELD, GRID, torch.zeros(2, 3)), r"\(2, 3\): expected \(N, 2\)"),
+        (lambda: fields.sample_field(FIELD, GRID, torch.zeros(5, 1, 2)), r"\(5, 1, 2\): expected \(N, 2\)"),
+        (lambda: fields.sample_field(FIELD, GRID, torch.zeros(2)), r"\(2,\): expected \(N, 2\)"),
+        (lambda: fields.sample_field(FIELD.mT, GRID, torch.zeros(5, 2)), r"\(2, 4, 3\) but the grid"),
+        (lambda: fields.resample_field(FIELD.mT, GRID, GRID), r"\(2, 4, 3\) but the grid"),
+        (lambda: fields.affine_field(torch.eye(3, 4), GRID), r"\(3, 4\): expected \(3, 3\)"),
         (lambda: fields.resample_field(FIELD, GRID, Grid((4,))), "grids of 1 and 2 axes"),
         (lambda: fields.curl(torch.zeros(1, 4), Grid((4,))), "no curl"),
         (lambda: fields.affine_field(torch.eye(2), GRID), r"\(2, 2\): expected \(3, 3\)"),
