@@ -334,6 +334,17 @@ def test_nearest_rotation_of_a_mirror_is_proper() -> None:
         assert_close(rotation @ rotation.mT, torch.eye(len(matrix)).double(), atol=1e-14, rtol=0)
 
 
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_nearest_rotation_of_any_stretch_is_its_rotation(dimension: int) -> None:
+    """R of R S with S symmetric and positive, however flat: where an iteration towards it would still be on its way."""
+    turn, frame = (orientation(dimension, tensor(angles)) for angles in ([0.5, -0.2, 0.7], [-1.0, 0.4, 0.3]))
+    for exponent in range(10):
+        stretch = frame @ torch.diag(tensor([1.0, 0.5**exponent, 0.1**exponent])[-dimension:]) @ frame.mT
+        assert_close(nearest_rotation(turn @ stretch), turn, atol=1e-5 if exponent > 6 else 1e-8, rtol=0)
+        found = nearest_rotation(turn @ stretch)
+        assert_close(found.mT @ found, torch.eye(dimension).double(), atol=1e-12, rtol=0)
+
+
 def test_linear_mapping_takes_a_matrix_with_or_without_its_last_row() -> None:
     grid = Grid((4, 5), center=(3.0, 1.0))
     matrix = random_mapping(Affine(), grid, 1).matrix()
@@ -390,6 +401,17 @@ def test_spread_in_space_covers_all_rotations_evenly(count: int) -> None:
     # As many rotations at random leave gaps twice as wide as this bound.
     least = next(a for a in np.linspace(0.01, math.pi, 2000) if (a - math.sin(a)) / math.pi * count >= 1)
     assert least < worst(quaternions) < 1.7 * least
+
+
+def test_spread_in_space_is_the_spiral_of_the_paper() -> None:
+    """Alexa 2022, algorithm 1: phi = sqrt(2), psi the positive root of psi^4 = psi + 4."""
+    psi = next(float(root.real) for root in np.roots([1, 0, 0, -1, -4]) if root.imag == 0 and root.real > 0)
+    s, count = np.arange(50) + 0.5, 50
+    near, far = np.sqrt(s / count), np.sqrt(1 - s / count)
+    alpha, beta = 2 * np.pi * s / np.sqrt(2), 2 * np.pi * s / psi
+    expected = [near * np.sin(alpha), near * np.cos(alpha), far * np.sin(beta), far * np.cos(beta)]
+    found = Rotation().spread(Grid((4, 5, 6)), count)["rotation"]
+    assert_close(found[1:], tensor(np.stack(expected, 1))[1:], atol=1e-12, rtol=0)
 
 
 def test_spread_refuses_what_cannot_turn() -> None:
