@@ -293,7 +293,8 @@ def test_all_stays_on_the_device_of_the_leaves(dimension: int) -> None:
             assert leaf.is_meta and leaf.dtype == torch.float64
     for leaf in tree_flatten(Grid(size))[0]:
         assert leaf.device.type == "cpu" and leaf.dtype == torch.float64
-    assert homogeneous(torch.eye(dimension), torch.zeros(dimension)).dtype == torch.float32
+    for dtype in (torch.float16, torch.float32):
+        assert homogeneous(torch.eye(dimension).to(dtype), torch.zeros(dimension).to(dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 3])

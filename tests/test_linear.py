@@ -106,6 +106,25 @@ def test_steps_go_along_the_axes_of_the_grid(items: list[Grid]) -> None:
 
 
 @every_family
+def test_a_positive_step_adds_to_its_parameter(transform: Linear, dimension: int) -> None:
+    """On a grid along the axes of the world: of a quaternion to its vector."""
+    grid = Grid((4, 3, 2)[:dimension], spacing=(1.0, 2.0, 0.5)[:dimension], center=(0.0,) * dimension)
+    zero, start = transform.zero_step(grid), transform.init(grid)
+    for name, leaf in zero.items():
+        for k in range(leaf.numel()):
+            step = {**zero, name: torch.eye(leaf.numel(), dtype=torch.float64)[k].reshape(leaf.shape)}
+            moved = transform.retract(start, step, grid)
+            if isinstance(transform, Homogeneous):
+                part = slice(-1, None) if name == "translation" else slice(None, -1)
+                added = (moved["matrix"] - start["matrix"])[:-1, part].flatten()
+            else:
+                added = (moved[name] - start[name]).flatten()
+            if name == "rotation" and dimension == 3:
+                added = added[1:]
+            assert float(added[k]) > 0 and int((added.abs() > 1e-12).sum()) == 1
+
+
+@every_family
 def test_an_axis_of_one_voxel_still_has_a_finite_step(transform: Linear, dimension: int) -> None:
     grid = Grid((5, 1, 4)[:dimension]) if dimension > 1 else Grid((1,))
     step = tree_map(torch.ones_like, transform.zero_step(grid))
