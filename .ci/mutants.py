@@ -179,7 +179,8 @@ def main() -> None:
         if run(path, tests, None, None, 3600, told):
             sys.exit("a test fails without any mutant:\n" + told.with_suffix(".txt").read_text()[-3000:])
         limit, seen = 10 + 2 * (time.monotonic() - begin), json.loads(told.read_text())
-        for line, what, source in sorted(random.Random(given.seed).sample(made, count)):
+        for number, (line, what, source) in enumerate(random.Random(given.seed).sample(made, count)):
+            print(f"{number} of {count}, {survived} survived", end="\r", file=sys.stderr, flush=True)
             order = {test: (line not in lines, seconds) for test, (seconds, lines) in seen.items()}
             near = {test: key for test, key in order.items() if not key[0]}
             # what is cached, or runs on import, is seen to be reached by one test or none

@@ -838,6 +838,17 @@ def test_nested_batches_equal_loops(kinds: tuple[tuple[int | None, int | None], 
         assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kinds", [kinds for kinds in COMBINATIONS if len(kinds) == 2])
+def test_nested_batches_stay_on_their_device(kinds: tuple[tuple[int | None, int | None], ...]) -> None:
+    def slopes(d: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return grad(lambda d, x: sample(d, x).value.square().sum(), argnums=(0, 1))(d, x)
+
+    inputs = [x.to("meta") for x in batched_inputs(kinds, 2)]
+    found, pull = vjp(nested(slopes, kinds), *inputs)
+    for made in (*found, *pull(found)):
+        assert made.is_meta
+
+
 @every_dimension
 @every_dtype
 def test_batches_of_every_dimension(dimension: int, dtype: torch.dtype) -> None:
