@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scenes import close, each, equal_bits, few, grids, law, orientation, storages, stored, tensor, uniform
+from scenes import (
+    close,
+    each,
+    equal_bits,
+    few,
+    grids,
+    law,
+    orientation,
+    storages,
+    stored,
+    tensor,
+    uniform,
+    without_kernels,
+)
 from scipy import integrate, linalg, ndimage
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from fnreg import Grid, Image, fields, stack
+from fnreg import Grid, Image, fields, inverse, stack
 from fnreg.fields import compose_shift, exp_shift, from_shift, invert_shift, to_shift
+from fnreg.filters import gaussian
 
 SIZES = {1: (23,), 2: (15, 13), 3: (9, 10, 8)}
 SMALL = {1: (5,), 2: (4, 5), 3: (3, 4, 3)}
@@ -143,6 +158,28 @@ def test_linear_maps_compose_as_their_matrices(dimension: int, data: Any) -> Non
         return together[keep] * spacing, expected[keep] * spacing
 
     law(found, items, atol=1e-9)
+
+
+@every_dimension
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "plain"])
+def test_a_step_before_a_map_is_what_its_formula_says(dimension: int, kernel: bool) -> None:
+    """W s d(i) + u(i + s d(i)), with derivatives by all that is given, alone and in a batch."""
+    domains = [oblique(SMALL[dimension]), oblique(SMALL[dimension], turn=-0.7, spacing=1.3)]
+    scale = tensor(0.6)
+    steps, fields_of = ([uniform(dimension, *grid.shape, seed=s + n) for n, grid in enumerate(domains)] for s in (0, 5))
+
+    def found(d: Tensor, u: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        expected = (0.6 * grid.vectors_to_world @ d.flatten(1)).reshape(d.shape)
+        return fields.compose_step(d, u, grid, scale), expected + compose_shift(0.6 * d, u) - 0.6 * d
+
+    def of_spacing(d: Tensor, u: Tensor, spacing: Tensor, scale: Tensor) -> Tensor:
+        grid = Grid(SMALL[dimension], spacing=spacing, direction=domains[0].direction)
+        return fields.compose_step(d, u, grid, scale)
+
+    with nullcontext() if kernel else without_kernels():
+        law(found, steps, fields_of, domains, atol=1e-12)
+        given = (0.3 * steps[0], fields_of[0], domains[0].spacing.clone(), scale)
+        assert gradcheck(of_spacing, tuple(leaf.clone().requires_grad_() for leaf in given))
 
 
 @every_dimension
@@ -648,6 +685,28 @@ def test_a_curl_has_no_divergence() -> None:
     source = fields.divergence(fields.curl(field, grid), grid)
     assert fields.divergence(field, grid).abs().max() > 0.1
     assert source.abs().max() < 1e-12
+
+
+def test_an_axis_of_one_voxel_folds_nothing() -> None:
+    """Cells of a line folded are those of a plane and of a space that are one voxel wide."""
+    line = torch.tensor([[0.0, 0.3, -1.2, -1.2, 0.4, -0.9]])
+    expected = int(fields.folded_cells(line, Grid((6,))))
+    assert expected == 2
+    flat = torch.stack([line, torch.ones(1, 6)])  # (2, 1, 6)
+    assert int(fields.folded_cells(flat, Grid((6, 1)))) == expected
+    assert (
+        int(fields.folded_cells(torch.stack([flat[:1], 0 * flat[:1], flat[1:]]).squeeze(1)[:, None], Grid((6, 1, 1))))
+        == expected
+    )
+
+
+def test_voxels_none_of_which_has_arrived_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    shift = 2 * gaussian(uniform(2, 12, 10), 1.5)
+    together = invert_shift(shift)
+    monkeypatch.setattr(inverse, "TOGETHER", 0)
+    alone = invert_shift(shift)
+    assert float(together.residual) < 1e-12 and float(alone.residual) < 1e-12
+    assert_close(alone.field, together.field, atol=1e-10, rtol=0)
 
 
 @every_dimension
