@@ -25,6 +25,9 @@ hypothesis.register_random(_torch_random)
 # The time of one example says nothing here: the first one compiles, and the cores are shared.
 hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("deep", max_examples=300, deadline=None)
+# For .ci/mutants.py: a law that fails need not be told by its simplest example.
+_phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+hypothesis.settings.register_profile("brief", max_examples=5, deadline=None, derandomize=True, phases=_phases)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -12,7 +12,7 @@ import scipy.interpolate
 import scipy.linalg
 import scipy.ndimage
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scenes import tensor, uniform
 from torch import Tensor
@@ -299,6 +299,16 @@ def test_the_fit_is_the_nearest_field(axis: tuple[int, int], samples: int) -> No
     assert float((basis @ found[0] - field[0]).norm()) <= float((best - field[0]).norm()) + 1e-3
 
 
+def test_the_fit_magnifies_noise_by_no_more_than_the_cut_allows() -> None:
+    """Some coefficients of this lattice are seen a millionth as well as others, and left to smoothness."""
+    n, along = 28, bspline.lattice((28,), 13)
+    basis = bspline.basis_matrix(n, 13, n, 0, CPU)
+    values = torch.linalg.svdvals(basis)
+    assert float(values[-1]) < 1e-5 * float(values[0])  # the premise
+    gains = torch.linalg.svdvals(bspline.fit(torch.eye(n, dtype=torch.float64), along))
+    assert float(gains[0]) < 1e5 / float(values[0])
+
+
 @pytest.mark.parametrize("dimension", [1, 2, 3])
 @given(data=st.data())
 def test_subdivision_keeps_the_field(dimension: int, data: st.DataObject) -> None:
@@ -317,6 +327,7 @@ def test_subdivision_keeps_the_field(dimension: int, data: st.DataObject) -> Non
     assert_close(bspline.evaluate_at(found, finer, index), between, rtol=0, atol=1e-13)
 
 
+@example((9, 2), 0, 0)  # products of degree 6, the highest
 @given(axes(), st.sampled_from(ORDERS), st.sampled_from(ORDERS))
 def test_gram_matrices_are_mean_products(axis: tuple[int, int], a: int, b: int) -> None:
     """Against SciPy's piecewise polynomials, which are integrated exactly."""
@@ -344,6 +355,56 @@ def test_gram_matrices_are_mean_products(axis: tuple[int, int], a: int, b: int) 
             x = (low + high) / 2 + (high - low) / 2 * nodes
             total += (high - low) / 2 * float(np.sum(shares * np.nan_to_num(both[0](x)) * np.nan_to_num(both[1](x))))
         assert abs(float(gram[k, j]) - total / (n - 1)) < 1e-12
+
+
+@given(axes(), st.sampled_from(ORDERS))
+def test_gram_roots_are_roots_of_full_rank(axis: tuple[int, int], order: int) -> None:
+    """With a row less for every degree of a polynomial whose derivative is 0."""
+    n, stride = axis
+    gram, root = bspline.gram_matrix(n, stride, order, order, CPU), bspline.gram_root(n, stride, order, CPU)
+    assert_close(root.mT @ root, gram, rtol=0, atol=1e-13)
+    assert root.is_contiguous() and root.dtype == torch.float64
+    if n > 1:
+        assert root.shape == (len(gram) - order, len(gram))
+        values = torch.linalg.svdvals(root)
+        assert float(values[-1]) > 1e-8 * float(values[0])
+
+
+@pytest.mark.parametrize("where", [-3.0, 0.0, 0.2, 5.0])
+def test_along_an_axis_of_one_voxel_nothing_changes(where: float) -> None:
+    along = bspline.lattice((1, 4), (1, 2))
+    coefficients = uniform(2, *along.shape)
+    line = bspline.lattice((4,), 2)
+    index = tensor([[where, math.nan], [1.3, 1.3]])
+    middle = (coefficients * tensor([1, 4, 1]) / 6).sum(-1)
+    for order, expected in (((0, 0), 0), ((0, 1), 1)):
+        found = bspline.evaluate_at(coefficients, along, index, derivative=order)
+        assert_close(found[:, :1], bspline.evaluate_at(middle, line, tensor([[1.3]]), derivative=(expected,)))
+        assert found[:, 1].isnan().all()
+    found = bspline.evaluate_at(coefficients, along, index, derivative=(1, 0))
+    assert (found[:, 0] == 0).all() and found[:, 1].isnan().all()
+    assert (bspline.evaluate(coefficients, along, derivative=(1, 0)) == 0).all()
+    assert_close(bspline.evaluate(coefficients, along)[..., 0], bspline.evaluate(middle, line))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dimension", [1, 2, 3])
+def test_all_stays_on_the_device_and_in_the_dtype_of_the_data(dimension: int, dtype: torch.dtype) -> None:
+    """The meta device stands in for any but the CPU, and refuses what mixes the two."""
+    along, device = net(dimension), torch.device("meta")
+    coefficients = torch.zeros(2, *along.shape, dtype=dtype, device=device)
+    index = torch.zeros(dimension, 5, dtype=dtype, device=device)
+    for found in (
+        *(bspline.evaluate(coefficients, along, derivative=(order,) * dimension) for order in ORDERS),
+        *(bspline.evaluate_at(coefficients, along, index, derivative=(order,) * dimension) for order in ORDERS),
+        bspline.subdivide(coefficients, along, axes=(True,) + (False,) * (dimension - 1)),
+        bspline.prefilter(coefficients),
+        bspline.prefilter(coefficients[..., :1]),
+    ):
+        assert found.is_meta and found.dtype == dtype
+    for n in (1, 9):
+        for matrix in (bspline.gram_matrix(n, 1, 1, 0, device), bspline.gram_root(n, 1, 1, device)):
+            assert matrix.is_meta and matrix.dtype == torch.float64
 
 
 def test_what_lattices_refuse() -> None:

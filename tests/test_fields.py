@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scenes import close, each, equal_bits, few, grids, law, orientation, storages, stored, tensor, uniform
+from scenes import (
+    close,
+    each,
+    equal_bits,
+    few,
+    grids,
+    law,
+    orientation,
+    storages,
+    stored,
+    tensor,
+    uniform,
+    without_kernels,
+)
 from scipy import integrate, linalg, ndimage
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from fnreg import Grid, Image, fields, stack
+from fnreg import Grid, Image, fields, inverse, stack
 from fnreg.fields import compose_shift, exp_shift, from_shift, invert_shift, to_shift
+from fnreg.filters import gaussian
 
 SIZES = {1: (23,), 2: (15, 13), 3: (9, 10, 8)}
 SMALL = {1: (5,), 2: (4, 5), 3: (3, 4, 3)}
@@ -146,6 +161,28 @@ def test_linear_maps_compose_as_their_matrices(dimension: int, data: Any) -> Non
 
 
 @every_dimension
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "plain"])
+def test_a_step_before_a_map_is_what_its_formula_says(dimension: int, kernel: bool) -> None:
+    """W s d(i) + u(i + s d(i)), with derivatives by all that is given, alone and in a batch."""
+    domains = [oblique(SMALL[dimension]), oblique(SMALL[dimension], turn=-0.7, spacing=1.3)]
+    scale = tensor(0.6)
+    steps, fields_of = ([uniform(dimension, *grid.shape, seed=s + n) for n, grid in enumerate(domains)] for s in (0, 5))
+
+    def found(d: Tensor, u: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        expected = (0.6 * grid.vectors_to_world @ d.flatten(1)).reshape(d.shape)
+        return fields.compose_step(d, u, grid, scale), expected + compose_shift(0.6 * d, u) - 0.6 * d
+
+    def of_spacing(d: Tensor, u: Tensor, spacing: Tensor, scale: Tensor) -> Tensor:
+        grid = Grid(SMALL[dimension], spacing=spacing, direction=domains[0].direction)
+        return fields.compose_step(d, u, grid, scale)
+
+    with nullcontext() if kernel else without_kernels():
+        law(found, steps, fields_of, domains, atol=1e-12)
+        given = (0.3 * steps[0], fields_of[0], domains[0].spacing.clone(), scale)
+        assert gradcheck(of_spacing, tuple(leaf.clone().requires_grad_() for leaf in given))
+
+
+@every_dimension
 def test_composition_associates_to_the_error_of_interpolation(dimension: int) -> None:
     errors = []
     for scale in (1, 2):
@@ -169,6 +206,25 @@ def test_a_field_at_points_and_on_another_grid_is_that_of_images(dimension: int)
 
 
 # -- inverses ------------------------------------------------------------------------------------------------------
+
+
+@every_dimension
+def test_fields_beyond_the_border_are_what_the_padding_says(dimension: int) -> None:
+    """And points of less precision lose no more than their own."""
+    grid = oblique(SMALL[dimension])
+    field = uniform(dimension, *grid.shape)
+    wide = grid.pad(1)
+    inside = (..., *(slice(1, -1),) * dimension)
+    for padding, ring in (("border", None), ("zeros", 0.0), (7.0, 7.0)):
+        found = fields.resample_field(field, grid, wide, padding=padding)
+        assert_close(found[inside], field, atol=1e-9, rtol=0)
+        if ring is not None:
+            assert_close(found[:, *(0,) * dimension], torch.full((dimension,), ring).double(), atol=1e-9, rtol=0)
+        at = fields.sample_field(field, grid, wide.points(), padding=padding)
+        assert_close(at.mT.reshape(found.shape), found, atol=1e-9, rtol=0)
+    few_digits = wide.points().float()
+    at = fields.sample_field(field, grid, few_digits)
+    assert torch.equal(at, fields.sample_field(field, grid, few_digits.double()))
 
 
 @every_dimension
@@ -352,6 +408,16 @@ def test_where_nothing_stays_there_is_no_way_back() -> None:
     assert all(bool(value.isnan()) for value in fields.inverse_consistency(away, -away, GRID))
 
 
+def test_a_voxel_on_the_border_stays_and_one_is_enough() -> None:
+    """By hand: of two voxels half a unit apart the first goes nowhere and comes back by 3, the other leaves."""
+    grid = Grid((2,), spacing=0.5)
+    there, back = torch.tensor([[0.0, 0.25]]), torch.tensor([[3.0, 9.0]])
+    assert [float(value) for value in fields.inverse_consistency(there, back, grid)] == [3.0, 3.0, 6.0, 6.0]
+    still = torch.zeros(1, 2)
+    assert [float(value) for value in fields.inverse_consistency(still, back, grid)] == [6.0, 9.0, 12.0, 18.0]
+    assert [float(value) for value in fields.inverse_consistency(still, -back, grid)] == [6.0, 9.0, 12.0, 18.0]
+
+
 @every_dimension
 def test_the_inverse_of_the_inverse_is_the_field(dimension: int) -> None:
     errors = []
@@ -449,6 +515,9 @@ def test_the_number_of_squarings_brings_all_vectors_below_half_a_voxel() -> None
     velocity[1, 0, 1] = torch.inf
     assert fields.squarings(velocity, grid) == 8
     assert fields.squarings(velocity.requires_grad_(), grid) == 8
+    assert fields.squarings(torch.full((2, 3, 4), torch.nan), grid) == 0
+    assert fields.squarings(torch.full((2, 3, 4), torch.inf), grid) == 0
+    assert fields.squarings(torch.full((2, 3, 4), 2.0**90), grid) == 92  # their squares overflow float32
     assert_close(
         fields.exp(velocity[:, :2, 2:].detach(), Grid((2, 2)), steps=None).isfinite().all(), torch.tensor(True)
     )
@@ -488,6 +557,23 @@ def test_higher_terms_bring_the_logarithm_nearer(dimension: int) -> None:
     none = fields.log(displacement, grid, iterations=0)
     assert torch.equal(none.velocity, displacement)
     assert none.residual > one
+
+
+@every_dimension
+def test_what_is_not_given_has_the_values_that_are_told(dimension: int) -> None:
+    grid = oblique((12, 10, 8)[:dimension])
+    u, v = wave(grid, 2.0), wave(grid, seed=1)
+    steps = fields.squarings(u, grid) + 1
+    told = fields.log(u, grid, iterations=5, terms=2, steps=steps)
+    assert equal_bits(fields.log(u, grid), told)
+    others = ({"iterations": 1}, {"terms": 1}, {"steps": steps + 1})
+    assert not any(equal_bits(fields.log(u, grid, **other), told) for other in others)
+    assert_close(fields.bch(u, v, grid), u + v + fields.lie_bracket(u, v, grid) / 2)
+    assert equal_bits(fields.exp(u, grid), fields.exp(u, grid, steps=steps - 1))
+    assert not equal_bits(fields.invert(u, grid, iterations=1), fields.invert(u, grid))
+    shift = to_shift(u, grid)
+    assert torch.equal(exp_shift(shift, 1), compose_shift(shift / 2, shift / 2))
+    assert not fields.log(u.clone().requires_grad_(), grid).residual.requires_grad
 
 
 # -- the Lie algebra -----------------------------------------------------------------------------------------------
@@ -599,6 +685,28 @@ def test_a_curl_has_no_divergence() -> None:
     source = fields.divergence(fields.curl(field, grid), grid)
     assert fields.divergence(field, grid).abs().max() > 0.1
     assert source.abs().max() < 1e-12
+
+
+def test_an_axis_of_one_voxel_folds_nothing() -> None:
+    """Cells of a line folded are those of a plane and of a space that are one voxel wide."""
+    line = torch.tensor([[0.0, 0.3, -1.2, -1.2, 0.4, -0.9]])
+    expected = int(fields.folded_cells(line, Grid((6,))))
+    assert expected == 2
+    flat = torch.stack([line, torch.ones(1, 6)])  # (2, 1, 6)
+    assert int(fields.folded_cells(flat, Grid((6, 1)))) == expected
+    assert (
+        int(fields.folded_cells(torch.stack([flat[:1], 0 * flat[:1], flat[1:]]).squeeze(1)[:, None], Grid((6, 1, 1))))
+        == expected
+    )
+
+
+def test_voxels_none_of_which_has_arrived_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    shift = 2 * gaussian(uniform(2, 12, 10), 1.5)
+    together = invert_shift(shift)
+    monkeypatch.setattr(inverse, "TOGETHER", 0)
+    alone = invert_shift(shift)
+    assert float(together.residual) < 1e-12 and float(alone.residual) < 1e-12
+    assert_close(alone.field, together.field, atol=1e-10, rtol=0)
 
 
 @every_dimension
@@ -867,6 +975,11 @@ FIELD = torch.zeros(2, 3, 4)
         (lambda: fields.bch(FIELD, FIELD, GRID, terms=5), "terms is 5"),
         (lambda: fields.bch(FIELD, FIELD, GRID, terms=0), "terms is 0"),
         (lambda: fields.sample_field(FIELD, GRID, torch.zeros(2, 3)), r"\(2, 3\): expected \(N, 2\)"),
+        (lambda: fields.sample_field(FIELD, GRID, torch.zeros(5, 1, 2)), r"\(5, 1, 2\): expected \(N, 2\)"),
+        (lambda: fields.sample_field(FIELD, GRID, torch.zeros(2)), r"\(2,\): expected \(N, 2\)"),
+        (lambda: fields.sample_field(FIELD.mT, GRID, torch.zeros(5, 2)), r"\(2, 4, 3\) but the grid"),
+        (lambda: fields.resample_field(FIELD.mT, GRID, GRID), r"\(2, 4, 3\) but the grid"),
+        (lambda: fields.affine_field(torch.eye(3, 4), GRID), r"\(3, 4\): expected \(3, 3\)"),
         (lambda: fields.resample_field(FIELD, GRID, Grid((4,))), "grids of 1 and 2 axes"),
         (lambda: fields.curl(torch.zeros(1, 4), Grid((4,))), "no curl"),
         (lambda: fields.affine_field(torch.eye(2), GRID), r"\(2, 2\): expected \(3, 3\)"),
@@ -883,6 +996,33 @@ def test_errors_say_what_was_given_and_expected(call: Callable[[], Any], told: s
 def test_whole_numbers_are_no_field() -> None:
     with pytest.raises(TypeError, match="int64"):
         fields.exp(torch.zeros(2, 3, 4, dtype=torch.int64), GRID)
+
+
+@every_dimension
+@every_dtype
+def test_all_stays_on_the_device_and_in_the_dtype_of_the_field(dimension: int, dtype: torch.dtype) -> None:
+    """The meta device stands in for any but the CPU, and refuses what mixes the two."""
+    grid = Grid(SMALL[dimension]).to("meta")
+    field = torch.zeros(dimension, *grid.shape, dtype=dtype, device="meta")
+    scale = torch.tensor(0.5, dtype=torch.float64, device="meta")
+    points = torch.zeros(4, dimension, dtype=torch.float64, device="meta")
+    matrix = torch.eye(dimension + 1, dtype=torch.float32, device="meta")
+    for found in (
+        to_shift(field, grid),
+        from_shift(field, grid),
+        fields.compose(field, field, grid),
+        fields.compose_step(field, field, grid, scale),
+        fields.exp(field, grid, steps=2),
+        fields.exp(field, grid, steps=1, on=grid.resize(2)),
+        *fields.log(field, grid, steps=2),
+        fields.inverse_consistency(field, field, grid).largest_voxels,
+        fields.bch(field, field, grid, terms=4),
+        fields.sample_field(field, grid, points),
+        fields.resample_field(field, grid, grid.resize(3)),
+        fields.affine_field(matrix, grid, dtype=dtype),
+        fields.random_field(grid, amplitude=1.0, smoothness=1.0, dtype=dtype),
+    ):
+        assert found.is_meta and found.dtype == dtype
 
 
 def test_results_are_the_same_bits_again() -> None:

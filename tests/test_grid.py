@@ -16,7 +16,7 @@ import SimpleITK as sitk
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenes import flat_function, grids, law, tensor, uniform
+from scenes import flat_function, grids, law, orientation, tensor, uniform
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import grad, jacrev, vmap
@@ -251,14 +251,50 @@ def test_any_leaf_may_have_the_batch_axis(data: st.DataObject, batched: set[str]
 
 
 def test_a_batch_from_the_constructor() -> None:
-    spacing, origin = tensor([[1.0, 2.0], [0.5, 3.0]]), tensor([5.0, 6.0])
-    together = Grid((4, 3), spacing=spacing, origin=origin)
-    for k in range(2):
-        alone = Grid((4, 3), spacing=spacing[k], origin=origin)
+    spacing, origin = tensor([[1.0, 2.0], [0.5, 3.0], [0.7, 0.2]]), tensor([5.0, 6.0])
+    turn = orientation(2, tensor([0.4]))
+    together = Grid((4, 3), spacing=spacing, origin=origin, direction=turn)
+    for k in range(3):
+        alone = Grid((4, 3), spacing=spacing[k], origin=origin, direction=turn)
         assert_close(together.center[k], alone.center, **EXACT)
-    made = vmap(lambda s: Grid((4, 3), spacing=s, origin=origin))(spacing)
+    made = vmap(lambda s: Grid((4, 3), spacing=s, origin=origin, direction=turn))(spacing)
     assert_close(made.center, together.center, **EXACT)
-    assert_close(together.origin, origin.expand(2, 2), **EXACT)
+    assert_close(together.origin, origin.expand(3, 2), **EXACT)
+
+
+@pytest.mark.parametrize("vectors", [False, True], ids=["points", "vectors"])
+def test_matrices_and_points_may_have_a_batch_axis(vectors: bool) -> None:
+    matrices = homogeneous(uniform(4, 3, 3), uniform(4, 3, seed=1))
+    points = uniform(4, 5, 3, seed=2)
+    found = apply_matrix(matrices, points, vectors=vectors)
+    for k in range(4):
+        expected = points[k] @ matrices[k, :3, :3].mT + (0 if vectors else matrices[k, :3, 3])
+        assert_close(found[k], expected, **EXACT)
+        assert_close(apply_matrix(matrices[k], points[k], vectors=vectors), expected, **EXACT)
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 3])
+def test_all_stays_on_the_device_of_the_leaves(dimension: int) -> None:
+    """And in float64; the meta device stands in for any but the CPU, and refuses what mixes the two."""
+    size = (4, 3, 2)[:dimension]
+    somewhere = torch.zeros(dimension, device="meta")
+    for grid in (
+        Grid(size).to("meta"),
+        Grid(size, device="meta"),
+        Grid(size, origin=somewhere),
+        Grid(size, center=somewhere),
+        Grid(size, spacing=somewhere),
+        Grid(size, direction=torch.eye(dimension, device="meta")),
+    ):
+        derived = (grid.resize(3), grid.level(2), grid.resample(0.5, size=4), grid.roi(1, 2), grid.center_pad(5))
+        matrices = [grid.matrix(a, b, other) for a in AXES for b in AXES for other in (None, grid)]
+        made = (grid, derived, matrices, grid.points(), grid.origin, grid.extent, grid.index_center)
+        for leaf in tree_flatten(made)[0]:
+            assert leaf.is_meta and leaf.dtype == torch.float64
+    for leaf in tree_flatten(Grid(size))[0]:
+        assert leaf.device.type == "cpu" and leaf.dtype == torch.float64
+    for dtype in (torch.float16, torch.float32):
+        assert homogeneous(torch.eye(dimension).to(dtype), torch.zeros(dimension).to(dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 3])
@@ -477,6 +513,7 @@ def test_same_as_sees_what_changes_far_from_the_centre_only() -> None:
     tilted = Grid((101, 101), center=grid.center, direction=[[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
     assert not grid.same_as(tilted) and grid.same_as(tilted, tolerance=3e-6)
     assert not Grid((5,)).same_as(Grid((5, 1)))
+    assert Grid((5, 4)).same_as(Grid((5, 4)), tolerance=0.0)
 
 
 def test_repr_says_what_differs_from_the_default() -> None:
@@ -486,6 +523,7 @@ def test_repr_says_what_differs_from_the_default() -> None:
     assert repr(turned) == expected
     rebuilt = eval(repr(turned), {"Grid": Grid})
     same_voxels(rebuilt, turned)
+    assert repr(Grid((2,), spacing=0.12345678)) == "Grid(size=(2,), spacing=[0.123457], origin=[0.0])"
 
 
 def test_repr_of_a_batch_says_shapes_and_never_fails() -> None:
@@ -523,7 +561,7 @@ def test_resize_keeps_extent_and_centre(data: st.DataObject) -> None:
 def test_pyramids_keep_the_extent_and_depend_on_the_size_only(data: st.DataObject, levels: int, min_size: int) -> None:
     grid = one_of(data, high=40)
     found = grid.pyramid(levels, min_size=min_size)
-    assert found[0] is grid
+    assert found[0] is grid and grid.base is None
     assert 1 <= len(found) <= levels
     for fine, coarse in itertools.pairwise(found):
         assert_close(coarse.extent, grid.extent, **EXACT)
@@ -531,6 +569,8 @@ def test_pyramids_keep_the_extent_and_depend_on_the_size_only(data: st.DataObjec
         halves = [-(-n // 2) for n in fine.size]
         assert coarse.size == tuple(h if h >= min_size else n for n, h in zip(fine.size, halves, strict=True))
         assert coarse.size != fine.size
+        assert coarse.base == grid.size and coarse.level(1).base == (grid.size if max(grid.size) > 1 else None)
+        assert coarse.level(grid.size).base is None
     if len(found) < levels:
         # An axis of one voxel cannot shrink; otherwise each has reached its floor.
         assert all(n == 1 or -(-n // 2) < min_size for n in found[-1].size)
@@ -639,6 +679,18 @@ def test_slabs_are_the_grid_in_order(data: st.DataObject, voxels: int) -> None:
     assert all(slab.numel <= max(voxels, plane) for slab in slabs)
     assert len(slabs) <= -(-grid.numel // max(1, voxels - plane)) or voxels <= plane
     assert_close(torch.cat([slab.points() for slab in slabs]), grid.points(), **EXACT)
+
+
+def test_slabs_by_hand() -> None:
+    """As many planes as fit, one at the least; what is left comes last."""
+    grid = Grid((3, 2, 7), origin=(1.0, 2.0, 3.0))
+    for voxels, depths in (
+        (1, [1] * 7), (11, [1] * 7), (12, [2, 2, 2, 1]), (23, [3, 3, 1]), (41, [6, 1]), (42, [7]), (99, [7])
+    ):  # fmt: skip
+        slabs = grid.slabs(voxels)
+        assert [slab.size for slab in slabs] == [(3, 2, depth) for depth in depths]
+        assert_close(torch.cat([slab.points() for slab in slabs]), grid.points(), **EXACT)
+    assert [slab.size for slab in Grid((5,)).slabs(2)] == [(2,), (2,), (1,)]
 
 
 @given(st.data())

@@ -106,11 +106,40 @@ def test_steps_go_along_the_axes_of_the_grid(items: list[Grid]) -> None:
 
 
 @every_family
+def test_a_positive_step_adds_to_its_parameter(transform: Linear, dimension: int) -> None:
+    """On a grid along the axes of the world: of a quaternion to its vector."""
+    grid = Grid((4, 3, 2)[:dimension], spacing=(1.0, 2.0, 0.5)[:dimension], center=(0.0,) * dimension)
+    zero, start = transform.zero_step(grid), transform.init(grid)
+    for name, leaf in zero.items():
+        for k in range(leaf.numel()):
+            step = {**zero, name: torch.eye(leaf.numel(), dtype=torch.float64)[k].reshape(leaf.shape)}
+            moved = transform.retract(start, step, grid)
+            if isinstance(transform, Homogeneous):
+                part = slice(-1, None) if name == "translation" else slice(None, -1)
+                added = (moved["matrix"] - start["matrix"])[:-1, part].flatten()
+            else:
+                added = (moved[name] - start[name]).flatten()
+            if name == "rotation" and dimension == 3:
+                added = added[1:]
+            assert float(added[k]) > 0 and int((added.abs() > 1e-12).sum()) == 1
+
+
+@every_family
 def test_an_axis_of_one_voxel_still_has_a_finite_step(transform: Linear, dimension: int) -> None:
     grid = Grid((5, 1, 4)[:dimension]) if dimension > 1 else Grid((1,))
     step = tree_map(torch.ones_like, transform.zero_step(grid))
     params = transform.retract(transform.init(grid), step, grid)
     assert all(bool(torch.isfinite(leaf).all()) for leaf in tree_flatten(params)[0])
+
+
+@every_family
+def test_an_axis_of_one_voxel_takes_the_steps_of_one_of_two(transform: Linear, dimension: int) -> None:
+    thin, double = (
+        Grid((n, 4, 3)[:dimension], spacing=(0.7, 1.0, 2.0)[:dimension], center=(0.0,) * dimension) for n in (1, 2)
+    )
+    step = tree_map(lambda leaf: uniform(*leaf.shape), transform.zero_step(thin))
+    found, expected = (transform.retract(transform.init(grid), step, grid) for grid in (thin, double))
+    close(found, expected, atol=1e-14)
 
 
 def test_rotations_compose_and_stay_rotations() -> None:
@@ -324,6 +353,17 @@ def test_nearest_rotation_of_a_mirror_is_proper() -> None:
         assert_close(rotation @ rotation.mT, torch.eye(len(matrix)).double(), atol=1e-14, rtol=0)
 
 
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_nearest_rotation_of_any_stretch_is_its_rotation(dimension: int) -> None:
+    """R of R S with S symmetric and positive, however flat: where an iteration towards it would still be on its way."""
+    turn, frame = (orientation(dimension, tensor(angles)) for angles in ([0.5, -0.2, 0.7], [-1.0, 0.4, 0.3]))
+    for exponent in range(10):
+        stretch = frame @ torch.diag(tensor([1.0, 0.5**exponent, 0.1**exponent])[-dimension:]) @ frame.mT
+        assert_close(nearest_rotation(turn @ stretch), turn, atol=1e-5 if exponent > 6 else 1e-8, rtol=0)
+        found = nearest_rotation(turn @ stretch)
+        assert_close(found.mT @ found, torch.eye(dimension).double(), atol=1e-12, rtol=0)
+
+
 def test_linear_mapping_takes_a_matrix_with_or_without_its_last_row() -> None:
     grid = Grid((4, 5), center=(3.0, 1.0))
     matrix = random_mapping(Affine(), grid, 1).matrix()
@@ -380,6 +420,17 @@ def test_spread_in_space_covers_all_rotations_evenly(count: int) -> None:
     # As many rotations at random leave gaps twice as wide as this bound.
     least = next(a for a in np.linspace(0.01, math.pi, 2000) if (a - math.sin(a)) / math.pi * count >= 1)
     assert least < worst(quaternions) < 1.7 * least
+
+
+def test_spread_in_space_is_the_spiral_of_the_paper() -> None:
+    """Alexa 2022, algorithm 1: phi = sqrt(2), psi the positive root of psi^4 = psi + 4."""
+    psi = next(float(root.real) for root in np.roots([1, 0, 0, -1, -4]) if root.imag == 0 and root.real > 0)
+    s, count = np.arange(50) + 0.5, 50
+    near, far = np.sqrt(s / count), np.sqrt(1 - s / count)
+    alpha, beta = 2 * np.pi * s / np.sqrt(2), 2 * np.pi * s / psi
+    expected = [near * np.sin(alpha), near * np.cos(alpha), far * np.sin(beta), far * np.cos(beta)]
+    found = Rotation().spread(Grid((4, 5, 6)), count)["rotation"]
+    assert_close(found[1:], tensor(np.stack(expected, 1))[1:], atol=1e-12, rtol=0)
 
 
 def test_spread_refuses_what_cannot_turn() -> None:
@@ -451,6 +502,28 @@ def test_fit_and_decompose_are_differentiable() -> None:
     assert gradcheck(parts, matrix[:-1, :-1].clone().requires_grad_())
     fitted = lambda linear: tuple(Rigid().fit(homogeneous(linear, matrix[:-1, -1]), grid).values())  # noqa: E731
     assert gradcheck(fitted, matrix[:-1, :-1].clone().requires_grad_())
+
+
+@every_family
+def test_all_stays_on_the_device_of_the_domain(transform: Linear, dimension: int) -> None:
+    """And in float64; the meta device stands in for any but the CPU, and refuses what mixes the two."""
+    grid = Grid((4, 3, 2)[:dimension]).to("meta")
+    params = transform.init(grid)
+    matrix = transform.matrix(params, grid)
+    made = [
+        params,
+        matrix,
+        transform.zero_step(grid),
+        transform.displacement(params, grid),
+        transform.fit(matrix, grid),
+    ]
+    made += [transform.retract(params, transform.zero_step(grid), grid), transform.inverse(params, grid).matrix()]
+    made += [transform.spread(grid, 3)] if "rotation" in transform.parts else []
+    made += [linear_mapping(torch.eye(dimension + 1), grid).matrix(), *decompose(matrix)[1]]
+    for leaf in tree_flatten(made)[0]:
+        assert leaf.is_meta and leaf.dtype == torch.float64
+    for leaf in tree_flatten([transform.init(Grid(grid.size)), transform.zero_step(Grid(grid.size))])[0]:
+        assert leaf.device.type == "cpu" and leaf.dtype == torch.float64
 
 
 # -- SimpleITK as oracle -------------------------------------------------------------------------------------------

@@ -333,6 +333,27 @@ def test_without_numbers_to_look_at_the_plain_path_is_taken() -> None:
         assert [part.shape for part in sample(data, coords)] == [(2, 7), (2, 2, 7), (7,)]
 
 
+@every_dimension
+@every_padding
+@every_dtype
+def test_all_stays_on_the_device_and_in_the_dtype_of_the_data(
+    dimension: int, padding: Padding, dtype: torch.dtype
+) -> None:
+    """The meta device stands in for any but the CPU, and refuses what mixes the two."""
+    data = torch.zeros(2, *SHAPES[dimension], dtype=dtype, device="meta")
+    coords = torch.zeros(dimension, 7, dtype=torch.float64, device="meta")
+
+    def total(data: Tensor, coords: Tensor) -> Tensor:
+        found = sample(data, coords, padding=padding)
+        return found.value.square().sum() + found.gradient.square().sum()
+
+    made = [interpolate(data, coords, mode=mode, padding=padding) for mode in ("linear", "nearest", "cubic")]
+    several = vmap(lambda d, x: sample(d, x, padding=padding), (0, None))(data.expand(3, *data.shape), coords)
+    made += [*several, *grad(total, argnums=(0, 1))(data, coords.to(dtype))]
+    for found in made:
+        assert found.is_meta and found.dtype == dtype
+
+
 @pytest.mark.cuda
 @every_dimension
 @every_padding
@@ -817,6 +838,58 @@ def test_nested_batches_equal_loops(kinds: tuple[tuple[int | None, int | None], 
         assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kinds", [kinds for kinds in COMBINATIONS if len(kinds) == 2])
+def test_nested_batches_stay_on_their_device(kinds: tuple[tuple[int | None, int | None], ...]) -> None:
+    def slopes(d: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return grad(lambda d, x: sample(d, x).value.square().sum(), argnums=(0, 1))(d, x)
+
+    inputs = [x.to("meta") for x in batched_inputs(kinds, 2)]
+    found, pull = vjp(nested(slopes, kinds), *inputs)
+    for made in (*found, *pull(found)):
+        assert made.is_meta
+
+
+def spread(values: Tensor, coords: Tensor, items: int, div: int) -> Tensor:
+    """The transpose of linear interpolation, item (b // div) % items of the data for batch b."""
+    return sampling._Spread.apply(values, coords, (5, 6), items, "zeros", div)  # type: ignore[no-untyped-call]
+
+
+@both_paths
+@pytest.mark.parametrize(("items", "div", "batch"), [(1, 1, 3), (3, 1, 3), (2, 3, 6), (2, 1, 6), (3, 2, 4)])
+def test_batches_of_the_transpose_equal_loops(items: int, div: int, batch: int, native_path: bool) -> None:
+    values, coords = uniform(4, batch, 2, 7), off_the_knots((6, 5), 7 * 4 * batch).reshape(2, 4, batch, 7)
+    coords = coords.permute(1, 2, 0, 3)
+    with path(native_path):
+        found = vmap(lambda v, x: spread(v, x, items, div))(values, coords)
+        shared = vmap(lambda v: spread(v, coords[0], items, div))(values)
+    for k in range(4):
+        for x, several in ((coords[k], found), (coords[0], shared)):
+            expected = torch.zeros(items, 2, 5, 6, dtype=torch.float64)
+            for b in range(batch):
+                zero = torch.zeros(2, 5, 6, dtype=torch.float64)
+                pull = vjp(lambda d, x=x, b=b: gather(d, x[b], "zeros").value, zero)[1]
+                expected[b // div % items] += pull(values[k, b])[0]
+            assert_close(several[k], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("by", [(True, True), (True, False), (False, True)], ids=["both", "values", "coords"])
+def test_tangents_of_the_transpose_are_those_of_its_pull_back(by: tuple[bool, bool]) -> None:
+    """<w, J t> = <J^T w, t>."""
+    given = uniform(3, 2, 7), off_the_knots((6, 5), 21).reshape(2, 3, 7).movedim(0, 1)
+    moved = tuple(x for x, wanted in zip(given, by, strict=True) if wanted)
+
+    def function(*some: Tensor) -> Tensor:
+        rest = iter(some)
+        return spread(*(next(rest) if wanted else x for x, wanted in zip(given, by, strict=True)), 3, 1)
+
+    tangents = tuple(uniform(*x.shape, seed=5 + k) for k, x in enumerate(moved))
+    out, tangent = jvp(function, moved, tangents)
+    weights = uniform(*out.shape, seed=9)
+    pulled = vjp(function, *moved)[1](weights)
+    expected = sum((p * t).sum() for p, t in zip(pulled, tangents, strict=True))
+    assert_close((weights * tangent).sum(), expected, rtol=0, atol=1e-12)
+
+
 @every_dimension
 @every_dtype
 def test_batches_of_every_dimension(dimension: int, dtype: torch.dtype) -> None:
@@ -893,6 +966,7 @@ ERRORS: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     (torch.zeros(1, 4, 5), torch.zeros(()), {}, ValueError, "one row of coords for each of its 2 axes"),
     (torch.zeros(5), torch.zeros(0, 2), {}, ValueError, r"expected \(C, \[Z,\] Y, X\)"),
     (torch.zeros(1, 2, 2, 2, 2), torch.zeros(4, 2), {}, ValueError, r"expected \(C, \[Z,\] Y, X\)"),
+    (torch.zeros(1, 0, 5), torch.zeros(2, 2), {}, ValueError, r"\(1, 0, 5\): there is no voxel to sample"),
     (torch.zeros(1, 4), torch.zeros(1, 2), {"mode": "bilinear"}, ValueError, "'bilinear': choose from linear, nearest"),
     (torch.zeros(1, 4), torch.zeros(1, 2), {"padding": "zero"}, ValueError, "'zero': choose from border, zeros"),
     (

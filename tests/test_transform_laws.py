@@ -611,3 +611,11 @@ def test_linear_transforms_are_a_family_of_their_own() -> None:
     assert issubclass(Rigid, Linear)
     assert not issubclass(Sequential, Linear)
     assert "Linear" not in Transform.types
+
+
+@pytest.mark.parametrize("transform", [Affine(), Held(Affine(), ("matrix",)), Sequential((Rigid(), Affine()))], ids=str)
+def test_linear_maps_have_no_field_to_smooth(transform: Transform) -> None:
+    grid = Grid((4, 3))
+    with pytest.raises(ValueError, match=r"yields no field: penalties such as bending go with FFD, SVFFD"):
+        transform.field(transform.init(grid), grid)
+    assert transform.descends
