@@ -7,7 +7,6 @@ is too sure.  A `Noise` holds the covariance of the noise up to one factor, as a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -27,15 +26,12 @@ class Noise(NamedTuple):
     apply : C v of a residual's shape (C, N)
     variance : the diagonal of C, (C, N)
     slope : variance of the derivative of the moving image's noise along each axis of its voxels, (D, N), like C
-    root : a matrix whose square F F^T is C, as a function of white noise (C, M); whites : M
     density : of stationary noise its spectrum, for `stationary`; else empty
     """
 
     apply: Callable[[Tensor], Tensor]
     variance: Tensor
     slope: Tensor
-    root: Callable[[Tensor], Tensor]
-    whites: int
     density: Tensor
 
 
@@ -66,16 +62,10 @@ def independent(moving: Tensor, coords: Tensor, padding: Padding | None) -> Nois
     def apply(values: Tensor) -> Tensor:
         return values + interpolated(spread(values)[0])
 
-    def root(white: Tensor) -> Tensor:
-        of_fixed, of_moving = white.split([coords.shape[1], moving[0].numel()], 1)
-        return of_fixed + interpolated(of_moving.reshape(moving.shape))
-
     each = squared_weights(coords)
     variance = 1 + each.prod(0)
     others = [torch.cat([each[:k], each[k + 1 :]]).prod(0) for k in range(len(each))]
-    whites = coords.shape[1] + moving[0].numel()
-    slope = 2 * torch.stack(others)
-    return Noise(apply, variance.expand(len(moving), -1), slope, root, whites, moving.new_empty(0))
+    return Noise(apply, variance.expand(len(moving), -1), 2 * torch.stack(others), moving.new_empty(0))
 
 
 def correlated(residual: Tensor, scale: Tensor, shape: tuple[int, ...], reach: int, turn: Tensor) -> Noise:
@@ -118,24 +108,17 @@ def correlated(residual: Tensor, scale: Tensor, shape: tuple[int, ...], reach: i
     slope = torch.diagonal(inverse.mT @ along @ inverse)
     slope = slope.unsqueeze(1).expand(-1, residual.shape[1])
 
-    def root(white: Tensor) -> Tensor:
-        return stationary(density.sqrt(), shape, reach, white, padded)
-
     def apply(values: Tensor) -> Tensor:
         return stationary(density, shape, reach, values)
 
-    return Noise(apply, torch.ones_like(residual), slope, root, math.prod(padded), density)
+    return Noise(apply, torch.ones_like(residual), slope, density)
 
 
-def stationary(
-    density: Tensor, shape: tuple[int, ...], reach: int, values: Tensor, given: tuple[int, ...] | None = None
-) -> Tensor:
-    """Stationary noise's covariance times values (C, N): the spectrum `density` over a grid that is padded by `reach`.
-
-    given : the shape that the values have, where it is not `shape`
-    """
+def stationary(density: Tensor, shape: tuple[int, ...], reach: int, values: Tensor) -> Tensor:
+    """Stationary noise's covariance times values (C, N) of a grid: `density` is its spectrum, over the grid padded by
+    `reach`."""
     padded = tuple(n + reach for n in shape)
-    seen = torch.fft.rfftn(values.reshape(-1, *(given or shape)), s=padded, dim=_axes(shape))
+    seen = torch.fft.rfftn(values.reshape(-1, *shape), s=padded, dim=_axes(shape))
     mixed = torch.fft.irfftn(density * seen, s=padded, dim=_axes(shape))
     return mixed[(slice(None), *(slice(n) for n in shape))].flatten(1)
 

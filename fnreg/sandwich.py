@@ -49,7 +49,7 @@ class Seen(NamedTuple):
 
     coords : (D, N) voxel indices in the moving image; warped : (C, N) of it; weights : (1, N)
     slopes : (C, D, N) derivative of the moving image by the coordinates; others : of the fixed one
-    residuals : (C, N) scale times a difference; scale : (1, N); count : of voxels and channels, by weight
+    residuals : (C, N) scale times a difference; scale : (1, N); total : of voxels and channels, by weight
     """
 
     coords: Tensor
@@ -59,7 +59,7 @@ class Seen(NamedTuple):
     others: Tensor
     residuals: Tensor
     scale: Tensor
-    count: Tensor
+    total: Tensor
 
 
 def pair_at(options: Options, params: Any, pair: Pair, coords: Tensor) -> Seen:
@@ -75,9 +75,7 @@ def pair_at(options: Options, params: Any, pair: Pair, coords: Tensor) -> Seen:
     return Seen(coords, seen.value, every, seen.gradient, others, residuals, scale, every.sum() * channels)
 
 
-def pair_residuals(
-    options: Options, params: Any, pair: Pair, warped: Tensor, fixed: Tensor, weights: Tensor
-) -> Tensor:
+def pair_residuals(options: Options, params: Any, pair: Pair, warped: Tensor, fixed: Tensor, weights: Tensor) -> Tensor:
     """The residuals (R,) of the similarity of images (C, N) with weights (1, N)."""
     similar = _similar(pair)
     found = pair_found(options.transform, params, pair, warped, weights, similar.needs)
@@ -183,7 +181,7 @@ def pair_covariance(options: Options, params: Any, pair: Pair) -> Found:
     factor = residuals.square().sum() / expected.clamp(min=1e-30)
 
     pull = factor / 2 * torch.einsum("dnp,dn->p", by_step, pair_drawn(pair, seen, noise.slope))
-    known = _known(torch.einsum("pcn,qcn->pq", jacobian, other), factor * idle, seen.count)
+    known = _known(torch.einsum("pcn,qcn->pq", jacobian, other), factor * idle, seen.total)
     inverse, free = inverse_within(known + held)
     middle = factor * (middle + (typical * held if options.prior else 0)) + torch.outer(pull, pull)
     covariance, lost = _within(inverse @ middle @ inverse, float(max(pair.fixed.grid.size)) ** 2 * len(start))
