@@ -19,7 +19,7 @@ import fnreg
 from benchmarks.measure import Options, Table, seconds
 from fnreg.filters import gaussian
 from fnreg.pytree import tree_leaves
-from fnreg.sandwich import as_step
+from fnreg.solvers.base import parted
 
 WAVES = 40
 EDGE = 10  # voxels that filtering noise needs beyond the image
@@ -70,7 +70,7 @@ def simulate(
         return fnreg.Image(clean + noise * fresh[..., EDGE:-EDGE, EDGE:-EDGE], grid)
 
     start, zero = transform.init(grid), transform.zero_step(grid)
-    params = vmap(lambda flat: transform.retract(start, as_step(flat, zero), grid))(steps)
+    params = vmap(lambda flat: transform.retract(start, parted(flat, zero), grid))(steps)
     truth = fnreg.Mapping(params, grid, transform)
     points = grid.points().expand(count, -1, -1)
     return Simulated(noisy(scene(truth.map_points(points))), noisy(scene(points)), truth)
@@ -94,11 +94,11 @@ def bending_prior(transform: fnreg.FFD, size: int, noise: float, amplitude: floa
     flat = torch.cat([leaf.flatten() for leaf in tree_leaves(zero)])
 
     def bent(flat: Tensor) -> Tensor:
-        params = transform.perturb(start, as_step(flat, zero), grid)
+        params = transform.perturb(start, parted(flat, zero), grid)
         return fnreg.penalties.bending(transform.field(params, grid))
 
     def moved(flat: Tensor) -> Tensor:
-        return transform.points(transform.perturb(start, as_step(flat, zero), grid), grid, grid.points())
+        return transform.points(transform.perturb(start, parted(flat, zero), grid), grid, grid.points())
 
     values, vectors = torch.linalg.eigh(hessian(bent)(flat) / 2)
     seen = values > 1e-9 * values.max()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fnreg.implicit import NoOptimumError as NoOptimumError
     from fnreg.levels import Event as Event
     from fnreg.levels import RegistrationError as RegistrationError
+    from fnreg.linearised import Solves as Solves
     from fnreg.losses import descriptors as descriptors
     from fnreg.losses import functional as functional
     from fnreg.losses import information as information
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from fnreg.registration import evaluate as evaluate
     from fnreg.registration import register as register
     from fnreg.search import Choice as Choice
+    from fnreg.solved import SolvedLaplace as SolvedLaplace
     from fnreg.solvers.base import Status as Status
     from fnreg.solvers.base import Stop as Stop
     from fnreg.solvers.descent import Descent as Descent
@@ -123,6 +125,7 @@ _HOME = {
     "fnreg.grid": ("Grid",),
     "fnreg.image": ("Image", "Subject"),
     "fnreg.implicit": ("NoOptimumError",),
+    "fnreg.linearised": ("Solves",),
     "fnreg.losses.terms": (
         "Objective",
         "Term",
@@ -162,6 +165,7 @@ _HOME = {
     "fnreg.levels": ("Event", "RegistrationError"),
     "fnreg.registration": ("Registration", "evaluate", "register"),
     "fnreg.stages": ("Stage",),
+    "fnreg.solved": ("SolvedLaplace",),
     "fnreg.solvers.base": ("Status", "Stop"),
     "fnreg.solvers.descent": ("Descent",),
     "fnreg.solvers.gauss_newton": ("GaussNewton",),

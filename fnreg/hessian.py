@@ -60,12 +60,12 @@ def gauss_newton(over: Over, objective: Objective, params: Any, zero: Any, *, re
 
     made: Any = vjp(lambda step: over(_apart, step, params), zero, has_aux=True)
     seen, pull, rest = made
-    push = _transposed(pull, seen)
+    push = transposed(pull, seen)
     parts: list[Product] = []
     if any(which):
         of_residuals: Any = vjp(lambda z: over(residuals, z, rest), seen)
         found, back = of_residuals
-        forth = _transposed(back, found)
+        forth = transposed(back, found)
         parts.append(lambda along: back(over(weighed, forth(along)))[0])
     if not all(which):
         curved = vjp(lambda z: over(slope, z, rest), seen)[1]  # a Hessian is its own transpose
@@ -110,7 +110,7 @@ def _together(transform: Transform, seen: Any, rest: Any, pair: Pair) -> dict[st
     return dict.fromkeys(pair.objective.needs) | given
 
 
-def _transposed(pull: Callable[[Any], Any], at: Any) -> Product:
+def transposed(pull: Callable[[Any], Any], at: Any) -> Product:
     """Of a pull-back u -> J^T u the push v -> J v: its own pull-back, for it is linear.  No forward mode is asked for,
     in which samplers would compute second derivatives that nobody needs."""
     push = vjp(lambda u: pull(u)[0], tree_map(torch.zeros_like, at))[1]

@@ -26,11 +26,13 @@ class Noise(NamedTuple):
     apply : C v of a residual's shape (C, N)
     variance : the diagonal of C, (C, N)
     slope : variance of the derivative of the moving image's noise along each axis of its voxels, (D, N), like C
+    density : of stationary noise its spectrum, for `stationary`; else empty
     """
 
     apply: Callable[[Tensor], Tensor]
     variance: Tensor
     slope: Tensor
+    density: Tensor
 
 
 def squared_weights(coords: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def independent(moving: Tensor, coords: Tensor, padding: Padding | None) -> Nois
     each = squared_weights(coords)
     variance = 1 + each.prod(0)
     others = [torch.cat([each[:k], each[k + 1 :]]).prod(0) for k in range(len(each))]
-    return Noise(apply, variance.expand(len(moving), -1), 2 * torch.stack(others))
+    return Noise(apply, variance.expand(len(moving), -1), 2 * torch.stack(others), moving.new_empty(0))
 
 
 def correlated(residual: Tensor, scale: Tensor, shape: tuple[int, ...], reach: int, turn: Tensor) -> Noise:
@@ -80,36 +82,49 @@ def correlated(residual: Tensor, scale: Tensor, shape: tuple[int, ...], reach: i
     covariance.  The window with a flat top leaves near voxels their correlation: Politis and Romano 1995,
     doi 10.1111/j.1467-9892.1995.tb00223.x.
     """
-    axes = tuple(range(1, len(shape) + 1))
     padded = tuple(n + reach for n in shape)
 
     def spectrum(values: Tensor) -> Tensor:
-        return torch.fft.rfftn(values.reshape(-1, *shape), s=padded, dim=axes)
+        return torch.fft.rfftn(values.reshape(-1, *shape), s=padded, dim=_axes(shape))
 
     def back(values: Tensor) -> Tensor:
-        return torch.fft.irfftn(values, s=padded, dim=axes)
+        return torch.fft.irfftn(values, s=padded, dim=_axes(shape))
 
     products = back(spectrum(residual).abs().square())
     counts = back(spectrum(scale).abs().square())
     enough = counts > 0.01 * counts.flatten(1)[:, :1].reshape(-1, *(1,) * len(shape))
     window = _window(padded, reach, residual)
     shifted = torch.where(enough, products / torch.where(enough, counts, 1), 0) * window  # (C, *padded)
-    density = torch.fft.rfftn(shifted, dim=axes).real.clamp(min=0)
+    density = torch.fft.rfftn(shifted, dim=_axes(shape)).real.clamp(min=0)
     kernel = back(density)
     top = kernel.flatten(1)[:, :1]
     top = torch.where(top > 0, top, 1).reshape(-1, *(1,) * len(shape))
     density, kernel = density / top, kernel / top
-
-    def apply(values: Tensor) -> Tensor:
-        mixed = back(density * spectrum(values))
-        return mixed[(slice(None), *(slice(n) for n in shape))].flatten(1)
 
     # The variance of a difference of neighbours is 2 (C(0) - C(1)); half of it is the moving image's.
     near = [kernel.select(-1 - k, 1).flatten(1)[:, 0] for k in range(len(shape))]  # x first
     along = torch.diag(1 - torch.stack(near).mean(1).clamp(max=1))
     inverse = torch.linalg.inv_ex(turn.to(residual.dtype)).inverse
     slope = torch.diagonal(inverse.mT @ along @ inverse)
-    return Noise(apply, torch.ones_like(residual), slope.unsqueeze(1).expand(-1, residual.shape[1]))
+    slope = slope.unsqueeze(1).expand(-1, residual.shape[1])
+
+    def apply(values: Tensor) -> Tensor:
+        return stationary(density, shape, reach, values)
+
+    return Noise(apply, torch.ones_like(residual), slope, density)
+
+
+def stationary(density: Tensor, shape: tuple[int, ...], reach: int, values: Tensor) -> Tensor:
+    """Stationary noise's covariance times values (C, N) of a grid: `density` is its spectrum, over the grid padded by
+    `reach`."""
+    padded = tuple(n + reach for n in shape)
+    seen = torch.fft.rfftn(values.reshape(-1, *shape), s=padded, dim=_axes(shape))
+    mixed = torch.fft.irfftn(density * seen, s=padded, dim=_axes(shape))
+    return mixed[(slice(None), *(slice(n) for n in shape))].flatten(1)
+
+
+def _axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(range(1, len(shape) + 1))
 
 
 def _window(padded: tuple[int, ...], reach: int, like: Tensor) -> Tensor:

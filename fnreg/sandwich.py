@@ -5,6 +5,7 @@ The equations are those of `fnreg.uncertainty`; every function is for one pair, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.func import grad, jacfwd, jvp, vmap
 from fnreg import fields
 from fnreg import noise as noises
 from fnreg.grid import Grid, index_points
-from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS
+from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
 from fnreg.pair import Pair, pair_coords, pair_found, pair_map, pair_seen
 from fnreg.pytree import tree_leaves
 from fnreg.sampling import Padding, sample
@@ -43,13 +44,94 @@ class Found(NamedTuple):
     left: Tensor
 
 
+class Seen(NamedTuple):
+    """What a pair's similarity is made of at the solution.
+
+    coords : (D, N) voxel indices in the moving image; warped : (C, N) of it; weights : (1, N)
+    slopes : (C, D, N) derivative of the moving image by the coordinates; others : of the fixed one
+    residuals : (C, N) scale times a difference; scale : (1, N); total : of voxels and channels, by weight
+    """
+
+    coords: Tensor
+    warped: Tensor
+    weights: Tensor
+    slopes: Tensor
+    others: Tensor
+    residuals: Tensor
+    scale: Tensor
+    total: Tensor
+
+
+def pair_at(options: Options, params: Any, pair: Pair, coords: Tensor) -> Seen:
+    """The pair's images at coordinates."""
+    seen, weights = pair_seen(pair, coords, options.padding)
+    every = torch.ones_like(coords[:1]) if weights is None else weights
+    residuals = pair_residuals(options, params, pair, seen.value, pair.fixed.data, every)
+    term = _similar(pair).terms[0]
+    channels = len(_channels(pair))
+    scale = (term.weight.to(every.dtype) * every / (channels * every.sum().clamp(min=1e-30))).sqrt()
+    others = _slope_of_fixed(pair, coords)
+    residuals = residuals.reshape(-1, coords.shape[1])
+    return Seen(coords, seen.value, every, seen.gradient, others, residuals, scale, every.sum() * channels)
+
+
+def pair_residuals(options: Options, params: Any, pair: Pair, warped: Tensor, fixed: Tensor, weights: Tensor) -> Tensor:
+    """The residuals (R,) of the similarity of images (C, N) with weights (1, N)."""
+    similar = _similar(pair)
+    found = pair_found(options.transform, params, pair, warped, weights, similar.needs)
+    return similar.residuals(found | {"fixed": fixed.reshape(pair.fixed.data.shape)})
+
+
+def pair_noise(options: Options, pair: Pair, seen: Seen) -> noises.Noise:
+    """The noise of the difference, up to a factor."""
+    if options.noise == "independent":
+        data = torch.cat([pair.moving.data[c : c + 1] for c in _channels(pair)])
+        return noises.independent(data, seen.coords, options.padding)
+    shape = pair.fixed.grid.shape
+    return noises.correlated(seen.residuals, seen.scale, shape, options.reach, _turn(pair))
+
+
+def pair_drawn(pair: Pair, seen: Seen, slope: Tensor) -> Tensor:
+    """The derivative (D, N) of the expected |r|^2 by the coordinates, up to the factor: between voxels interpolation
+    averages noise away, which draws the solution there, whatever the images show.
+
+    slope : of the noise
+    """
+    part = seen.coords - seen.coords.floor()
+    toward = torch.where(part == 0, 0, 2 * part - 1)  # at a voxel it is drawn to both sides alike
+    return toward * slope * seen.scale.square() * len(_channels(pair))
+
+
+def typical_variance(scale: Tensor, variance: Tensor) -> Tensor:
+    """The variance of one residual up to the factor, by scale (1, N) and variance of the noise (C, N)."""
+    return (variance * scale.square().square()).sum() / scale.square().sum() / len(variance)
+
+
+def noise_deviation(factor: Tensor, variance: Tensor, weights: Tensor) -> Tensor:
+    """The standard deviation of the noise in the unit of the images."""
+    return (factor * (variance * weights).sum() / weights.sum() / len(variance)).sqrt()
+
+
+def _similar(pair: Pair) -> Objective:
+    return pair.objective.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[0]
+
+
+def _channels(pair: Pair) -> Sequence[int]:
+    return _similar(pair).terms[0].channels or range(pair.moving.data.shape[0])
+
+
+def pair_penalty(transform: Transform, params: Any, pair: Pair) -> Tensor:
+    """The penalties, scalar."""
+    penalties = pair.objective.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[1]
+    found = pair_map(transform, params, pair.domain, pair.fixed.grid, penalties.needs)
+    return penalties.value(found)[0].to(torch.float64)
+
+
 def pair_covariance(options: Options, params: Any, pair: Pair) -> Found:
     """Covariance, free directions, bias, noise, freedom and Newton's step left, of one pair in float64."""
     transform = options.transform
-    similar, penalties = pair.objective.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))
     zero = transform.cast(transform.zero_step(pair.domain), torch.float64)
     start = torch.cat([leaf.flatten() for leaf in tree_leaves(zero)])
-    grid, needs = pair.fixed.grid, pair.objective.needs
 
     def moved(flat: Tensor) -> Any:
         return transform.perturb(params, parted(flat, zero), pair.domain)
@@ -59,48 +141,36 @@ def pair_covariance(options: Options, params: Any, pair: Pair) -> Found:
         return found, found
 
     def penalty(flat: Tensor) -> Tensor:
-        found = pair_map(transform, moved(flat), pair.domain, grid, penalties.needs)
-        return penalties.value(found)[0].to(torch.float64)
+        return pair_penalty(transform, moved(flat), pair)
 
     by_step, coords = jacfwd(along, has_aux=True)(start)  # (D, N, P), (D, N)
-    seen, weights = pair_seen(pair, coords, options.padding)
+    seen = pair_at(options, params, pair, coords)
+    scale, residuals = seen.scale, seen.residuals
+    noise = pair_noise(options, pair, seen)
 
     def residuals_of(warped: Tensor, fixed: Tensor) -> Tensor:
-        found = pair_found(transform, params, pair, warped, weights, needs)
-        return similar.residuals(found | {"fixed": fixed.reshape(found["fixed"].shape)})
+        return pair_residuals(options, params, pair, warped, fixed, seen.weights)
 
-    images = seen.value, pair.fixed.data.flatten(1)
-    residuals = residuals_of(*images)
-    tangents = torch.einsum("cdn,dnp->pcn", seen.gradient, by_step)
+    images = seen.warped, pair.fixed.data.flatten(1)
+    tangents = torch.einsum("cdn,dnp->pcn", seen.slopes, by_step)
     jacobian = vmap(lambda t: jvp(lambda x: residuals_of(x, images[1]), images[:1], (t,))[1])(tangents)  # (P, R)
-    tangents = torch.einsum("cdn,dnp->pcn", _slope_of_fixed(pair, coords), by_step)
+    tangents = torch.einsum("cdn,dnp->pcn", seen.others, by_step)
     other = -vmap(lambda t: jvp(lambda x: residuals_of(images[0], x), images[1:], (t,))[1])(tangents)
-    every = torch.ones_like(coords[:1]) if weights is None else weights
-    channels = similar.terms[0].channels or range(len(seen.value))
-    weight = similar.terms[0].weight.to(every.dtype)
-    scale = (weight * every / (len(channels) * every.sum().clamp(min=1e-30))).sqrt()  # (1, N): r = scale * d
-    residuals = residuals.reshape(-1, scale.shape[1])  # (C, N)
     jacobian, other = (j.reshape(len(start), -1, scale.shape[1]) for j in (jacobian, other))  # (P, C, N)
 
-    if options.noise == "independent":
-        data = torch.cat([pair.moving.data[c : c + 1] for c in channels])
-        noise = noises.independent(data, coords, options.padding)
-    else:
-        turn = _turn(pair)
-        noise = noises.correlated(residuals, scale, grid.shape, options.reach, turn)
     spread = vmap(noise.apply)(jacobian * scale)
     middle = torch.einsum("pcn,qcn->pq", spread * scale, jacobian)  # J^T C J
     information = torch.einsum("pcn,qcn->pq", jacobian, jacobian)
     slope = torch.einsum("pcn,cn->p", jacobian, residuals)
     held = torch.zeros_like(information)
-    if penalties.terms:
+    if pair.objective.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[1].terms:
         held = jacfwd(grad(penalty))(start) / 2
         held = (held + held.mT) / 2
         slope = slope + grad(penalty)(start) / 2
     # Of the moving image's noise alone: sum over voxels and channels of s^2 (dx/ds)^T Cov(grad n) (dx/ds).
-    idle = torch.einsum("dnp,dn,dnq->pq", by_step, noise.slope * scale.square() * len(channels), by_step)
+    idle = torch.einsum("dnp,dn,dnq->pq", by_step, noise.slope * scale.square() * len(_channels(pair)), by_step)
     variance = noise.variance * scale.square()  # of the residuals, up to the factor
-    typical = (variance * scale.square()).sum() / scale.square().sum() / len(channels)
+    typical = typical_variance(scale, noise.variance)
 
     inverse = inverse_within(information + held)[0]
     taken = inverse @ information
@@ -110,19 +180,15 @@ def pair_covariance(options: Options, params: Any, pair: Pair) -> Found:
     expected = expected + typical * torch.trace(inverse @ held @ taken)
     factor = residuals.square().sum() / expected.clamp(min=1e-30)
 
-    # Between voxels interpolation averages noise away, which draws the solution there, whatever the images show.
-    part = coords - coords.floor()
-    toward = torch.where(part == 0, 0, 2 * part - 1)  # at a voxel it is drawn to both sides alike
-    drawn = toward * noise.slope * scale.square() * len(channels)  # of E |r|^2 by the coordinates
-    pull = factor / 2 * torch.einsum("dnp,dn->p", by_step, drawn)
-    known = _known(torch.einsum("pcn,qcn->pq", jacobian, other), factor * idle, every.sum() * len(channels))
+    pull = factor / 2 * torch.einsum("dnp,dn->p", by_step, pair_drawn(pair, seen, noise.slope))
+    known = _known(torch.einsum("pcn,qcn->pq", jacobian, other), factor * idle, seen.total)
     inverse, free = inverse_within(known + held)
     middle = factor * (middle + (typical * held if options.prior else 0)) + torch.outer(pull, pull)
-    covariance, lost = _within(inverse @ middle @ inverse, float(max(grid.size)) ** 2 * len(start))
+    covariance, lost = _within(inverse @ middle @ inverse, float(max(pair.fixed.grid.size)) ** 2 * len(start))
     free = free + lost
     newton = inverse @ slope
     apart = newton @ inverse_within(covariance)[0] @ newton
-    deviation = (factor * (noise.variance * every).sum() / every.sum() / len(noise.variance)).sqrt()
+    deviation = noise_deviation(factor, noise.variance, seen.weights)
     freedom = torch.trace(inverse @ known)
     return Found(covariance, free, -inverse @ pull, deviation, freedom, (apart / len(start)).clamp(min=0).sqrt())
 

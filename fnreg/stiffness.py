@@ -12,12 +12,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fnreg import bspline
+from fnreg.grid import Grid
 from fnreg.losses import penalties
 from fnreg.losses.penalties import DenseField, SplineField
 from fnreg.pair import Pair
@@ -27,6 +29,7 @@ from fnreg.transforms.base import Transform, first_domain
 from fnreg.transforms.dense import OneField
 
 ORDERS = {penalties.diffusion: 1, penalties.bending: 2, penalties.curvature: 2}
+Along = Callable[[int, int, int, torch.device], Tensor]
 ON_DIAGONAL = 151 / 315  # integral of beta^2, of that of beta times the sum of all
 
 
@@ -65,20 +68,23 @@ def share(transform: Transform, domain: Any) -> float:
     return ON_DIAGONAL ** first_domain(domain).ndim if isinstance(field, SplineField) else 1.0
 
 
-def stiffness(transform: Transform, padding: Padding | None, step: Any, pair: Pair) -> Tensor:
-    """The diagonal (P,) of the second derivative of one pair's penalties by the step."""
+def stiffness(
+    transform: Transform, padding: Padding | None, step: Any, pair: Pair, *, along: Along | None = None
+) -> Tensor:
+    """The diagonal (P,) of the second derivative of one pair's penalties by the step.
+
+    along : the diagonal (m,) of the mean square of a derivative along one axis, in another basis of each axis
+    """
     grid = first_domain(pair.domain)
     field: DenseField | SplineField = transform.field(transform.init(pair.domain), pair.domain)
-    axes = [(n, 0) for n in grid.size]
-    if isinstance(field, SplineField):
-        axes = list(zip(field.lattice.size, field.lattice.stride, strict=True))
+    axes = axes_of(field, grid)
     spacing = field.spacing.to(torch.float64)
     lengths = grid.spacing.to(torch.float64).reshape(-1, *(1,) * grid.ndim) ** 2  # of one unit of a step, squared
     made: Tensor | None = None
     for term in pair.objective.terms:
         if term.function in ORDERS:
             weight = 2 * term.weight.to(torch.float64).clamp(min=0)
-            found = weight * lengths * _roughness(axes, spacing, ORDERS[term.function])
+            found = weight * lengths * _roughness(axes, spacing, ORDERS[term.function], along or _axis)
             made = found if made is None else made + found
     if made is None:
         count = math.prod(len(_axis(n, stride, 0, spacing.device)) for n, stride in axes)
@@ -86,7 +92,14 @@ def stiffness(transform: Transform, padding: Padding | None, step: Any, pair: Pa
     return made.flatten()
 
 
-def _roughness(axes: list[tuple[int, int]], spacing: Tensor, total: int) -> Tensor:
+def axes_of(field: DenseField | SplineField, grid: Grid) -> list[tuple[int, int]]:
+    """Of each axis, x first, the voxels and the stride of the field's values; stride 0 is a value at every voxel."""
+    if isinstance(field, SplineField):
+        return list(zip(field.lattice.size, field.lattice.stride, strict=True))
+    return [(n, 0) for n in grid.size]
+
+
+def _roughness(axes: list[tuple[int, int]], spacing: Tensor, total: int, along: Along) -> Tensor:
     """The diagonal (*lattice) of the mean of all squared derivatives of an order, by one component."""
     sums: list[Tensor] = []
     for orders in itertools.product(range(total + 1), repeat=len(axes)):
@@ -94,7 +107,7 @@ def _roughness(axes: list[tuple[int, int]], spacing: Tensor, total: int) -> Tens
             continue
         often = math.factorial(total) / math.prod(math.factorial(n) for n in orders)
         parts = [
-            _axis(n, stride, order, spacing.device) / scale ** (2 * order)
+            along(n, stride, order, spacing.device) / scale ** (2 * order)
             for (n, stride), order, scale in zip(axes, orders, spacing, strict=True)
         ]
         sums.append(often * functools.reduce(lambda found, part: part.reshape(-1, *(1,) * found.ndim) * found, parts))
@@ -104,9 +117,14 @@ def _roughness(axes: list[tuple[int, int]], spacing: Tensor, total: int) -> Tens
 @constant
 def _axis(n: int, stride: int, order: int, device: torch.device) -> Tensor:
     """The diagonal (m,) of the mean square of a derivative along one axis; stride 0 is a value at every voxel."""
+    return torch.diagonal(axis_matrix(n, stride, order, device)).contiguous()
+
+
+def axis_matrix(n: int, stride: int, order: int, device: torch.device) -> Tensor:
+    """The matrix (m, m) of the mean square of a derivative along one axis; stride 0 is a value at every voxel."""
     if stride:
-        return torch.diagonal(bspline.gram_matrix(n, stride, order, order, device)).contiguous()
+        return bspline.gram_matrix(n, stride, order, order, device)
     difference = torch.eye(n, dtype=torch.float64, device=device)
     for _ in range(min(order, n - 1)):
         difference = difference.diff(dim=0)
-    return difference.square().sum(0) / len(difference) if order < n else difference.new_zeros(n)
+    return difference.mT @ difference / len(difference) * (order < n)

@@ -21,7 +21,7 @@ noise, and counts as part of the error.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -30,10 +30,12 @@ from torch.func import jacfwd, vmap
 from fnreg import noise as noises
 from fnreg.image import Image, Subject
 from fnreg.inputs import prepare
+from fnreg.linearised import Solves
 from fnreg.losses import functional
 from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS, Objective, mse
 from fnreg.losses.terms import objective as as_objective
 from fnreg.notes import warn
+from fnreg.pair import Pair
 from fnreg.pytree import (
     batch_axes,
     batch_size,
@@ -49,11 +51,12 @@ from fnreg.pytree import (
     tree_vmap,
 )
 from fnreg.registration import Registration
-from fnreg.sampling import Padding
+from fnreg.sampling import Mode, Padding
 from fnreg.sandwich import Found, Options, pair_covariance
+from fnreg.solved import SolvedLaplace, Told, first_map, is_then, linearised, mapped_by_step, tell
 from fnreg.solvers.base import Status, parted
 from fnreg.starts import expand
-from fnreg.transforms.base import Domain, Mapping, Sequential, Transform, first_domain, single
+from fnreg.transforms.base import Mapping, Transform, first_domain, single
 
 FAR = 3.0  # standard deviations
 UNSEEN = 0.05  # of what moves a point
@@ -123,10 +126,10 @@ class Laplace:
         values, vectors = torch.linalg.eigh(self.covariance)
         root = vectors * values.clamp(min=0).sqrt()
         noise = torch.randn(count, len(root), generator=generator, dtype=root.dtype).to(root.device)
-        transform, domain, params = _first(self.mapping)
+        transform, domain, params = first_map(self.mapping)
         zero = transform.zero_step(domain)
         found = vmap(lambda flat: transform.retract(params, parted(flat, zero), domain))(noise @ root.mT)
-        if _is_then(self.mapping):
+        if is_then(self.mapping):
             rest = tree_map(lambda leaf: leaf.expand(count, *leaf.shape), self.mapping.params[1:])
             found = (found, *rest)
         return Mapping(found, self.mapping.domain, self.mapping.transform)
@@ -136,6 +139,51 @@ class Laplace:
         return tree_take(self, number, batch_axes("laplace", self, self.ranks())[0])
 
 
+@overload
+def laplace(
+    registration: Registration,
+    fixed: Image | Subject,
+    moving: Image | Subject,
+    objective: Any = mse,
+    *,
+    dense: Literal[True],
+    noise: noises.Kind = "correlated",
+    reach: int = 3,
+    prior: bool = True,
+    padding: Padding | None = None,
+    interpolation: Mode = "linear",
+    solves: Solves = Solves(),
+) -> Laplace: ...
+@overload
+def laplace(
+    registration: Registration,
+    fixed: Image | Subject,
+    moving: Image | Subject,
+    objective: Any = mse,
+    *,
+    dense: Literal[False],
+    noise: noises.Kind = "correlated",
+    reach: int = 3,
+    prior: bool = True,
+    padding: Padding | None = None,
+    interpolation: Mode = "linear",
+    solves: Solves = Solves(),
+) -> SolvedLaplace: ...
+@overload
+def laplace(
+    registration: Registration,
+    fixed: Image | Subject,
+    moving: Image | Subject,
+    objective: Any = mse,
+    *,
+    dense: None = None,
+    noise: noises.Kind = "correlated",
+    reach: int = 3,
+    prior: bool = True,
+    padding: Padding | None = None,
+    interpolation: Mode = "linear",
+    solves: Solves = Solves(),
+) -> Any: ...
 def laplace(
     registration: Registration,
     fixed: Image | Subject,
@@ -146,7 +194,10 @@ def laplace(
     reach: int = 3,
     prior: bool = True,
     padding: Padding | None = None,
-) -> Laplace:
+    interpolation: Mode = "linear",
+    dense: bool | None = None,
+    solves: Solves = Solves(),
+) -> Laplace | SolvedLaplace:
     """The Gaussian approximation of a registration's error from its Gauss-Newton Hessian, see `fnreg.uncertainty`.
 
     registration : at its minimum; warns where Newton's step to it is longer than three standard deviations
@@ -158,10 +209,14 @@ def laplace(
     reach : voxels along an axis beyond which correlated noise is taken to be independent
     prior : whether the error counts by how far penalties pull from a truth that is as probable as they say; without,
         it is the spread by noise alone, as other scans of the same would show it
+    interpolation : "linear", as it was registered: of no other it is known what it does to noise
+    dense : whether the covariance of all parameters is formed, which gives a `Laplace`; else it is solved for point by
+        point, which gives a `SolvedLaplace` and asks for a penalty.  None forms it of up to 2048 parameters
+    solves : how it is solved for
 
     The approximation knows of noise, not of local minima, of a transform that cannot hold the truth, nor of images
     that differ by more than it.  In a batch a pair that failed has NaN; alone it raises ValueError, as does what has no
-    residuals (`lncc`, `mi`), no single objective (`Diffeomorphism`) or more than 2048 parameters.
+    residuals (`lncc`, `mi`) or no single objective (`Diffeomorphism`), many parameters and no penalty.
 
     >>> import torch, fnreg
     >>> blob = (-(fnreg.Grid((24, 24)).points() - 11.5).square().sum(1) / 40).exp().reshape(1, 24, 24)
@@ -173,9 +228,9 @@ def laplace(
     """
     total = as_objective(objective)
     mapping = registration.mapping
-    transform, domain, params = _first(mapping)
-    _check(transform, total, noise, reach, registration, fixed)
-    then = Mapping(mapping.params[1], mapping.domain[1], mapping.transform.transforms[1]) if _is_then(mapping) else None  # type: ignore[attr-defined]
+    transform, domain, params = first_map(mapping)
+    size = _check(transform, total, noise, reach, registration, fixed, interpolation, dense)
+    then = Mapping(mapping.params[1], mapping.domain[1], mapping.transform.transforms[1]) if is_then(mapping) else None  # type: ignore[attr-defined]
     exact = [tree_map(lambda leaf: leaf.to(torch.float64), _image(image)) for image in (fixed, moving)]
     whole = prepare(
         _with_image(fixed, exact[0]), _with_image(moving, exact[1]), then, levels=1, min_size=1, objectives=(total,)
@@ -187,37 +242,41 @@ def laplace(
     level = whole.level(0, transform, total, batch or 1, padding, then)
     params = expand(transform.cast(params, torch.float64), ranks.params, batch or 1)
     options = Options(transform, noise, reach, prior, padding)
-    found = Found(*tree_vmap(functools.partial(pair_covariance, options), (None, level.axes), params, level.pairs))
     failed = (registration.status > int(Status.CONVERGED)).reshape(-1).expand(batch or 1)
     if batch is None and is_concrete(failed) and bool(failed):
         raise ValueError(
             f"the registration failed: {Status(int(registration.status)).remedy}; there is no solution to be unsure of"
         )
+    if not (size <= LARGEST if dense is None else dense):
+        return _solved(options, solves, mapping, level.pairs, failed, batch)
+    found = Found(*tree_vmap(functools.partial(pair_covariance, options), (None, level.axes), params, level.pairs))
     found = Found(*(torch.where(failed.reshape(-1, *(1,) * (x.ndim - 1)), torch.nan, x) for x in found))
-    if is_concrete(found.left) and bool((found.left > FAR).any()):
-        warn(
-            f"{int((found.left > FAR).sum())} of {batch or 1} registrations ended more than {FAR:g} standard "
-            "deviations from their minimum, so their error is larger than told: use GaussNewton() or more steps; where "
-            "that is no help a kink of linear interpolation holds them, of which smoother images have less",
-            stacklevel=2,
-        )
+    _warn_far(found.left, batch or 1)
     found = found if batch is not None else Found(*(x[0] for x in found))
     return Laplace(mapping, *found, transform)
 
 
+def _solved(
+    options: Options, solves: Solves, mapping: Mapping, pairs: Pair, failed: Tensor, batch: int | None
+) -> SolvedLaplace:
+    told = tell(linearised(options, mapping, pairs, batch or 1), solves, batch is None)
+    told = Told(*(torch.where(failed.reshape(-1, *(1,) * (x.ndim - 1)), torch.nan, x) for x in told))
+    _warn_far(told.left, batch or 1)
+    told = told if batch is not None else Told(*(x[0] for x in told))
+    return SolvedLaplace(mapping, **told._asdict(), pairs=pairs, options=options, solves=solves)
+
+
+def _warn_far(left: Tensor, count: int) -> None:
+    if is_concrete(left) and bool((left > FAR).any()):
+        warn(
+            f"{int((left > FAR).sum())} of {count} registrations ended more than {FAR:g} standard "
+            "deviations from their minimum, so their error is larger than told: use GaussNewton() or more steps; where "
+            "that is no help a kink of linear interpolation holds them, of which smoother images have less",
+            stacklevel=3,
+        )
+
+
 # -- what was registered ---------------------------------------------------------------------------------------------
-
-
-def _is_then(mapping: Mapping) -> bool:
-    """Whether a map acts after the one that was optimised: composing gives each part a domain of its own."""
-    return isinstance(mapping.transform, Sequential) and isinstance(mapping.domain, tuple)
-
-
-def _first(mapping: Mapping) -> tuple[Transform, Domain, Any]:
-    """What was optimised: transform, domain and parameters."""
-    if not _is_then(mapping):
-        return mapping.transform, mapping.domain, mapping.params
-    return mapping.transform.transforms[0], mapping.domain[0], mapping.params[0]  # type: ignore[attr-defined]
 
 
 def _image(given: Image | Subject) -> Image:
@@ -232,8 +291,16 @@ def _with_image(given: Image | Subject, image: Image) -> Image | Subject:
 
 
 def _check(
-    transform: Transform, total: Objective, noise: str, reach: int, registration: Registration, fixed: Image | Subject
-) -> None:
+    transform: Transform,
+    total: Objective,
+    noise: str,
+    reach: int,
+    registration: Registration,
+    fixed: Image | Subject,
+    interpolation: str,
+    dense: bool | None,
+) -> int:
+    """The number of parameters; ValueError where there is no answer."""
     if not transform.descends:
         raise ValueError(
             f"{transform} descends no single objective, so there is no Hessian at its end: use SVFFD, or `ensemble`"
@@ -260,29 +327,29 @@ def _check(
         )
     if noise == "independent" and similar.terms[0].function is not functional.mse:
         raise ValueError(f"noise='independent' goes with mse alone, not {similar.terms[0].name}: choose 'correlated'")
-    count = sum(leaf.numel() for leaf in tree_leaves(transform.zero_step(single(registration.fixed_grid))))
-    if count > LARGEST:
+    if interpolation != "linear":
         raise ValueError(
-            f"{transform} has {count} parameters: a covariance of more than {LARGEST} is not computed; choose a longer "
-            "stride, or `ensemble`"
+            f"interpolation is {interpolation!r}: laplace knows what linear interpolation does to noise; register with "
+            "it, which a few steps from this solution do, or use `ensemble`"
         )
+    count = sum(leaf.numel() for leaf in tree_leaves(transform.zero_step(single(registration.fixed_grid))))
+    if dense and count > LARGEST:
+        raise ValueError(
+            f"{transform} has {count} parameters: a covariance of more than {LARGEST} is not formed; leave dense out"
+        )
+    if (count > LARGEST or dense is False) and len(similar.terms) == len(total.terms):
+        raise ValueError(
+            f"the objective {total} has no penalty, without which {count} parameters are not determined: register with "
+            "one, such as mse + 1e-3 * bending, choose a longer stride, or use `ensemble`"
+        )
+    return count
 
 
 # -- points ------------------------------------------------------------------------------------------------------------
 
 
 def _points(laplace: Laplace, points: Tensor) -> Tensor:
-    mapping = laplace.mapping
-    transform, domain, params = _first(mapping)
-    zero = transform.zero_step(domain)
-    start = torch.cat([leaf.flatten() for leaf in tree_leaves(zero)]).to(torch.float64)
-
-    def mapped(flat: Tensor) -> Tensor:
-        found = transform.perturb(params, parted(flat, zero), domain)
-        if _is_then(mapping):
-            found = (found, *mapping.params[1:])
-        return mapping.transform.points(found, mapping.domain, points.to(torch.float64))
-
+    mapped, start = mapped_by_step(laplace.mapping, points)
     slope = jacfwd(mapped)(start).to(torch.float64)  # (N, D, P)
     covariance = slope @ laplace.covariance @ slope.mT
     unknown = slope @ laplace.free

@@ -433,10 +433,6 @@ def test_transforms_that_it_refuses(registered: Any) -> None:
     result = register(fixed, moving, fnreg.Diffeomorphism(), levels=1, steps=1)
     with pytest.raises(ValueError, match=r"descends no single objective.*use SVFFD, or `ensemble`"):
         laplace(result, fixed, moving)
-    large = Image(torch.rand(1, 40, 40))
-    result = register(large, large, fnreg.Displacement(), objective=mse + bending, levels=1, steps=0)
-    with pytest.raises(ValueError, match="has 3200 parameters: a covariance of more than 2048"):
-        laplace(result, large, large, mse + bending)
 
 
 def test_a_failed_registration_is_told(registered: Any) -> None:
