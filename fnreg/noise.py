@@ -62,10 +62,17 @@ def independent(moving: Tensor, coords: Tensor, padding: Padding | None) -> Nois
     def apply(values: Tensor) -> Tensor:
         return values + interpolated(spread(values)[0])
 
-    each = squared_weights(coords)
-    variance = 1 + each.prod(0)
-    others = [torch.cat([each[:k], each[k + 1 :]]).prod(0) for k in range(len(each))]
-    return Noise(apply, variance.expand(len(moving), -1), 2 * torch.stack(others), moving.new_empty(0))
+    last = torch.tensor(moving.shape[:0:-1], dtype=coords.dtype, device=coords.device).unsqueeze(1) - 1
+    held = coords.clamp(min=torch.zeros_like(last), max=last) if beyond == "border" else coords
+    each, steep = squared_weights(held), torch.full_like(coords, 2.0)
+    if beyond == "border":  # beyond the outer voxels nothing changes
+        steep = torch.where(held == coords, steep, 0)
+    elif beyond == "zeros":  # there is no noise beyond them
+        part = coords - coords.floor()
+        near, far = ((i >= 0) & (i <= last) for i in (coords.floor(), coords.floor() + 1))
+        each, steep = (1 - part).square() * near + part.square() * far, near.to(coords.dtype) + far
+    others = torch.stack([torch.cat([each[:k], each[k + 1 :]]).prod(0) for k in range(len(each))])
+    return Noise(apply, (1 + each.prod(0)).expand(len(moving), -1), steep * others, moving.new_empty(0))
 
 
 def correlated(residual: Tensor, scale: Tensor, shape: tuple[int, ...], reach: int, turn: Tensor) -> Noise:
@@ -97,13 +104,14 @@ def correlated(residual: Tensor, scale: Tensor, shape: tuple[int, ...], reach: i
     shifted = torch.where(enough, products / torch.where(enough, counts, 1), 0) * window  # (C, *padded)
     density = torch.fft.rfftn(shifted, dim=_axes(shape)).real.clamp(min=0)
     kernel = back(density)
-    top = kernel.flatten(1)[:, :1]
-    top = torch.where(top > 0, top, 1).reshape(-1, *(1,) * len(shape))
+    top = kernel.flatten(1)[:, 0].mean()  # of all channels, which differ in noise by their own
+    top = torch.where(top > 0, top, 1)
     density, kernel = density / top, kernel / top
+    own = kernel.flatten(1)[:, 0]  # (C,)
 
     # The variance of a difference of neighbours is 2 (C(0) - C(1)); half of it is the moving image's.
     near = [kernel.select(-1 - k, 1).flatten(1)[:, 0] for k in range(len(shape))]  # x first
-    along = torch.diag(1 - torch.stack(near).mean(1).clamp(max=1))
+    along = torch.diag((own - torch.minimum(torch.stack(near), own)).mean(1))
     inverse = torch.linalg.inv_ex(turn.to(residual.dtype)).inverse
     slope = torch.diagonal(inverse.mT @ along @ inverse)
     slope = slope.unsqueeze(1).expand(-1, residual.shape[1])
@@ -111,7 +119,7 @@ def correlated(residual: Tensor, scale: Tensor, shape: tuple[int, ...], reach: i
     def apply(values: Tensor) -> Tensor:
         return stationary(density, shape, reach, values)
 
-    return Noise(apply, torch.ones_like(residual), slope, density)
+    return Noise(apply, own.unsqueeze(1).expand_as(residual), slope, density)
 
 
 def stationary(density: Tensor, shape: tuple[int, ...], reach: int, values: Tensor) -> Tensor:

@@ -54,6 +54,11 @@ def first_map(mapping: Mapping) -> tuple[Transform, Domain, Any]:
     """What was optimised: transform, domain and parameters."""
     if not is_then(mapping):
         return mapping.transform, mapping.domain, mapping.params
+    if len(mapping.params) > 2:
+        raise ValueError(
+            f"the mapping is made of {len(mapping.params)} maps: of one that was optimised and one that acts after it "
+            "it is known how sure it is; compose the later ones to one first"
+        )
     return mapping.transform.transforms[0], mapping.domain[0], mapping.params[0]  # type: ignore[attr-defined]
 
 

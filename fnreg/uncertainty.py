@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.func import jacfwd, vmap
 
 from fnreg import noise as noises
-from fnreg.image import Image, Subject
+from fnreg.image import Image, Subject, subject
 from fnreg.inputs import prepare
 from fnreg.linearised import Solves
 from fnreg.losses import functional
@@ -204,8 +204,8 @@ def laplace(
     fixed, moving, objective, padding : what was registered, on its finest level, not `symmetric`.  The objective is one
         of `mse` and `ncc`, with penalties or without
     noise : "correlated" is stationary and reads the correlation of the residuals off them, which serves smoothed and
-        resampled images; "independent" is of equal variance in every voxel of both images as given, for `mse`.  The
-        variance is estimated from the residuals in both cases
+        resampled images; "independent" is of equal variance in every voxel and channel of both images as given, for
+        `mse`.  The variance is estimated from the residuals in both cases
     reach : voxels along an axis beyond which correlated noise is taken to be independent
     prior : whether the error counts by how far penalties pull from a truth that is as probable as they say; without,
         it is the spread by noise alone, as other scans of the same would show it
@@ -215,8 +215,10 @@ def laplace(
     solves : how it is solved for
 
     The approximation knows of noise, not of local minima, of a transform that cannot hold the truth, nor of images
-    that differ by more than it.  In a batch a pair that failed has NaN; alone it raises ValueError, as does what has no
-    residuals (`lncc`, `mi`) or no single objective (`Diffeomorphism`), many parameters and no penalty.
+    that differ by more than it: what misalignment leaves of the residuals counts as noise, so that a registration that
+    ended far from its minimum is told as unsure rather than warned of.  In a batch a pair that failed has NaN; alone it
+    raises ValueError, as does what has no residuals (`lncc`, `mi`), no single objective (`Diffeomorphism`), or many
+    parameters and no penalty.
 
     >>> import torch, fnreg
     >>> blob = (-(fnreg.Grid((24, 24)).points() - 11.5).square().sum(1) / 40).exp().reshape(1, 24, 24)
@@ -231,7 +233,7 @@ def laplace(
     transform, domain, params = first_map(mapping)
     size = _check(transform, total, noise, reach, registration, fixed, interpolation, dense)
     then = Mapping(mapping.params[1], mapping.domain[1], mapping.transform.transforms[1]) if is_then(mapping) else None  # type: ignore[attr-defined]
-    exact = [tree_map(lambda leaf: leaf.to(torch.float64), _image(image)) for image in (fixed, moving)]
+    exact = [tree_map(lambda leaf: leaf.to(torch.float64), subject(image).image) for image in (fixed, moving)]
     whole = prepare(
         _with_image(fixed, exact[0]), _with_image(moving, exact[1]), then, levels=1, min_size=1, objectives=(total,)
     )
@@ -239,10 +241,11 @@ def laplace(
     sizes = batch_axes("registration.mapping", mapping, mapping.ranks())[1]
     sizes |= batch_axes("objective", total, total.ranks())[1]
     batch = batch_size(whole.sizes | sizes)
+    failed = (registration.status > int(Status.CONVERGED)).reshape(-1).expand(batch or 1)
+    whole = whole if batch is None else whole.without(failed)
     level = whole.level(0, transform, total, batch or 1, padding, then)
     params = expand(transform.cast(params, torch.float64), ranks.params, batch or 1)
     options = Options(transform, noise, reach, prior, padding)
-    failed = (registration.status > int(Status.CONVERGED)).reshape(-1).expand(batch or 1)
     if batch is None and is_concrete(failed) and bool(failed):
         raise ValueError(
             f"the registration failed: {Status(int(registration.status)).remedy}; there is no solution to be unsure of"
@@ -279,10 +282,6 @@ def _warn_far(left: Tensor, count: int) -> None:
 # -- what was registered ---------------------------------------------------------------------------------------------
 
 
-def _image(given: Image | Subject) -> Image:
-    return given.image if isinstance(given, Subject) else given
-
-
 def _with_image(given: Image | Subject, image: Image) -> Image | Subject:
     if not isinstance(given, Subject):
         return image
@@ -307,13 +306,13 @@ def _check(
         )
     if noise not in noises.KINDS:
         raise ValueError(f"unknown noise {noise!r}: choose {' or '.join(noises.KINDS)}")
-    grid = _image(fixed).grid
+    grid = subject(fixed).image.grid
     if grid.size != registration.fixed_grid.size:
         raise ValueError(
             f"fixed has size {grid.size} but {registration.fixed_grid.size} was registered: give the same images"
         )
-    if not 1 <= reach < min(grid.size):
-        raise ValueError(f"reach is {reach}: expected at least 1 and less than the {min(grid.size)} voxels of an axis")
+    if reach < 1:
+        raise ValueError(f"reach is {reach}: expected at least 1 voxel")
     similar = total.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[0]
     for term in similar.terms:
         if term.residuals is None or not set(term.needs).isdisjoint((*OF_LABELS, *OF_POINTS)):
