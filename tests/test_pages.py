@@ -1,4 +1,4 @@
-"""What the pages show and the build does not run: the program of docs/how-to/viewers.md, and that no page is left out."""
+"""What the pages show and the build does not run: the program of docs/how-to/viewers.md; no page is left out."""
 
 from __future__ import annotations
 
