@@ -25,6 +25,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_merge_streams = True  # what a cell prints is one block
 
 # Docstrings are in numpydoc's sections, types are read from the annotations.
 napoleon_google_docstring = False
