@@ -25,7 +25,7 @@ THREADS = 2
 
 def dice(labels: Image, fixed: Image, mapping: Mapping) -> float:
     """Mean over the labels of the fixed image of 2 |A and B| / (|A| + |B|)."""
-    return overlap(warp(labels, mapping, fixed.grid, mode="nearest"), fixed)
+    return overlap(warp(labels, mapping, fixed.grid, interpolation="nearest"), fixed)
 
 
 def overlap(labels: Image, fixed: Image) -> float:

@@ -53,7 +53,7 @@ def between(image: Image) -> Image:
     turn = rotation_vector_to_matrix(torch.tensor([0.05, -0.07, 0.06], dtype=torch.float64))
     direction = turn @ grid.direction
     other = Grid(grid.size, spacing=1.1 * grid.spacing, center=grid.center + 0.7, direction=direction)
-    return image.resample(other, mode="cubic")
+    return image.resample(other, interpolation="cubic")
 
 
 def run(options: Options) -> list[Table]:

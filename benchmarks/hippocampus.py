@@ -85,7 +85,7 @@ def dice(fixed: Subject, moving: Subject, mapping: Mapping) -> Tensor:
     """2 |A and B| / (|A| + |B|) of each pair and label, (B, 2), on the fixed voxels."""
     assert fixed.labels is not None and moving.labels is not None
     labels = Image(moving.labels.to(torch.float32), moving.image.grid)
-    warped = warp(labels, mapping, fixed.image.grid, mode="nearest").data
+    warped = warp(labels, mapping, fixed.image.grid, interpolation="nearest").data
     scores: list[Tensor] = []
     for label in LABELS:
         a, b = warped == label, fixed.labels == label

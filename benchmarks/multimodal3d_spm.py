@@ -163,7 +163,7 @@ def _errors(kind: str, count: int, find: Find, fixed: Image, moving: Image) -> t
     found: list[tuple[float, ...]] = []
     for seed in range(count):
         truth = motion(kind, fixed, seed)
-        seen = warp(fixed, truth, mode="cubic")
+        seen = warp(fixed, truth, interpolation="cubic")
         inside = _head(seen)
         begin = time.perf_counter()
         result = find(seen, moving)(inside)

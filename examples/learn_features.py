@@ -41,7 +41,7 @@ def pairs(a: torch.Tensor, b: torch.Tensor, grid: fnreg.Grid, count: int, seed: 
     which = torch.randint(len(a), (count,), generator=generator)
     turn, shift = (2 * torch.rand(count, n, generator=generator).double() - 1 for n in (1, 2))
     truth = Mapping({"rotation": 0.35 * turn, "translation": 20 * shift}, grid, Rigid())
-    return fnreg.warp(Image(a[which], grid), truth, mode="cubic"), Image(b[which], grid), truth
+    return fnreg.warp(Image(a[which], grid), truth, interpolation="cubic"), Image(b[which], grid), truth
 
 
 class Features(nn.Module):

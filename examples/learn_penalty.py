@@ -31,7 +31,7 @@ def people() -> list[Subject]:
     for path in sorted(folder.glob("*_img.nii.gz")):
         image, known = fnreg.io.read_image(path), fnreg.io.read_labels(str(path).replace("_img", "_lab"))
         placed, known = (Image(t.float(), spacing=image.grid.spacing, center=0.0) for t in (image.data, known.data))
-        labels = known.resample(grid, mode="nearest", padding="zeros").data.long()
+        labels = known.resample(grid, interpolation="nearest", padding="zeros").data.long()
         found.append(Subject(placed.normalize().gaussian(1.0).resample(grid), labels=labels))
     return found
 

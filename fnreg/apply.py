@@ -33,7 +33,7 @@ def apply_image(
     *,
     like: Path | None = None,
     inverse: bool = False,
-    interp: Interp = "linear",
+    interpolation: Interp = "linear",
     padding: Padding = "zeros",
 ) -> dict[str, Any]:
     """Resample an image through transforms and write it; returns a record of what was done.
@@ -41,27 +41,27 @@ def apply_image(
     image : what is sampled, the moving image; with `inverse` the fixed one
     transforms : see `fnreg.chains.read_chain`
     like : image whose grid the result has; default the grid of the transform.  From NIfTI to NIfTI its header is kept
-    interp : "nearest" and "multilabel" keep labels the integers that they are
+    interpolation : "nearest" and "multilabel" keep labels the integers that they are
 
     Raises ImageReadError, TransformReadError, WriteError, and ValueError for axes that differ.
     """
     mapping = read_chain(transforms, inverse=inverse)
-    labels = read_labels(image) if interp == "multilabel" else None
+    labels = read_labels(image) if interpolation == "multilabel" else None
     source = io.read_image(image) if labels is None else None
     place = labels[1] if labels is not None else source.grid if source is not None else None
     assert place is not None
     grid = grid_of(mapping, like)
     if place.ndim != grid.ndim:
         raise ValueError(f"{image} has {place.ndim} axes but the transform has {grid.ndim}")
-    if source is not None and interp == "nearest" and _whole(source.data):
+    if source is not None and interpolation == "nearest" and _whole(source.data):
         labels = source.data.to(torch.int64), source.grid
     kept = like if like is not None and {suffix(like), suffix(output)} <= set(SUFFIXES) else None
     if labels is not None and labels[0].shape[0] == 1:
-        warped = warp_labels(labels[0], labels[1], mapping, grid, interp=interp, padding=padding)
+        warped = warp_labels(labels[0], labels[1], mapping, grid, interpolation=interpolation, padding=padding)
         write_labels(output, warped, grid, like=kept)
     else:
-        assert source is not None and interp != "multilabel"
-        made = warp(source, mapping, grid, mode=interp, padding=padding)
+        assert source is not None and interpolation != "multilabel"
+        made = warp(source, mapping, grid, interpolation=interpolation, padding=padding)
         window = window_of(source) if suffix(output) == ".png" else None
         io.write_image(output, made, window=window, like=kept)
     return {
@@ -70,7 +70,7 @@ def apply_image(
         "map": told(mapping),
         "direction": direction(inverse),
         "grid": repr(grid),
-        "interp": interp,
+        "interpolation": interpolation,
         "output": str(output),
     }
 
@@ -88,17 +88,23 @@ def _whole(values: Tensor) -> bool:
 
 
 def warp_labels(
-    labels: Tensor, source: Grid, mapping: Mapping, grid: Grid, *, interp: Interp = "multilabel", padding: Padding = 0.0
+    labels: Tensor,
+    source: Grid,
+    mapping: Mapping,
+    grid: Grid,
+    *,
+    interpolation: Interp = "multilabel",
+    padding: Padding = 0.0,
 ) -> Tensor:
     """Labels seen through a mapping, (1, *grid.shape), the integers that they are.
 
     labels : (1, [Z,] Y, X) integers on the grid `source`
-    interp : "nearest" takes the label of the nearest voxel; "multilabel" interpolates each class linearly and takes the
-        one with the largest share, the lowest number of several: its borders are smooth
+    interpolation : "nearest" takes the label of the nearest voxel; "multilabel" interpolates each class linearly and
+        takes the one with the largest share, the lowest number of several: its borders are smooth
     padding : outside of the labels; 0 and "zeros" are background
 
-    No label appears that was not there, but for the padding.  Raises ValueError for another `interp`, and for a padding
-    that is no label.
+    No label appears that was not there, but for the padding.  Raises ValueError for another interpolation, and for a
+    padding that is no label.
 
     >>> import torch, fnreg
     >>> from fnreg.apply import warp_labels
@@ -111,13 +117,13 @@ def warp_labels(
         raise ValueError(f"padding is {padding}: outside of labels give a whole number below 2^63")
     slabs = grid.slabs(SLAB)
     if len(slabs) > 1:
-        options: dict[str, Any] = {"interp": interp, "padding": padding}
+        options: dict[str, Any] = {"interpolation": interpolation, "padding": padding}
         return torch.cat([warp_labels(labels, source, mapping, slab, **options) for slab in slabs], 1)
     coords = moving_coords(mapping, grid, source, torch.float64)
-    if interp == "nearest":
-        return interpolate(labels, coords, mode="nearest", padding=padding).reshape(-1, *grid.shape)
-    if interp != "multilabel":
-        raise ValueError(f"labels are not mixed: interp is {interp!r}, choose nearest or multilabel")
+    if interpolation == "nearest":
+        return interpolate(labels, coords, interpolation="nearest", padding=padding).reshape(-1, *grid.shape)
+    if interpolation != "multilabel":
+        raise ValueError(f"labels are not mixed: interpolation is {interpolation!r}, choose nearest or multilabel")
     constant = not isinstance(padding, str) or padding == "zeros"
     outside = 0.0 if isinstance(padding, str) else float(padding)
     best = largest = None

@@ -134,17 +134,17 @@ class Image:
 
     # -- sampling ---------------------------------------------------------------------------------------------
 
-    def sample(self, points: Tensor, *, mode: Mode = "linear", padding: Padding = "border") -> Tensor:
+    def sample(self, points: Tensor, *, interpolation: Mode = "linear", padding: Padding = "border") -> Tensor:
         """Values (N, C) at world points (N, D)."""
         self._single()
         coords = self.grid.world_to_index(points.to(torch.float64)).mT
-        return interpolate(self.data, coords.to(self.data.dtype), mode=mode, padding=padding).mT
+        return interpolate(self.data, coords.to(self.data.dtype), interpolation=interpolation, padding=padding).mT
 
-    def resample(self, grid: Grid, *, mode: Mode = "linear", padding: Padding = "border") -> Image:
+    def resample(self, grid: Grid, *, interpolation: Mode = "linear", padding: Padding = "border") -> Image:
         """The image sampled at the voxels of another grid; smooth it first where that is coarser."""
         self._single()
         coords = self.grid.world_to_index(grid.points()).mT
-        values = interpolate(self.data, coords.to(self.data.dtype), mode=mode, padding=padding)
+        values = interpolate(self.data, coords.to(self.data.dtype), interpolation=interpolation, padding=padding)
         return Image(values.reshape(self.channels, *grid.shape), grid)
 
     def resize(self, size: int | Sequence[int]) -> Image:

@@ -33,7 +33,7 @@ class Inputs:
     sizes : length of the leading axis of every batched leaf, by name; wrapped : inside a torch.func transform
     sharp : of the masks of both sides, see `Subject`
     needs : what objectives ask for; labels and points, (fixed, moving), are there where these ask for them
-    mode : how the moving images are interpolated
+    interpolation : how the moving images are interpolated
     """
 
     fixed: tuple[Image, ...]
@@ -48,7 +48,7 @@ class Inputs:
     labels: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
     labels_differ: Tensor | None = None
     points: tuple[Points | None, Points | None] = (None, None)
-    mode: Mode = "linear"
+    interpolation: Mode = "linear"
 
     @property
     def domain(self) -> Grid:
@@ -117,7 +117,7 @@ class Inputs:
             to_moving = to_moving @ then.matrix() if then.transform.linear else None
         from_fixed = over_batch(_from_index, grid=(fixed.grid, fixed.grid.ranks()))
         masks = self.fixed_masks[number], self.moving_masks[other]
-        rest = then, to_moving, domain, annotations, self.sharp, self.mode
+        rest = then, to_moving, domain, annotations, self.sharp, self.interpolation
         pairs = Pair(fixed, moving, objective, from_fixed, *masks, *rest)
         return Level(transform, pairs, batch_axes("pair", pairs, pairs.ranks())[0], size, padding)
 
@@ -171,21 +171,21 @@ def prepare(
     detach: bool = True,
     objectives: Sequence[Objective] = (),
     deeper: Callable[[tuple[int, ...]], int] | None = None,
-    mode: Mode = "linear",
+    interpolation: Mode = "linear",
 ) -> Inputs:
     """Pyramids, masks, labels and points of what `register` was given.
 
-    mode : how the moving images are interpolated
+    interpolation : how the moving images are interpolated
     deeper : of the fixed size, how many levels the pyramids have if the size allows, where that is more than `levels`
 
     ValueError where the two sides do not fit together, or have not what the objectives ask for.
     """
     if levels < 1:
         raise ValueError(f"levels is {levels}: give at least one")
-    if mode == "nearest":
+    if interpolation == "nearest":
         raise ValueError("interpolation is 'nearest', which has no derivative: choose linear or cubic")
-    if mode not in MODES:
-        raise ValueError(f"unknown interpolation {mode!r}: choose linear or cubic")
+    if interpolation not in MODES:
+        raise ValueError(f"unknown interpolation {interpolation!r}: choose linear or cubic")
     wrapped = is_transformed(fixed, moving, then)
     detach = detach and not wrapped
     sizes: dict[str, int] = {}
@@ -228,7 +228,18 @@ def prepare(
         check(objective, subjects[0][0], subjects[1][0])
     needs = frozenset(name for objective in objectives for name in objective.needs)
     sharp = subjects[0][0].sharp, subjects[1][0].sharp
-    made = Inputs(fixed_images, moving_images, fixed_masks, moving_masks, then, sizes, wrapped, sharp, needs, mode=mode)
+    made = Inputs(
+        fixed_images,
+        moving_images,
+        fixed_masks,
+        moving_masks,
+        then,
+        sizes,
+        wrapped,
+        sharp,
+        needs,
+        interpolation=interpolation,
+    )
     if not needs.isdisjoint(OF_LABELS):
         classes, labels = _labels(subjects, (len(fixed_images), len(moving_images)), min_size)
         made = dataclasses.replace(made, labels=labels, labels_differ=classes.differ)

@@ -82,7 +82,7 @@ class Implicit:
         tree = {n: list(v) if n in ("fixed", "moving") and isinstance(v, tuple) else v for n, v in tree.items()}
         tree = {name: value for name, value in tree.items() if value is not None}
         _check_held(stages, tree, given["start"])
-        options: dict[str, Any] = {"levels": 1, "min_size": 1, "detach": False, "mode": given["interpolation"]}
+        options: dict[str, Any] = {"levels": 1, "min_size": 1, "detach": False, "interpolation": given["interpolation"]}
         whole = prepare(
             given["fixed"], given["moving"], given["then"], objectives=[s.objective[-1] for s in stages], **options
         )

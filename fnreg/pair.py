@@ -42,7 +42,7 @@ class Pair:
     given_domain: Domain | None = None  # of the transform, where it is not the fixed grid
     annotations: Annotations | None = None  # labels and points, where the objective asks for them
     sharp: tuple[bool, bool] = static(default=(False, False))  # of the fixed and the moving mask, see `Subject`
-    mode: Mode = static(default="linear")  # how the moving image is interpolated
+    interpolation: Mode = static(default="linear")  # how the moving image is interpolated
 
     @property
     def domain(self) -> Domain:
@@ -105,10 +105,10 @@ def cut(mask: Tensor) -> Tensor:
 def pair_seen(pair: Pair, coords: Tensor, padding: Padding | None) -> tuple[Sampled, Tensor | None]:
     """The moving image at coordinates, and the weights."""
     data, outside = pair.moving.data, "border" if padding is None else padding
-    if pair.mode == "linear":
+    if pair.interpolation == "linear":
         seen = sample(data, coords, padding=outside)
     else:
-        value = interpolate(data, coords, mode=pair.mode, padding=outside)
+        value = interpolate(data, coords, interpolation=pair.interpolation, padding=outside)
         seen = Sampled(value, value.new_empty(0), within(coords, data.shape[:0:-1]).to(value.dtype))
     return seen, pair_weights(seen.inside, coords, pair, padding)
 
@@ -235,7 +235,7 @@ def pair_normal_equations(
     index = index_points(grid.size, dtype, found.device)
     coords = found.to(dtype) @ index if linear else found
     seen, weights = pair_seen(pair, coords, padding)
-    slope = seen.gradient if pair.mode == "linear" else pair_slopes(pair, coords, padding)
+    slope = seen.gradient if pair.interpolation == "linear" else pair_slopes(pair, coords, padding)
     needs = pair.objective.needs
 
     def residuals_of(warped: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

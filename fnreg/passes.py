@@ -97,7 +97,12 @@ class Passes:
     @staticmethod
     def of(transform: Transform, pairs: Pair, padding: Padding | None) -> Passes | None:
         """None where the kernels do not serve."""
-        if pairs.to_moving is None or not splits(transform, pairs) or is_tracked(pairs) or pairs.mode != "linear":
+        if (
+            pairs.to_moving is None
+            or not splits(transform, pairs)
+            or is_tracked(pairs)
+            or pairs.interpolation != "linear"
+        ):
             return None
         if not serves(pairs.moving.data, pairs.fixed.data, pairs.fixed_mask, pairs.moving_mask):
             return None

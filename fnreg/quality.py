@@ -29,7 +29,7 @@ def judge(
     moving_points: Path | None = None,
     like: Path | None = None,
     space: Space | None = None,
-    interp: Interp = "nearest",
+    interpolation: Interp = "nearest",
     surfaces: bool = False,
     inverse: Path | None = None,
 ) -> dict[str, dict[str, float | None]]:
@@ -82,7 +82,7 @@ def judge(
             raise ValueError(f"{fixed_labels} is 0 everywhere, which is the background: there is no class to compare")
         for name, stage in stages.items():
             through = linear_mapping(torch.eye(grid.ndim + 1, dtype=torch.float64), grid) if stage is None else stage
-            warped = warp_labels(other[0], other[1], through, grid, interp=interp)
+            warped = warp_labels(other[0], other[1], through, grid, interpolation=interpolation)
             found[name] |= _overlaps(labels[0], warped, numbers)
             if surfaces:
                 found[name] |= _surfaces(labels[0], warped, grid, numbers)

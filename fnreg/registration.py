@@ -75,12 +75,14 @@ class Registration:
     choice: Choice | None = None
 
     @overload
-    def warp(self, image: Image, mode: Mode = "linear", *, padding: Padding = "zeros") -> Image: ...
+    def warp(self, image: Image, *, interpolation: Mode = "linear", padding: Padding = "zeros") -> Image: ...
     @overload
-    def warp(self, image: Subject, mode: Mode = "linear", *, padding: Padding = "zeros") -> Subject: ...
-    def warp(self, image: Image | Subject, mode: Mode = "linear", *, padding: Padding = "zeros") -> Image | Subject:
+    def warp(self, image: Subject, *, interpolation: Mode = "linear", padding: Padding = "zeros") -> Subject: ...
+    def warp(
+        self, image: Image | Subject, *, interpolation: Mode = "linear", padding: Padding = "zeros"
+    ) -> Image | Subject:
         """The moving image or subject, or one in the same place, resampled onto the fixed grid; see `fnreg.warp`."""
-        return warp(image, self.mapping, self.fixed_grid, mode=mode, padding=padding)
+        return warp(image, self.mapping, self.fixed_grid, interpolation=interpolation, padding=padding)
 
     def map_points(self, points: Tensor) -> Tensor:
         """Moving world points of fixed world points (N, D), or (B, N, D)."""
@@ -271,7 +273,7 @@ def course(
     deeper = search_levels if start == "auto" else None
     recorded = recording is not None
     options: dict[str, Any] = {"objectives": objectives, "deeper": deeper, "detach": not recorded}
-    whole = prepare(fixed, moving, then, levels=most, min_size=min_size, mode=interpolation, **options)
+    whole = prepare(fixed, moving, then, levels=most, min_size=min_size, interpolation=interpolation, **options)
     if recorded or is_transformed(objectives, initial, starts):
         whole = dataclasses.replace(whole, wrapped=True)
     rates = [leaf for stage in stages for leaf in optim.rates(getattr(stage.solver, "optimizer", None))]
@@ -331,7 +333,7 @@ def evaluate(
     Returns scalars, or (B,) where a leaf of images, mapping or weights has a batch axis.
     """
     total = as_objective(objective)
-    options: dict[str, Any] = {"detach": False, "objectives": (total,), "mode": interpolation}
+    options: dict[str, Any] = {"detach": False, "objectives": (total,), "interpolation": interpolation}
     whole = prepare(fixed, moving, None, levels=1, min_size=1, **options)
     check_dimension("mapping", mapping, whole.domain)
     ranks = mapping.ranks()

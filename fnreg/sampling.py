@@ -36,12 +36,12 @@ BLOCK = (
 )  # points that `grid_sample` gets at once for each core, so that what is made on the way stays in its cache
 
 
-def interpolate(data: Tensor, coords: Tensor, *, mode: Mode = "linear", padding: Padding = "border") -> Tensor:
+def interpolate(data: Tensor, coords: Tensor, *, interpolation: Mode = "linear", padding: Padding = "border") -> Tensor:
     """Values of an image between its voxels.
 
-    data : (C, [Z,] Y, X), floating; integers too with mode "nearest", which keeps them exactly
+    data : (C, [Z,] Y, X), floating; integers too with "nearest", which keeps them exactly
     coords : (D, ...) voxel indices, x first
-    mode : "linear"; "nearest" (halves round up); "cubic", the interpolating cubic B-spline (mirrored at the
+    interpolation : "linear"; "nearest" (halves round up); "cubic", the interpolating cubic B-spline (mirrored at the
         borders; equal to SciPy's order 3 with mode "mirror")
     padding : outside of the voxel centres: "border" repeats the nearest voxel, "reflection" mirrors about the
         border voxels' centres, "zeros" or a number stands in for every voxel beyond the image
@@ -54,11 +54,11 @@ def interpolate(data: Tensor, coords: Tensor, *, mode: Mode = "linear", padding:
     >>> interpolate(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 0.25, 1.0]]))
     tensor([[1.0000, 1.5000, 3.0000]])
     """
-    _check(data, coords, mode, padding)
+    _check(data, coords, interpolation, padding)
     flat = coords.reshape(coords.shape[0], -1)  # (D, N)
-    if mode == "nearest":
+    if interpolation == "nearest":
         value = _nearest(data, flat, padding)
-    elif mode == "cubic":
+    elif interpolation == "cubic":
         value = _cubic(data, flat, padding)
     else:
         value = sample(data, flat, padding=padding).value
@@ -95,7 +95,7 @@ def within(coords: Tensor, size: Sequence[int]) -> Tensor:
     return torch.stack(reach).all(0)
 
 
-def _check(data: Tensor, coords: Tensor, mode: str, padding: Padding) -> None:
+def _check(data: Tensor, coords: Tensor, interpolation: str, padding: Padding) -> None:
     dimension = data.ndim - 1
     if coords.ndim < 1 or coords.shape[0] != dimension or not 1 <= dimension <= 3:
         raise ValueError(
@@ -106,13 +106,13 @@ def _check(data: Tensor, coords: Tensor, mode: str, padding: Padding) -> None:
         raise ValueError(f"data are on {data.device} but coords on {coords.device}: move one to the other")
     if 0 in data.shape[1:]:
         raise ValueError(f"data have shape {tuple(data.shape)}: there is no voxel to sample")
-    if mode not in MODES:
-        raise ValueError(f"unknown interpolation {mode!r}: choose from {', '.join(MODES)}")
+    if interpolation not in MODES:
+        raise ValueError(f"unknown interpolation {interpolation!r}: choose from {', '.join(MODES)}")
     if isinstance(padding, str) and padding not in PADDINGS:
         raise ValueError(f"unknown padding {padding!r}: choose from {', '.join(PADDINGS)}, or a number")
     if not data.is_floating_point():
-        if mode != "nearest":
-            raise TypeError(f"data are {data.dtype}: only mode 'nearest' samples integers; convert to float first")
+        if interpolation != "nearest":
+            raise TypeError(f"data are {data.dtype}: only 'nearest' samples integers; convert to float first")
         if not _fill(padding).is_integer():
             raise ValueError(f"padding is {padding} but data are {data.dtype}: give a whole number or convert to float")
 

@@ -59,7 +59,7 @@ def mirrored(level: Level) -> Level:
         to_moving=to_fixed,
         annotations=annotations,
         sharp=(pairs.sharp[1], pairs.sharp[0]),
-        mode=pairs.mode,
+        interpolation=pairs.interpolation,
     )
     return dataclasses.replace(level, pairs=back, axes=batch_axes("pair", back, back.ranks())[0])
 

@@ -298,7 +298,7 @@ def test_register_says_that_it_detaches() -> None:
 def test_cubic_interpolation_is_that_of_warp(padding: Any) -> None:
     fixed, moving, truth = known_pair(Affine(), 2)
     value, _ = evaluate(fixed, moving, truth, interpolation="cubic", padding=padding)
-    seen = fnreg.warp(moving, truth, mode="cubic", padding="border" if padding is None else padding)
+    seen = fnreg.warp(moving, truth, interpolation="cubic", padding="border" if padding is None else padding)
     coords = moving.grid.world_to_index(truth.map_points(fixed.grid.points()))
     inside = ((coords >= -0.5) & (coords <= tensor(moving.grid.size) - 0.5)).all(1).reshape(1, *fixed.grid.shape)
     weights = inside.double() if padding is None else torch.ones_like(fixed.data)

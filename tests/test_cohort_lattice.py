@@ -106,7 +106,7 @@ def test_everything_is_on_the_grid_of_the_fixed_image(settings: Settings, tmp_pa
         assert float((back.map_points(mapping.map_points(inner)) - inner).norm(dim=1).max()) < 0.05
         # Labels, points and statistics, by other means.
         labels = [io.read_labels(row.files[f"{side}_labels"]) for side in ("fixed", "moving")]
-        moved = fnreg.warp(Image(labels[1].data, labels[1].grid), mapping, fixed.grid, mode="nearest").data > 0
+        moved = fnreg.warp(Image(labels[1].data, labels[1].grid), mapping, fixed.grid, interpolation="nearest").data > 0
         both = 2 * float((moved & (labels[0].data > 0)).sum()) / float(moved.sum() + labels[0].data.sum())
         assert record["dice_mean"] == pytest.approx(both)
         sides = [io.read_points(row.files[f"{side}_points"]).points for side in ("fixed", "moving")]

@@ -291,7 +291,9 @@ def test_sampling(dimension: int, padding: Any, mode: Any) -> None:
     cube = 1.2 * uniform(50, dimension, seed=1)
     expected = U.sample_image(image[None], cube[None], mode=mode, padding=padding)[0]
     index = grid.convert(cube, "corners", "index").mT
-    assert_close(fnreg.sampling.interpolate(image, index, mode=mode, padding=padding), expected, atol=1e-12, rtol=0)
+    assert_close(
+        fnreg.sampling.interpolate(image, index, interpolation=mode, padding=padding), expected, atol=1e-12, rtol=0
+    )
 
 
 @two_and_three

@@ -265,7 +265,7 @@ def test_resample_equals_simpleitk(dimension: int, mode: Any) -> None:
         expected = sitk.GetArrayFromImage(
             sitk.Resample(to_itk(image), reference, sitk.Transform(), how, -9.0, sitk.sitkFloat64)
         )
-        found = image.resample(other, mode=mode)
+        found = image.resample(other, interpolation=mode)
         assert found.grid is other and found.data.shape == (1, *other.shape)
         compare = within(image.grid, other.points())
         if mode == "nearest":
@@ -282,9 +282,9 @@ def test_resample_equals_simpleitk(dimension: int, mode: Any) -> None:
 def test_sample_and_resample_agree(dimension: int, seed: int, mode: Any) -> None:
     image = random_image(dimension, channels=2, seed=seed)
     other = oblique(dimension, (4, 5, 6)[:dimension], seed=seed + 3)
-    values = image.sample(other.points(), mode=mode, padding="zeros")
+    values = image.sample(other.points(), interpolation=mode, padding="zeros")
     assert values.shape == (other.numel, 2)
-    expected = image.resample(other, mode=mode, padding="zeros").data.flatten(1).mT
+    expected = image.resample(other, interpolation=mode, padding="zeros").data.flatten(1).mT
     assert_close(values, expected, rtol=0, atol=0)
 
 
@@ -292,7 +292,7 @@ def test_sample_and_resample_agree(dimension: int, seed: int, mode: Any) -> None
 def test_the_own_grid_gives_the_own_values(dimension: int, seed: int) -> None:
     image = random_image(dimension, channels=2, seed=seed)
     for mode in ("linear", "nearest", "cubic"):
-        found = image.resample(image.grid, mode=mode)  # type: ignore[arg-type]
+        found = image.resample(image.grid, interpolation=mode)  # type: ignore[arg-type]
         assert_close(found.data, image.data, rtol=0, atol=1e-11)
 
 

@@ -603,7 +603,7 @@ def test_points_and_images_are_those_of_itk(itk: Any, mapping: Mapping) -> None:
     for name, mode in (("linear", sitk.sitkLinear), ("nearest", sitk.sitkNearestNeighbor)):
         reference = to_itk_image(picture(grid, extent=1.0))
         theirs = sitk.GetArrayFromImage(sitk.Resample(to_itk_image(moving), reference, itk, mode, -9.0))
-        ours = warp(moving, mapping, mode=name).data[0]  # type: ignore[arg-type]
+        ours = warp(moving, mapping, interpolation=name).data[0]  # type: ignore[arg-type]
         coords = moving.grid.world_to_index(mapping.map_points(grid.points()))
         size = tensor(moving.grid.size)
         inner = ((coords > 0.01) & (coords < size - 1.01)).all(1).reshape(grid.shape)

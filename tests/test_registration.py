@@ -261,9 +261,9 @@ def test_warping_and_mapping_are_those_of_the_mapping() -> None:
     batch = register(stack(fixed), stack(moving), Rigid(), **few_steps(DESCENT, 3))
     points = probe(fixed[0].grid)
     for mode, padding in itertools.product(("linear", "nearest", "cubic"), ("zeros", "border")):
-        seen = batch.warp(stack(moving), mode, padding=padding)  # type: ignore[arg-type]
+        seen = batch.warp(stack(moving), interpolation=mode, padding=padding)  # type: ignore[arg-type]
         for n in range(4):
-            single = warp(moving[n], take(batch.mapping, n), fixed[n].grid, mode=mode, padding=padding)  # type: ignore[arg-type]
+            single = warp(moving[n], take(batch.mapping, n), fixed[n].grid, interpolation=mode, padding=padding)  # type: ignore[arg-type]
             assert_close(seen.data[n], single.data, atol=1e-12, rtol=0)
             assert take(seen.grid, n).same_as(fixed[n].grid)
     loop = torch.stack([take(batch.mapping, n).map_points(points) for n in range(4)])

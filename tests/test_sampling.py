@@ -150,9 +150,9 @@ def test_values_at_voxels_are_the_data(dimension: int, dtype: torch.dtype) -> No
     data = uniform(2, *SHAPES[dimension]).to(dtype)
     index = torch.as_tensor(np.indices(SHAPES[dimension])[::-1].copy()).to(dtype)
     for mode, padding in itertools.product(("linear", "nearest"), PADDINGS):
-        assert torch.equal(interpolate(data, index, mode=mode, padding=padding), data)  # type: ignore[arg-type]
+        assert torch.equal(interpolate(data, index, interpolation=mode, padding=padding), data)  # type: ignore[arg-type]
     tolerance = 1e-13 if dtype == torch.float64 else 2e-6
-    assert_close(interpolate(data, index, mode="cubic", padding="zeros"), data, rtol=0, atol=tolerance)
+    assert_close(interpolate(data, index, interpolation="cubic", padding="zeros"), data, rtol=0, atol=tolerance)
 
 
 def test_values_by_hand() -> None:
@@ -347,7 +347,7 @@ def test_all_stays_on_the_device_and_in_the_dtype_of_the_data(
         found = sample(data, coords, padding=padding)
         return found.value.square().sum() + found.gradient.square().sum()
 
-    made = [interpolate(data, coords, mode=mode, padding=padding) for mode in ("linear", "nearest", "cubic")]
+    made = [interpolate(data, coords, interpolation=mode, padding=padding) for mode in ("linear", "nearest", "cubic")]
     several = vmap(lambda d, x: sample(d, x, padding=padding), (0, None))(data.expand(3, *data.shape), coords)
     made += [*several, *grad(total, argnums=(0, 1))(data, coords.to(dtype))]
     for found in made:
@@ -375,7 +375,7 @@ def test_single_voxels(dimension: int) -> None:
         found = sample(data, coords, padding=padding)
         assert bool((found.value == 2).all()) and not bool(found.gradient.any())
     for mode in ("nearest", "cubic"):
-        found = interpolate(data, coords, mode=mode)  # type: ignore[arg-type]
+        found = interpolate(data, coords, interpolation=mode)  # type: ignore[arg-type]
         assert_close(found, torch.full_like(found, 2.0), rtol=0, atol=1e-14)
     zeros = sample(data, coords, padding="zeros").value[0]
     assert_close(zeros, 2 * (1 - coords[0].abs()).clamp(min=0) ** dimension, rtol=0, atol=1e-15)
@@ -418,7 +418,7 @@ def test_nearest_equals_scipy(shape: list[int], padding: Any) -> None:
     coords = coords[:, ((coords - coords.floor() - 0.5).abs() > 1e-3).all(0)]
     mode = {"border": "nearest", "reflection": "mirror"}[padding]
     expected = [scipy.ndimage.map_coordinates(c, coords.flip(0).numpy(), order=0, mode=mode) for c in data.numpy()]
-    assert torch.equal(interpolate(data, coords, mode="nearest", padding=padding), tensor(np.array(expected)))
+    assert torch.equal(interpolate(data, coords, interpolation="nearest", padding=padding), tensor(np.array(expected)))
 
 
 @pytest.mark.parametrize("padding", ["border", "zeros", "reflection", 7.0, -(2**31)])
@@ -429,10 +429,10 @@ def test_nearest_keeps_labels_exactly(dtype: torch.dtype, padding: Any) -> None:
         labels = labels + 2**53
     coords = torch.tensor([[-0.49, 0.2, 0.5, 1.4, 1.5, 2.0]])
     a, b, c = labels[0].tolist()
-    found = interpolate(labels, coords, mode="nearest", padding=padding)
+    found = interpolate(labels, coords, interpolation="nearest", padding=padding)
     assert found.dtype == dtype
     assert found.tolist() == [[a, a, b, b, c, c]]  # halves round up
-    outside = interpolate(labels, torch.tensor([[-3.0, 4.0]]), mode="nearest", padding=padding)
+    outside = interpolate(labels, torch.tensor([[-3.0, 4.0]]), interpolation="nearest", padding=padding)
     fill = 0 if padding == "zeros" else padding
     expected = {"border": [a, c], "reflection": [b, a]}.get(padding, [fill, fill])
     assert outside.dtype == dtype and outside.tolist() == [expected]
@@ -440,9 +440,9 @@ def test_nearest_keeps_labels_exactly(dtype: torch.dtype, padding: Any) -> None:
 
 def test_nearest_of_masks_and_bytes() -> None:
     coords = torch.tensor([[0.0, 1.0, 5.0]])
-    mask = interpolate(torch.tensor([[False, True]]), coords, mode="nearest", padding="zeros")
+    mask = interpolate(torch.tensor([[False, True]]), coords, interpolation="nearest", padding="zeros")
     assert mask.dtype == torch.bool and mask.tolist() == [[False, True, False]]
-    small = interpolate(torch.tensor([[7, 255]], dtype=torch.uint8), coords, mode="nearest", padding=9.0)
+    small = interpolate(torch.tensor([[7, 255]], dtype=torch.uint8), coords, interpolation="nearest", padding=9.0)
     assert small.dtype == torch.uint8 and small.tolist() == [[7, 255, 9]]
 
 
@@ -451,16 +451,16 @@ def test_cubic_equals_scipy(shape: list[int], seed: int) -> None:
     data = uniform(2, *shape, seed=seed)
     coords = torch.cat([anywhere(data.shape[:0:-1], 40), on_knots(data.shape[:0:-1], 20)], 1)
     expected = [scipy.ndimage.map_coordinates(c, coords.flip(0).numpy(), order=3, mode="mirror") for c in data.numpy()]
-    found = interpolate(data, coords, mode="cubic", padding="reflection")
+    found = interpolate(data, coords, interpolation="cubic", padding="reflection")
     assert_close(found, tensor(np.array(expected)), rtol=0, atol=1e-11)
     # The other paddings differ outside only: the border's value, or a constant.
     limits = tensor(data.shape[:0:-1])[:, None] - 1
     held = coords.clamp(min=0).minimum(limits)
-    found, border = (interpolate(data, x, mode="cubic", padding="border") for x in (coords, held))
+    found, border = (interpolate(data, x, interpolation="cubic", padding="border") for x in (coords, held))
     assert_close(found, border, rtol=0, atol=0)
     within = (coords == held).all(0)
     assert_close(found[:, within], tensor(np.array(expected))[:, within], rtol=0, atol=1e-11)
-    padded = interpolate(data, coords, mode="cubic", padding=-3.5)
+    padded = interpolate(data, coords, interpolation="cubic", padding=-3.5)
     assert_close(padded, torch.where(within, found, -3.5), rtol=0, atol=1e-11)
 
 
@@ -470,7 +470,7 @@ def test_cubic_is_differentiable_and_runs_in_a_batch(dimension: int) -> None:
     small = (3, 4, 5)[:dimension] if dimension < 3 else (2, 1, 3)
 
     def function(d: Tensor, x: Tensor) -> Tensor:
-        return interpolate(d, x, mode="cubic", padding="reflection")
+        return interpolate(d, x, interpolation="cubic", padding="reflection")
 
     alone = torch.stack([function(d, x) for d, x in zip(data, coords, strict=True)])
     assert_close(vmap(function)(data, coords), alone, rtol=0, atol=1e-13)
@@ -521,7 +521,7 @@ def test_a_lost_point_is_lost_alone(native_path: bool, dimension: int, padding: 
         assert torch.equal(part[..., others], complete[..., others])
     assert bool(slope[:, others].isfinite().all())
     for mode in ("nearest", "cubic"):
-        value = interpolate(data, lost, mode=mode, padding=padding)  # type: ignore[arg-type]
+        value = interpolate(data, lost, interpolation=mode, padding=padding)  # type: ignore[arg-type]
         assert bool(value[:, 4].isnan().all()) and bool(value[:, others].isfinite().all())
 
 
@@ -534,8 +534,8 @@ def test_far_away_is_padding(native_path: bool, padding: Padding, dtype: torch.d
     coords = torch.tensor([[far, -far, 2.0, far], [1.0, 1.0, -far, -far]], dtype=dtype)
     modes: dict[str, Callable[[], Tensor]] = {
         "linear": lambda: sample(data, coords, padding=padding).value,
-        "nearest": lambda: interpolate(data, coords, mode="nearest", padding=padding),
-        "cubic": lambda: interpolate(data, coords, mode="cubic", padding=padding),
+        "nearest": lambda: interpolate(data, coords, interpolation="nearest", padding=padding),
+        "cubic": lambda: interpolate(data, coords, interpolation="cubic", padding=padding),
     }
     with path(native_path):
         for name, function in modes.items():
@@ -555,7 +555,7 @@ def test_far_away_is_padding(native_path: bool, padding: Padding, dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 def test_far_away_labels(dtype: torch.dtype) -> None:
     labels = torch.tensor([[5, 6, 7]], dtype=dtype)
-    found = interpolate(labels, torch.tensor([[1e30, -math.inf, math.inf]]), mode="nearest")
+    found = interpolate(labels, torch.tensor([[1e30, -math.inf, math.inf]]), interpolation="nearest")
     assert found.tolist() == [[7, 5, 7]]
 
 
@@ -736,7 +736,7 @@ def test_the_derivative_by_coordinates_equals_that_of_grid_sample(dimension: int
 
 def test_nearest_has_derivatives_by_data_only() -> None:
     data, coords = uniform(1, 4, 5), uniform(2, 6) * 2 + 2
-    by_data, by_coords = jacrev(lambda d, x: interpolate(d, x, mode="nearest"), (0, 1))(data, coords)
+    by_data, by_coords = jacrev(lambda d, x: interpolate(d, x, interpolation="nearest"), (0, 1))(data, coords)
     assert torch.equal(by_data.sum((0, 2, 3, 4)), torch.ones(6, dtype=torch.float64))
     assert not bool(by_coords.any())
 
@@ -951,7 +951,7 @@ def test_every_mode_in_a_batch(mode: Any) -> None:
     data, coords = uniform(3, 2, 5, 6), anywhere((6, 5), 12).reshape(2, 3, 2, 2).movedim(1, 0)
 
     def function(d: Tensor, x: Tensor) -> Tensor:
-        return interpolate(d, x, mode=mode, padding="zeros")
+        return interpolate(d, x, interpolation=mode, padding="zeros")
 
     alone = torch.stack([function(d, x) for d, x in zip(data, coords, strict=True)])
     assert alone.shape == (3, 2, 2, 2)  # items, channels, and the shape of the coordinates
@@ -967,20 +967,20 @@ ERRORS: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     (torch.zeros(5), torch.zeros(0, 2), {}, ValueError, r"expected \(C, \[Z,\] Y, X\)"),
     (torch.zeros(1, 2, 2, 2, 2), torch.zeros(4, 2), {}, ValueError, r"expected \(C, \[Z,\] Y, X\)"),
     (torch.zeros(1, 0, 5), torch.zeros(2, 2), {}, ValueError, r"\(1, 0, 5\): there is no voxel to sample"),
-    (torch.zeros(1, 4), torch.zeros(1, 2), {"mode": "bilinear"}, ValueError, "'bilinear': choose from linear, nearest"),
+    (torch.zeros(1, 4), torch.zeros(1, 2), {"interpolation": "bilinear"}, ValueError, "'bilinear': choose from linear"),
     (torch.zeros(1, 4), torch.zeros(1, 2), {"padding": "zero"}, ValueError, "'zero': choose from border, zeros"),
     (
         torch.zeros(1, 4, dtype=torch.int32),
         torch.zeros(1, 2),
         {},
         TypeError,
-        "data are torch.int32: only mode 'nearest'",
+        "data are torch.int32: only 'nearest'",
     ),
-    (torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 2), {"mode": "cubic"}, TypeError, "only mode 'nearest'"),
+    (torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 2), {"interpolation": "cubic"}, TypeError, "only 'nearest'"),
     (
         torch.zeros(1, 4, dtype=torch.int32),
         torch.zeros(1, 2),
-        {"mode": "nearest", "padding": 0.5},
+        {"interpolation": "nearest", "padding": 0.5},
         ValueError,
         "padding is 0.5 but data are torch.int32: give a whole number",
     ),

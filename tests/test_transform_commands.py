@@ -154,15 +154,17 @@ def test_apply_the_inverse(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     np.testing.assert_allclose(load("w.mha"), fnreg.warp(image, whole.inverse(), like.grid).data[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [["--interp", "cubic"], ["--padding", "border"], ["--padding", "-5"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [["--interpolation", "cubic"], ["--padding", "border"], ["--padding", "-5"]], ids=" ".join
+)
 def test_interpolation_and_padding(folder: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     run(capsys, "apply", "moving.mha", "bent.safetensors", "-o", "w.mha", *options)  # on the grid of the transform
     mode, padding = "linear", "zeros"
-    if options[0] == "--interp":
+    if options[0] == "--interpolation":
         mode = options[1]
     else:
         padding = -5.0 if options[1] == "-5" else options[1]
-    made: dict[str, Any] = {"mode": mode, "padding": padding}
+    made: dict[str, Any] = {"interpolation": mode, "padding": padding}
     mapping = io.read_transform("bent.safetensors")
     expected = fnreg.warp(io.read_image(Path("moving.mha")), mapping, mapping.domain, **made).data[0]
     np.testing.assert_allclose(load("w.mha"), expected, atol=1e-6)
@@ -173,7 +175,7 @@ def test_pictures_look_as_they_did(folder: Path, capsys: pytest.CaptureFixture[s
         io.write_image(Path(name), image, window=(0, 1))
     grid = Grid((28, 28))
     io.write_transform("t.tfm", Mapping(Rigid().init(grid), grid, Rigid()))
-    for options in ([], ["--interp", "nearest"]):
+    for options in ([], ["--interpolation", "nearest"]):
         run(capsys, "apply", "moving.png", "t.tfm", "--like", "fixed.png", "-o", "w.png", "--overwrite", *options)
         assert torch.equal(io.read_image(Path("w.png")).data, io.read_image(Path("moving.png")).data)
 
@@ -181,7 +183,7 @@ def test_pictures_look_as_they_did(folder: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("interp", ["nearest", "multilabel"])
 def test_labels_stay_what_they_are(folder: Path, capsys: pytest.CaptureFixture[str], interp: str) -> None:
     names = ["bent.nii.gz", "affine.mat"]
-    run(capsys, "apply", "moving_labels.mha", *names, "--like", "fixed.mha", "-o", "w.mha", "--interp", interp)
+    run(capsys, "apply", "moving_labels.mha", *names, "--like", "fixed.mha", "-o", "w.mha", "--interpolation", interp)
     found = load("w.mha")
     assert set(np.unique(found).tolist()) == {0, 3, 300}
     assert np.issubdtype(found.dtype, np.integer)
@@ -199,14 +201,16 @@ def test_the_largest_share_is_nearer_the_truth_than_the_nearest_voxel(
     fixed, moving = volume_grid(), volume_grid(spacing=(1.1, 1.3, 1.9))
     mapping = smooth_mapping(SVFFD(4), fixed, seed, 1.0, 2.0)
     labels, truth = regions(moving), regions(fixed, mapping)
-    near, shared = (warp_labels(labels, moving, mapping, fixed, interp=name) for name in ("nearest", "multilabel"))
+    near, shared = (
+        warp_labels(labels, moving, mapping, fixed, interpolation=name) for name in ("nearest", "multilabel")
+    )
     assert near.dtype == shared.dtype == labels.dtype
     for made in (near, shared):
         assert set(made.unique().tolist()) <= set(labels.unique().tolist())
     assert float(metrics.dice(shared, truth).mean()) >= float(metrics.dice(near, truth).mean()) > 0.7
     monkeypatch.setattr("fnreg.apply.SLAB", 400)  # large grids go in parts
     for name, made in (("nearest", near), ("multilabel", shared)):
-        assert torch.equal(warp_labels(labels, moving, mapping, fixed, interp=name), made)
+        assert torch.equal(warp_labels(labels, moving, mapping, fixed, interpolation=name), made)
 
 
 def test_shares_of_labels_at_a_border_and_in_ties() -> None:
@@ -222,7 +226,7 @@ def test_shares_of_labels_at_a_border_and_in_ties() -> None:
     assert moved(0.6, padding="border") == [9, 4, 4, 4] and moved(0.6, padding=7.0) == [9, 4, 4, 7]
     assert moved(-2.0, padding="reflection") == [4, 9, 9, 9]
     with pytest.raises(ValueError, match="choose nearest or multilabel"):
-        moved(0.0, interp="linear")
+        moved(0.0, interpolation="linear")
     with pytest.raises(ValueError, match=r"padding is 0\.5: outside of labels give a whole number"):
         moved(0.0, padding=0.5)
 
@@ -238,7 +242,7 @@ def test_the_header_of_like_is_kept(folder: Path) -> None:
     nibabel.save(series, "series.nii.gz")
     for source, interp in (("moving.mha", "linear"), ("moving_labels.mha", "nearest")):
         for like in ("fixed.nii.gz", "series.nii.gz"):
-            told = ["apply", source, "affine.mat", "--like", like, "--interp", interp, "--overwrite"]
+            told = ["apply", source, "affine.mat", "--like", like, "--interpolation", interp, "--overwrite"]
             assert cli.main([*told, "-o", "w.nii.gz"]) == 0
             header = nibabel.load("w.nii.gz").header
             assert (int(header["sform_code"]), int(header["qform_code"])) == (4, 2)
@@ -444,7 +448,7 @@ def test_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert after["sdlogj"] == pytest.approx(float(determinant.log().std(correction=0)), abs=1e-6)
     assert "jac_min" not in before
     assert set(run(capsys, "evaluate", *sides)) == {"before"}
-    shared = run(capsys, "evaluate", *transforms, *sides, "--interp", "multilabel")["after"]
+    shared = run(capsys, "evaluate", *transforms, *sides, "--interpolation", "multilabel")["after"]
     assert shared["dice_mean"] >= after["dice_mean"]
     assert cli.main(["evaluate", *transforms, *sides]) == 0
     table = capsys.readouterr().out.splitlines()
@@ -532,7 +536,7 @@ def test_presets(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
 
 APPLY = ["apply", "moving.mha", "bent.safetensors", "-o", "w.mha"]
 REFUSED = {
-    "interp": ([*APPLY, "--interp", "nearset"], 2, "unknown interp 'nearset': did you mean nearest?"),
+    "interp": ([*APPLY, "--interpolation", "nearset"], 2, "unknown interpolation 'nearset': did you mean nearest?"),
     "padding": ([*APPLY, "--padding", "zeroes"], 2, "did you mean zeros?"),
     "no transform": (["apply", "moving.mha", "-o", "w.mha"], 2, "no transform is given"),
     "no output": (["apply", "moving.mha", "affine.mat"], 2, "--output"),
@@ -547,18 +551,23 @@ REFUSED = {
     ),
     "a batch": (["compose", "batch.safetensors", "-o", "c.tfm"], 3, "holds a batch of maps"),
     "no labels": (
-        ["apply", "moving.mha", "bent.nii.gz", "-o", "w.mha", "--interp", "multilabel"], 3, "moving.mha",
+        ["apply", "moving.mha", "bent.nii.gz", "-o", "w.mha", "--interpolation", "multilabel"], 3, "moving.mha",
     ),
     "outside of labels": (
-        ["apply", "moving_labels.mha", "bent.nii.gz", "-o", "w.mha", "--interp", "nearest", "--padding", "1e30"], 3,
+        ["apply", "moving_labels.mha", "bent.nii.gz", "-o", "w.mha", "--interpolation", "nearest", "--padding", "1e30"],
+        3,
         "outside of labels give a whole number below 2^63",
     ),
     "half outside of labels": (
-        ["apply", "moving_labels.mha", "bent.nii.gz", "-o", "w.mha", "--interp", "multilabel", "--padding", "0.5"], 3,
+        [
+            "apply", "moving_labels.mha", "bent.nii.gz", "-o", "w.mha", "--interpolation", "multilabel",
+            "--padding", "0.5",
+        ],
+        3,
         "outside of labels give a whole number below 2^63",
     ),
     "labels of a PNG": (
-        ["apply", "flat.tif", "flat.tfm", "--like", "flat.png", "-o", "w.png", "--interp", "nearest"], 3,
+        ["apply", "flat.tif", "flat.tfm", "--like", "flat.png", "-o", "w.png", "--interpolation", "nearest"], 3,
         "name it .tif",
     ),
     "output is there": (["apply", "moving.mha", "bent.nii.gz", "-o", "fixed.mha"], 3, "exists: give another name"),

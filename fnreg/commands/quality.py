@@ -29,7 +29,7 @@ def evaluate(
         Path | None, option("Image on whose grid folds are counted. [default: the labels, or the transform]")
     ] = None,
     space: Annotated[str | None, option(f"Where the points of a plain table are: {' or '.join(SPACES[:2])}.")] = None,
-    interp: Annotated[str, option(f"Of labels: {' or '.join(LABELS)}. [default: nearest]")] = "nearest",
+    interpolation: Annotated[str, option(f"Of labels: {' or '.join(LABELS)}. [default: nearest]")] = "nearest",
     surfaces: Annotated[
         bool, option("Tell also how far the surfaces of labels are apart, in mm; needs the extra itk.")
     ] = False,
@@ -47,7 +47,7 @@ def evaluate(
     transforms
         Files, as of apply: they map fixed points to moving points. Without any, the state before is told.
     """
-    choose("interp", interp, LABELS)
+    choose("interpolation", interpolation, LABELS)
     if space is not None:
         choose("space", space, SPACES[:2])
     from fnreg.quality import judge
@@ -55,7 +55,7 @@ def evaluate(
     found = judge(
         transforms, fixed_labels=fixed_labels, moving_labels=moving_labels, fixed_points=fixed_points,
         moving_points=moving_points, like=like, space=cast("Space | None", space),
-        interp="nearest" if interp == "nearest" else "multilabel", surfaces=surfaces, inverse=inverse,
+        interpolation="nearest" if interpolation == "nearest" else "multilabel", surfaces=surfaces, inverse=inverse,
     )  # fmt: skip
     if as_json:
         print(json.dumps(found, indent=2))

@@ -44,7 +44,7 @@ def apply(
     output: File,
     like: Like = None,
     inverse: Inverse = False,
-    interp: Annotated[
+    interpolation: Annotated[
         str, option(f"One of {', '.join(INTERPS)}; labels take nearest or multilabel. [default: linear]")
     ] = "linear",
     padding: Annotated[
@@ -66,13 +66,13 @@ def apply(
     transforms
         Files: .safetensors; ITK's .tfm, .txt, .h5, .mat; elastix' .txt; displacements .nii, .nii.gz, .mha, .nrrd.
     """
-    chosen: Any = choose("interp", interp, INTERPS)
+    chosen: Any = choose("interpolation", interpolation, INTERPS)
     outside = _padding(padding)
     files = _some(transforms)
     _check(output, overwrite)
     from fnreg.apply import apply_image
 
-    record = apply_image(image, files, output, like=like, inverse=inverse, interp=chosen, padding=outside)
+    record = apply_image(image, files, output, like=like, inverse=inverse, interpolation=chosen, padding=outside)
     print_table(record, as_json)
     return OK
 

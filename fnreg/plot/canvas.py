@@ -107,8 +107,8 @@ class Cut(NamedTuple):
         whole = (coords - near).abs() < 1e-6
         coords = torch.where(whole, near, coords)
         # At voxel centres the voxels themselves: between them a neighbour that is NaN would spread.
-        mode = "nearest" if bool(whole.all()) else "linear"
-        values = interpolate(image.data, coords.to(image.data.dtype), mode=mode)  # (1, N)
+        how = "nearest" if bool(whole.all()) else "linear"
+        values = interpolate(image.data, coords.to(image.data.dtype), interpolation=how)  # (1, N)
         count = torch.tensor(image.grid.size, dtype=coords.dtype).unsqueeze(-1)
         inside = ((coords >= -0.5 - 1e-6) & (coords <= count - 0.5 + 1e-6)).all(0)
         return Image(torch.where(inside, values, torch.nan).reshape(1, *self.grid.shape), self.grid)

@@ -82,7 +82,7 @@ def _middle(values: Tensor, grid: Grid) -> Tensor:
 def _outline(axes: Axes, look: Cut, values: Tensor, grid: Grid, colour: str) -> None:
     """Lines between the pixels of a cut whose labels differ."""
     coords = grid.world_to_index(look.points).mT
-    there = interpolate(values.cpu(), coords, mode="nearest", padding="zeros").reshape(look.grid.shape)
+    there = interpolate(values.cpu(), coords, interpolation="nearest", padding="zeros").reshape(look.grid.shape)
     segments: list[Tensor] = []
     for axis in (0, 1):  # rows, columns
         row, column = (there.diff(dim=axis) != 0).nonzero().to(torch.float64).unbind(1)

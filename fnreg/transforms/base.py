@@ -541,18 +541,28 @@ def moving_coords(mapping: Mapping, grid: Grid, moving: Grid, dtype: torch.dtype
 
 @overload
 def warp(
-    image: Image, mapping: Mapping, grid: Grid | None = None, *, mode: Mode = "linear", padding: Padding = "zeros"
+    image: Image,
+    mapping: Mapping,
+    grid: Grid | None = None,
+    *,
+    interpolation: Mode = "linear",
+    padding: Padding = "zeros",
 ) -> Image: ...
 @overload
 def warp(
-    image: Subject, mapping: Mapping, grid: Grid | None = None, *, mode: Mode = "linear", padding: Padding = "zeros"
+    image: Subject,
+    mapping: Mapping,
+    grid: Grid | None = None,
+    *,
+    interpolation: Mode = "linear",
+    padding: Padding = "zeros",
 ) -> Subject: ...
 def warp(
     image: Image | Subject,
     mapping: Mapping,
     grid: Grid | None = None,
     *,
-    mode: Mode = "linear",
+    interpolation: Mode = "linear",
     padding: Padding = "zeros",
 ) -> Image | Subject:
     """The moving image seen through a mapping: value at p is image(T(p)), on `grid` (default: the domain).
@@ -567,7 +577,7 @@ def warp(
     if where.ndim != plain.grid.ndim:
         raise ValueError(f"image has {plain.grid.ndim} spatial axes but the mapping has {where.ndim}")
 
-    def through(data: Tensor, mode: Mode, padding: Padding) -> Tensor:
+    def through(data: Tensor, how: Mode, padding: Padding) -> Tensor:
         def one(values: Tensor, source: Grid, by: Mapping, target: Grid) -> Tensor:
             dtype = values.dtype if values.is_floating_point() else torch.float64
             whole = own and by.transform.splits and not by.transform.linear  # its field is read where it lies
@@ -575,7 +585,7 @@ def warp(
             warped: list[Tensor] = []
             for part in parts:
                 coords = moving_coords(by, part, source, dtype, own=own)
-                warped.append(interpolate(values, coords, mode=mode, padding=padding).reshape(-1, *part.shape))
+                warped.append(interpolate(values, coords, interpolation=how, padding=padding).reshape(-1, *part.shape))
             return warped[0] if len(parts) == 1 else torch.cat(warped, 1)
 
         return over_batch(
@@ -586,7 +596,7 @@ def warp(
             target=(where, where.ranks()),
         )
 
-    warped = Image(through(plain.data, mode, padding), where)
+    warped = Image(through(plain.data, interpolation, padding), where)
     if not isinstance(image, Subject):
         return warped
     mask = None if image.mask is None else through(image.mask, "linear", "zeros")
