@@ -29,11 +29,11 @@ def initial_ranks(initial: Any, transform: Transform, domain: Grid) -> Any:
         if family(transform) is None:
             raise ValueError(f"initial is a Mapping but {transform} is not linear: pass it as then, or give parameters")
         return initial.ranks()
-    _check_shapes("initial", initial, transform, domain)
+    check_shapes("initial", initial, transform, domain)
     return transform.ranks(domain)
 
 
-def _check_shapes(name: str, params: Any, transform: Transform, domain: Grid) -> None:
+def check_shapes(name: str, params: Any, transform: Transform, domain: Grid) -> None:
     """Parameters of the structure and trailing shapes that `init` gives; leading axes may come before."""
     pattern = transform.init(single(domain))
     if tree_flatten(params)[1] != tree_flatten(pattern)[1]:
@@ -156,7 +156,7 @@ def fit(transform: Transform, mapping: Mapping, domain: Grid, size: int) -> Para
 def spread(starts: Params, transform: Transform, domain: Grid, size: int) -> tuple[Params, int]:
     """Starts (S, ...) or (B, S, ...) as a batch (B S, ...), pair after pair, and S."""
     ranks = transform.ranks(domain)
-    _check_shapes("starts", starts, transform, domain)
+    check_shapes("starts", starts, transform, domain)
     widths: set[int] = set()
     for leaf, rank in zip(tree_leaves(starts), tree_leaves(ranks), strict=True):
         if leaf.ndim not in (rank + 1, rank + 2) or (leaf.ndim == rank + 2 and leaf.shape[0] != size):
