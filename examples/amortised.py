@@ -21,10 +21,10 @@ TRANSFORM = FFD(stride=4)
 SAME = {"objective": mse + 0.03 * bending, "padding": "border"}
 
 
-def pairs(count: int) -> tuple[tuple[Image, Image], tuple[Image, Image]]:
+def pairs(count: int, *, seed: int = 0) -> tuple[tuple[Image, Image], tuple[Image, Image]]:
     """So many pairs of digits to learn from, and pairs of images of which none is among these."""
     images = torch.stack([torch.stack([i.data for i in fnreg.data.digits(d, 30)]) for d in range(10)])
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def drawn(low: int, high: int, count: int) -> tuple[Image, Image]:
         digit = torch.randint(10, (count,), generator=generator)

@@ -102,8 +102,8 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("figures"))
     parser.add_argument("--rounds", type=int, default=8, help="of learning (default: 8)")
     parser.add_argument("--steps", type=int, default=150, help="of each registration (default: 150)")
-    options = parser.parse_args()
-    train, test = pairs(people()[:5]), pairs(people()[5:])
+    options, known = parser.parse_args(), people()
+    train, test = pairs(known[:5]), pairs(known[5:])
     logs, losses = learn(train, rounds=options.rounds, steps=options.steps)
     for name, these in (("learned from", train), ("others", test)):
         before, after = (dice(these, x, options.steps).mean() for x in (DEFAULT, logs[-1]))

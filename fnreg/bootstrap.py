@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,22 +14,15 @@ from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.inputs import Inputs, prepare
 from fnreg.losses import functional
-from fnreg.losses.terms import Objective, Term, mse
+from fnreg.losses.terms import Objective, mse
 from fnreg.noise import squared_weights
-from fnreg.pytree import (
-    batch_axes,
-    over_batch,
-    pytree_dataclass,
-    static,
-    tree_map,
-    tree_take,
-    tree_vmap,
-)
+from fnreg.pair import Pair, pair_coords, pair_seen
+from fnreg.pytree import pytree_dataclass, static, tree_map, tree_vmap
 from fnreg.registration import Registration, register
-from fnreg.sampling import sample
+from fnreg.repeats import repeat, repeat_options, repeat_stages, repeated
 from fnreg.stages import Stage, first_transform, objectives_of
 from fnreg.starts import expand
-from fnreg.transforms.base import Mapping, Transform, domain_axes, moving_coords, single
+from fnreg.transforms.base import Mapping, Transform, domain_axes, single
 
 
 @pytree_dataclass
@@ -47,11 +41,13 @@ class Ensemble:
     alone: bool = static()
 
     def map_points(self, points: Tensor) -> Tensor:
-        """Moving world points (count, N, D) of fixed ones (N, D), (B, count, N, D) of a batch; NaN where one failed."""
+        """Moving world points (count, N, D) of fixed ones (N, D), (B, count, N, D) of a batch; NaN where a copy failed,
+        and in all copies of a pair whose reference did: copies of a constant image are no longer constant."""
         if points.ndim == 3:
             points = points.repeat_interleave(self.count, 0)
         moved = self.registration.map_points(points)
-        moved = torch.where(self.registration.ok[:, None, None], moved, torch.nan)
+        ok = self.registration.ok & self.reference.ok.reshape(-1).repeat_interleave(self.count)
+        moved = torch.where(ok[:, None, None], moved, torch.nan)
         moved = moved.unflatten(0, (-1, self.count))
         return moved[0] if self.alone else moved
 
@@ -64,6 +60,10 @@ class Ensemble:
 
         sum (T_i(p) - T(p))(T_i(p) - T(p))^T / n over the n copies that did not fail: a shift that noise brings to all
         of them is one that the reference has too.
+
+        It is an estimate from n copies, so an ellipse of it holds less than one of the covariance itself: those of 95 %
+        would hold 93 % with 32 copies, 86 % with 8.  `plot.ellipses(..., count=n)` makes them as much larger as that
+        takes, by Hotelling's distribution.
         """
         away = self.map_points(points) - self.reference.map_points(points).unsqueeze(-3)
         known = torch.isfinite(away)
@@ -86,7 +86,7 @@ def ensemble(
     transform: Transform | Stage | Sequence[Stage | Transform],
     *,
     count: int = 32,
-    noise: float | tuple[float, float] | None = None,
+    noise: float | Sequence[float] | None = None,
     scatter: float = 0.0,
     generator: torch.Generator | None = None,
     **options: Any,
@@ -94,17 +94,19 @@ def ensemble(
     """Register `count` copies of each pair with independent noise added to both images, in one call of `register`.
 
     noise : standard deviation of the added noise, of both images or of (fixed, moving); None is what the residuals of
-        the registration without added noise tell, taken as of equal variance in both; 0 adds none
+        the registration without added noise tell, in the voxels that count for it inside of the moving image, taken as
+        of equal variance in both; 0 adds none
     scatter : voxels; each copy starts from the identity, or from `initial`, after a step of this standard deviation
-    generator : of the random numbers
-    options : of `register`
+    generator : of the random numbers; it lives on the CPU also where the images are on a GPU
+    options : of `register`; what has the axis of the pairs, as weights, rates and starts may, goes with all copies of
+        its pair
 
     Noise as strong as there is already moves the copies from the reference as that was moved from the truth, to
     first order: the parametric bootstrap, Efron and Tibshirani 1993, "An Introduction to the Bootstrap".  Added noise
     is independent from voxel to voxel: of images that were smoothed or resampled give those before.
 
-    Raises ValueError where the noise cannot be told from residuals, as no similarity is `mse`, and RegistrationError
-    where a single pair cannot be registered at all.
+    Raises ValueError where the noise cannot be told from residuals, as no similarity is `mse`, TypeError for a pyramid
+    of images, and RegistrationError where a single pair cannot be registered at all.
 
     >>> import torch, fnreg
     >>> blob = (-(fnreg.Grid((20, 20)).points() - 9.5).square().sum(1) / 20).exp().reshape(1, 20, 20)
@@ -115,97 +117,119 @@ def ensemble(
     >>> copies.map_points(torch.tensor([[9.5, 9.5]])).shape
     torch.Size([8, 1, 2])
     """
-    if count < 2:
-        raise ValueError(f"count is {count}: a spread takes at least 2 copies")
-    if scatter < 0:
-        raise ValueError(f"scatter is {scatter}: expected a number of voxels that is not negative")
+    _check_asked(fixed, moving, count, scatter, options)
+    told = None if noise is None else _strengths(noise)
     reference = register(fixed, moving, transform, **options)
     given = objectives_of(transform, options.get("objective", mse))[-1][-1]
     whole = prepare(fixed, moving, None, levels=1, min_size=1, objectives=(given,))
     alone = reference.status.ndim == 0
     size = 1 if alone else len(reference.status)
-    if noise is None:
+    if told is None:
         if not any(term.function is functional.mse for term in given.terms):
             raise ValueError(f"{given} does not compare intensities as they are: tell the images' noise, noise=0.05")
-        strength = _noise_of(reference, whole, options.get("padding"))
+        strength = _noise_of(reference, whole, given)
         both = strength, strength
     else:
-        pair = noise if isinstance(noise, tuple) else (noise, noise)
-        if len(pair) != 2 or not all(0 <= s < float("inf") for s in pair):
-            raise ValueError(f"noise is {noise}: expected a standard deviation that is not negative, or two of them")
-        both = torch.full((1, 1), float(pair[0])), torch.full((1, 1), float(pair[1]))
-    place = torch.arange(size, device=whole.domain.center.device).repeat_interleave(count)
-    copies = [_copies(image, strength, place, generator) for image, strength in zip((fixed, moving), both, strict=True)]
+        both = torch.full((1, 1), told[0]), torch.full((1, 1), told[1])
+    sides = (("fixed", fixed, both[0]), ("moving", moving, both[1]))
+    noisy_fixed, noisy_moving = (_copies(*side, size, count, generator) for side in sides)
     first, domain = first_transform(transform), whole.domain
-    options = _spread_options(options, place, first, domain)
+    options = repeat_options(options, first, domain, pairs=size, count=count)
     if scatter > 0:
-        options["initial"] = _scattered(first, options.get("initial"), domain, place, scatter, generator)
-    return Ensemble(register(copies[0], copies[1], transform, **options), reference, count, alone)
+        options["initial"] = _scattered(first, options.get("initial"), domain, size, count, scatter, generator)
+    stages = repeat_stages(transform, pairs=size, count=count)
+    return Ensemble(register(noisy_fixed, noisy_moving, stages, **options), reference, count, alone)
 
 
-def _noise_of(result: Registration, whole: Inputs, padding: Any) -> Tensor:
-    """Standard deviation (B, C) of each image's noise: of the difference, less what interpolation averages away."""
-    fixed, moving, mask = whole.fixed[0], whole.moving[0], whole.fixed_masks[0]
-    mask = fixed.data.new_ones(1, *fixed.grid.shape) if mask is None else mask
+def _check_asked(fixed: Any, moving: Any, count: int, scatter: float, options: dict[str, Any]) -> None:
+    """What is wrong before any registration."""
+    for name, given in (("fixed", fixed), ("moving", moving)):
+        if not isinstance(given, (Image, Subject)):
+            raise TypeError(
+                f"{name} is {type(given).__name__}: expected an Image or a Subject, whose pyramid is made of its noisy "
+                "copies; of a pyramid give the finest image"
+            )
+    if count < 2:
+        raise ValueError(f"count is {count}: a spread takes at least 2 copies")
+    if not scatter >= 0:
+        raise ValueError(f"scatter is {scatter}: expected a number of voxels that is not negative")
+    if scatter > 0:
+        start = options.get("start", "header")
+        others = ["starts"] if options.get("starts") is not None else []
+        others += [f"start={start!r}"] if start != "header" else []
+        if others:
+            raise ValueError(
+                f"scatter={scatter} and {' and '.join(others)} both say where copies begin: give one of them; scatter "
+                "goes about the identity, or about initial"
+            )
+        if isinstance(options.get("initial"), Mapping):
+            raise ValueError("initial is a Mapping: to scatter starts about it give parameters, as of Rigid().fit")
 
-    def one(mapping: Mapping, fixed: Image, moving: Image, mask: Tensor) -> Tensor:
-        coords = moving_coords(mapping, fixed.grid, moving.grid, fixed.data.dtype)
-        seen = sample(moving.data, coords, padding="border" if padding is None else padding)
+
+def _strengths(noise: Any) -> tuple[float, float]:
+    """Standard deviations of the noise in both images."""
+    several = list(noise) if isinstance(noise, (tuple, list)) else [noise, noise]
+    try:
+        found = [float(strength) for strength in several]
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers raises the last of them
+        found = []
+    if len(found) != 2 or not all(0 <= strength < math.inf for strength in found):
+        raise ValueError(f"noise is {noise}: expected a standard deviation that is not negative, or two of them")
+    return found[0], found[1]
+
+
+def _noise_of(result: Registration, whole: Inputs, objective: Objective) -> Tensor:
+    """Standard deviation (B, C) of each image's noise: of the difference, less what interpolation averages away.
+
+    Voxels count as in the registration, by both masks, but those outside of the moving image never: what is seen there
+    is none of its noise.
+    """
+    mapping, transform = result.mapping, result.mapping.transform
+    size = 1 if result.status.ndim == 0 else len(result.status)
+    level = whole.level(0, transform, objective, size, None, domain=mapping.domain)
+
+    def one(params: Any, pair: Pair) -> Tensor:
+        coords = pair_coords(transform, params, pair)
+        seen, weights = pair_seen(pair, coords, None)
+        assert weights is not None
         kept = 1 + squared_weights(coords).prod(0)
-        counts = seen.inside * mask.flatten()
-        square = (seen.value - fixed.data.flatten(1)).square() * counts
-        return (square.sum(1) / (kept * counts).sum().clamp(min=1e-30)).sqrt()
+        square = (seen.value - pair.fixed.data.flatten(1)).square() * weights
+        return (square.sum(1) / (kept * weights).sum().clamp(min=1e-30)).sqrt()
 
-    found = over_batch(
-        one,
-        mapping=(result.mapping, result.mapping.ranks()),
-        fixed=(fixed, fixed.ranks()),
-        moving=(moving, moving.ranks()),
-        mask=(mask, fixed.grid.ndim + 1),
-    )
-    return found.reshape(-1, found.shape[-1])
+    params = expand(mapping.params, mapping.ranks().params, size)
+    return tree_vmap(one, (None, level.axes), params, level.pairs)
 
 
-def _copies(given: Any, strength: Tensor, place: Tensor, generator: torch.Generator | None) -> Any:
-    """The image of each place, with noise of its own."""
-    axes = batch_axes("image", given, given.ranks())[0]
-    taken = tree_take(given, place, axes)
+def _copies(
+    name: str, given: Any, strength: Tensor, pairs: int, count: int, generator: torch.Generator | None
+) -> Image | Subject:
+    """The image of each copy, with noise of its own."""
+    taken = repeat(name, given, given.ranks(), count)
     image = taken.image if isinstance(taken, Subject) else taken
-    data = image.data if image.data.ndim > image.grid.ndim + 1 else image.data.expand(len(place), *image.data.shape)
+    size = pairs * count
+    data = image.data if image.data.ndim > image.grid.ndim + 1 else image.data.expand(size, *image.data.shape)
     fresh = torch.randn(data.shape, generator=generator, dtype=data.dtype).to(data.device)
-    strength = (strength if len(strength) == 1 else strength[place]).to(data)
+    strength = (strength if len(strength) == 1 else strength.repeat_interleave(count, 0)).to(data)
     noisy = Image(data + fresh * strength.reshape(*strength.shape, *(1,) * image.grid.ndim), image.grid)
     return dataclasses.replace(taken, image=noisy) if isinstance(taken, Subject) else noisy
 
 
-def _spread_options(options: dict[str, Any], place: Tensor, first: Transform, domain: Grid) -> dict[str, Any]:
-    """The options, over the copies where they have a batch axis."""
-    found = dict(options)
-    for name in ("then", "objective", "initial"):
-        value = options.get(name)
-        if isinstance(value, (Mapping, Term, Objective)):
-            ranks: Any = value.ranks()
-        elif name == "initial" and value is not None:
-            ranks = first.ranks(domain)
-        else:
-            continue
-        found[name] = tree_take(value, place, batch_axes(name, value, ranks)[0])
-    return found
-
-
 def _scattered(
-    first: Transform, initial: Any, domain: Grid, place: Tensor, scatter: float, generator: torch.Generator | None
+    first: Transform,
+    initial: Any,
+    domain: Grid,
+    pairs: int,
+    count: int,
+    scatter: float,
+    generator: torch.Generator | None,
 ) -> Any:
     """Start parameters of the copies, away from `initial` by random steps."""
-    if isinstance(initial, Mapping):
-        raise ValueError("initial is a Mapping: to scatter starts about it give parameters, as of Rigid().fit")
-    ranks, axes = first.ranks(domain), domain_axes(domain)
-    begin = expand(first.init(single(domain)) if initial is None else initial, ranks, len(place))
+    size, axes = pairs * count, domain_axes(domain)
+    begin = expand(first.init(single(domain)) if initial is None else initial, first.ranks(domain), size)
     zero = first.zero_step(single(domain))
 
     def away(leaf: Tensor) -> Tensor:
-        shape = (len(place), *leaf.shape)
-        return scatter * torch.randn(shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
+        return scatter * torch.randn((size, *leaf.shape), generator=generator, dtype=leaf.dtype).to(leaf.device)
 
     over = (None, None, axes)
-    return tree_vmap(first.retract, over, begin, tree_map(away, zero), tree_take(domain, place, axes))
+    return tree_vmap(first.retract, over, begin, tree_map(away, zero), repeated(domain, axes, count))

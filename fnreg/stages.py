@@ -104,6 +104,8 @@ def _resolve(given: Stage | Transform, default: Stage) -> Stage:
 
 def first_transform(transform: Any) -> Transform:
     """Of what `register` takes as its transform, that which is optimised first."""
+    if isinstance(transform, Sequence) and not transform:
+        raise ValueError("no transform: give one, or a sequence of stages")
     first = transform[0] if isinstance(transform, Sequence) else transform
     return first.transform if isinstance(first, Stage) else first
 

@@ -29,11 +29,11 @@ def initial_ranks(initial: Any, transform: Transform, domain: Grid) -> Any:
         if family(transform) is None:
             raise ValueError(f"initial is a Mapping but {transform} is not linear: pass it as then, or give parameters")
         return initial.ranks()
-    check_params("initial", initial, transform, domain)
+    check_shapes("initial", initial, transform, domain)
     return transform.ranks(domain)
 
 
-def check_params(name: str, params: Any, transform: Transform, domain: Grid) -> None:
+def check_shapes(name: str, params: Any, transform: Transform, domain: Grid) -> None:
     """Parameters of the structure and trailing shapes that `init` gives; leading axes may come before."""
     pattern = transform.init(single(domain))
     if tree_flatten(params)[1] != tree_flatten(pattern)[1]:
@@ -51,7 +51,7 @@ def check_params(name: str, params: Any, transform: Transform, domain: Grid) -> 
 
 def starts_ranks(starts: Any, transform: Transform, domain: Grid) -> Any:
     """The rank of each leaf of several start parameters for one pair; ValueError where they do not fit."""
-    check_params("starts", starts, transform, domain)
+    check_shapes("starts", starts, transform, domain)
     ranks = transform.ranks(domain)
     for leaf, rank in zip(tree_leaves(starts), tree_leaves(ranks), strict=True):
         if leaf.ndim not in (rank + 1, rank + 2):

@@ -7,26 +7,38 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fnreg.fields import statistics
 from fnreg.image import Image, Subject, subject
-from fnreg.inputs import check_dimension
-from fnreg.losses.terms import OF_LABELS, OF_POINTS, mse
-from fnreg.metrics import classes, dice, target_registration_error
-from fnreg.pytree import batch_axes, batch_size, over_batch, pytree_dataclass, static, tree_leaves, tree_map, tree_take
+from fnreg.judges import (
+    HIGHER,
+    JUDGES,
+    Judge,
+    check_judge,
+    check_place,
+    check_unseen,
+    first_best,
+    roughness,
+    scores_of,
+)
+from fnreg.pytree import (
+    batch_axes,
+    batch_size,
+    is_concrete,
+    pytree_dataclass,
+    static,
+    tree_leaves,
+    tree_map,
+    tree_take,
+)
 from fnreg.registration import Registration, register
-from fnreg.stages import Stage, first_transform, objectives_of
-from fnreg.starts import initial_ranks
-from fnreg.transforms.base import Mapping as Map
+from fnreg.repeats import option_sizes, repeat, repeat_options, repeat_stages, stage_sizes
+from fnreg.stages import Stage, first_transform
 from fnreg.transforms.base import Transform
-
-Judge = Literal["labels", "points", "value"]
-JUDGES: dict[str, str] = {"labels": "mean Dice", "points": "mean landmark error", "value": "value of the objective"}
 
 
 @pytree_dataclass
@@ -35,7 +47,7 @@ class Sweep:
 
     The axes of tables are those of the names in order, (n_1, n_2, ...), behind that of the pairs.
 
-    scores : (B, n_1, ...) how good each registration is by `judge`, NaN where it failed
+    scores : (B, n_1, ...) how good each registration is by `judge`, NaN where it failed, or has nothing to judge it
     roughness : (B, n_1, ...) standard deviation of log det J at the fixed voxels; None for linear maps
     chosen : (B,) the best setting of each pair, counted through the axes of the settings, the last one fastest
     values : the values of each name
@@ -55,7 +67,7 @@ class Sweep:
     @property
     def higher(self) -> bool:
         """Whether the best score is the highest."""
-        return self.judge == "labels"
+        return self.judge in HIGHER
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,20 +75,45 @@ class Sweep:
         return tuple(len(tree_leaves(tree)[0]) for tree in self.values.values())
 
     @property
+    def counted(self) -> Tensor:
+        """The pairs (B,) that have a score by any setting: all others tell nothing of settings."""
+        return ~self.scores.reshape(*self.chosen.shape, -1).isnan().all(-1)
+
+    @property
+    def means(self) -> Tensor:
+        """Mean scores (n_1, ...) of the pairs that count, see `counted`; NaN for a setting that failed for one of
+        them: its mean would be that of other pairs."""
+        table = self.scores.reshape(-1, *self.shape)
+        return table[self.counted.reshape(-1)].mean(0)
+
+    @property
     def common(self) -> Tensor:
-        """The setting that is best in the mean over the pairs, (), counted as `chosen`; one that failed for a pair is
-        not the best."""
-        table = self.scores.reshape(-1, math.prod(self.shape))
-        return _first_best(table.mean(0), self.higher)
+        """The setting with the best of `means`, (), counted as `chosen`.
+
+        Raises ValueError where no setting serves all pairs that count, or no pair does.
+        """
+        means = self.means.reshape(-1)
+        if not bool((~means.isnan()).any()):
+            cause = (
+                "every setting failed for one pair or another" if bool(self.counted.any()) else "no pair has a score"
+            )
+            raise ValueError(
+                f"no setting is best in the mean, as {cause}: see every.status and scores, and leave such pairs out"
+            )
+        return first_best(means, self.judge)
 
     def picked(self, setting: Tensor | None = None) -> dict[str, Any]:
         """The values of a setting, default those of the chosen ones, (B, ...)."""
         places = torch.unravel_index(self.chosen if setting is None else setting, self.shape)
-        return {n: tree_take(tree, place) for (n, tree), place in zip(self.values.items(), places, strict=True)}
+
+        def at(tree: Any, place: Tensor) -> Any:  # values may be on another device than images
+            return tree_map(lambda leaf: leaf[place.to(leaf.device)], tree)
+
+        return {n: at(tree, place) for (n, tree), place in zip(self.values.items(), places, strict=True)}
 
     def __repr__(self) -> str:
         told = ", ".join(f"{n} {name}" for name, n in zip(self.values, self.shape, strict=True))
-        return f"Sweep({self.best.mapping.transform}, {told}, {JUDGES[self.judge]} {self.best_scores.mean():.4g})"
+        return f"Sweep({self.best.mapping.transform}, {told}, {JUDGES[self.judge]} {self.best_scores.nanmean():.4g})"
 
     @property
     def best_scores(self) -> Tensor:
@@ -88,7 +125,7 @@ class Sweep:
 def sweep(
     fixed: Image | Subject,
     moving: Image | Subject,
-    transform: Transform | Stage | Sequence[Stage | Transform],
+    transform: Transform | Stage | Sequence[Stage | Transform] | None,
     using: Callable[..., Mapping[str, Any]],
     *,
     over: Mapping[str, Any],
@@ -99,19 +136,24 @@ def sweep(
     """Register every pair with every combination of values, in one call, and choose the best one of each pair.
 
     fixed, moving : one pair, or a batch of B by leading axes; what pairs share is not copied
-    using : a function of the values by name that gives options of `register`; it is called once, with a leading axis
-        of all registrations, so it may use a value as a weight of a term, a learning rate or start parameters
+    transform : as of `register`; None where `using` gives it
+    using : a function of the values by name that gives options of `register`, among them "transform", for values that
+        belong into a `Stage`: {"transform": [Rigid(), Stage(FFD(7), objective=mse + weight * bending)]}.  It is called
+        once, with a leading axis of all registrations, so it may use a value as a weight of a term, a learning rate or
+        start parameters
     over : the values of each name, a tensor (n,) or a tree of tensors (n, ...)
     judge : "labels" for the mean Dice over the classes that a pair has, labels warped by nearest neighbours;
         "points" for the mean distance of landmarks, by their weights; "value" for the objective itself, which compares
         starts and rates, but never weights of its own terms
-    held : fixed and moving subjects whose labels or points judge; default those that are registered
-    options : of `register`, the same for all; `initial` and `then` may have the axis of the pairs
+    held : fixed and moving subjects whose labels or points judge, in the place of those that are registered, which do
+        so by default; labels of the fixed one lie on the fixed grid
+    options : of `register`, the same for all settings; weights, rates, `initial`, `starts` and `then` may have the axis
+        of the pairs, and so may weights and rates of stages
 
     All B n_1 n_2 ... registrations are in memory at once, and so are as many copies of images that differ from pair to
     pair; where that is too much, sweep some of the pairs at a time.  A registration that fails is never chosen, unless
     all of a pair do.  Raises ValueError where labels or points are missing or the objective sees what is to judge it,
-    where batch axes do not agree, and where an option is given twice.
+    where batch axes do not agree, where an option is given twice, and where `using` uses a name for nothing.
 
     >>> import torch, fnreg
     >>> fixed, moving = (fnreg.Subject(i, labels=(i.data > 0.5).long()) for i in fnreg.data.digit_pairs(3))
@@ -129,48 +171,47 @@ def sweep(
     one, other = subject(fixed), subject(moving)
     if judge not in JUDGES:
         raise ValueError(f"judge is {judge!r}: choose {', '.join(JUDGES)}")
-    shape = _shape(over)
+    shape, grid = _shape(over), one.image.grid
     sizes = batch_axes("fixed", one, one.ranks())[1] | batch_axes("moving", other, other.ranks())[1]
     judges = (one, other) if held is None else (subject(held[0]), subject(held[1]))
     for name, known in zip(("held[0]", "held[1]"), judges if held is not None else (), strict=False):
         sizes |= batch_axes(name, known, known.ranks())[1]
-    numbers = _check_judge(judge, judges, told=("fixed", "moving") if held is None else ("held[0]", "held[1]"))
-    more, ranks = {}, {}
-    for name in ("initial", "then"):
-        if options.get(name) is not None:
-            more[name], ranks[name] = options[name], _ranks(name, options[name], transform, one)
-            sizes |= batch_axes(name, more[name], ranks[name])[1]
+    numbers = check_judge(judge, judges, told=("fixed", "moving") if held is None else ("held[0]", "held[1]"))
+    first = None if transform is None else first_transform(transform)
+    sizes |= option_sizes(options, first, grid) | (stage_sizes(transform) if transform is not None else {})
     pairs, count = batch_size(sizes), math.prod(shape)
     if pairs == 0:
         raise ValueError("the batch is empty: give at least one pair")
-    places = torch.unravel_index(torch.arange(count).repeat(pairs or 1), shape)
-    chosen = using(**{n: tree_take(tree, place) for (n, tree), place in zip(over.items(), places, strict=True)})
-    if not isinstance(chosen, Mapping):
-        raise TypeError(f"using returned {type(chosen).__name__}: expected a dict of options of register")
-    if twice := sorted(chosen.keys() & options.keys()):
+    if held is not None:
+        check_place(judge, judges, one)
+    size = pairs or 1
+    chosen = _chosen(using, over, shape, size, one.image.data.device)
+    given = options.keys() | ({"transform"} if transform is not None else set())
+    if twice := sorted(chosen.keys() & given):
         raise ValueError(f"{', '.join(twice)} is an option of the call and of using: give it once")
+    if transform is not None:
+        swept = repeat_stages(transform, pairs=size, count=count)
+    elif "transform" in chosen:
+        swept = chosen.pop("transform")
+        first = first_transform(swept)
+        if batch_size(sizes | option_sizes(options, first, grid)) != pairs:
+            raise ValueError("initial alone says how many pairs there are: give it in using, or a batch of images")
+    else:
+        raise ValueError("no transform: give one in the call, or by using")
     if held is None:
-        _check_unseen(judge, transform, {**options, **chosen})
-
-    def each(name: str, tree: Any, ranks: Any) -> Any:
-        return _each(tree, batch_axes(name, tree, ranks)[0], count)
-
-    options = options | {name: each(name, tree, ranks[name]) for name, tree in more.items()}
-    every = register(
-        each("fixed", one, one.ranks()), each("moving", other, other.ranks()), transform, **options, **chosen
-    )
-    if every.status.shape != (count * (pairs or 1),):
-        raise ValueError(
-            f"using gave {sorted(chosen)} without the axis of the values: use them in a weight, a rate or start "
-            "parameters"
-        )
-    judges = tuple(each(name, known, known.ranks()) for name, known in zip(("fixed", "moving"), judges, strict=True))
-    scores = torch.where(every.ok, _scores(judge, every, judges, numbers), torch.nan)
-    table = scores.reshape(pairs or 1, count)
-    best = _first_best(table, judge == "labels")
-    index = best if pairs is None else best + count * torch.arange(pairs)
+        check_unseen(judge, swept, {**options, **chosen})
+    assert first is not None
+    options = repeat_options(options, first, grid, pairs=size, count=count)
+    sides = repeat("fixed", one, one.ranks(), count), repeat("moving", other, other.ranks(), count)
+    every = register(sides[0], sides[1], swept, **options, **chosen)
+    if every.status.shape != (count * size,):
+        raise ValueError(_unused(chosen))
+    told = sides if held is None else tuple(repeat("held", s, s.ranks(), count) for s in judges)
+    scores = torch.where(every.ok, scores_of(judge, every, told, numbers), torch.nan)
+    best = first_best(scores.reshape(size, count), judge)
+    index = best + count * torch.arange(size, device=best.device)
     lead = () if pairs is None else (pairs,)
-    rough = _roughness(every, judges[0])
+    rough = roughness(every, sides[0])
     return Sweep(
         scores.reshape(*lead, *shape),
         None if rough is None else rough.reshape(*lead, *shape),
@@ -198,96 +239,70 @@ def _shape(over: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _check_judge(judge: Judge, known: tuple[Subject, Subject], *, told: tuple[str, str]) -> tuple[int, ...]:
-    """That what judges is there, and the classes of labels."""
-    if judge == "value":
-        return ()
-    for name, item in zip(told, known, strict=True):
-        if getattr(item, judge) is None:
-            raise ValueError(
-                f"{name} has no {judge} to judge by: give Subject(image, {judge}=...) or held=(fixed, moving), or "
-                'another judge; judge="value" takes the objective itself'
-            )
-    if judge == "points":
-        counts = [item.points.shape[-2] for item in known if item.points is not None]
-        if counts[0] != counts[1]:
-            raise ValueError(f"{told[0]} has {counts[0]} points and {told[1]} {counts[1]}: give pairs, row by row")
-        return ()
-    found = classes(*(item.labels for item in known if item.labels is not None))
+def _chosen(
+    using: Callable[..., Mapping[str, Any]],
+    over: Mapping[str, Any],
+    shape: tuple[int, ...],
+    pairs: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The options that `using` makes of the values of all registrations, which are on the images' device.
+
+    Raises ValueError for a name whose values make no difference: its registrations would be the same work again.
+    """
+    places = torch.unravel_index(torch.arange(math.prod(shape)).repeat(pairs), shape)
+    values = {
+        name: tree_map(lambda leaf, where=place: leaf[where.to(leaf.device)].to(device), tree)
+        for (name, tree), place in zip(over.items(), places, strict=True)
+    }
+    chosen = using(**values)
+    if not isinstance(chosen, Mapping):
+        raise TypeError(f"using returned {type(chosen).__name__}: expected a dict of options of register")
+    leading = len(places[0])
+    found = [t for t in _tensors(chosen, set()) if t.ndim and len(t) == leading]
+    if not all(is_concrete(leaf) for leaf in (*tree_leaves(over), *found)):  # values cannot be looked at
+        return dict(chosen)
     if not found:
-        raise ValueError(f"labels of {told[0]} and {told[1]} are 0 everywhere, which is the background: nothing judges")
-    return found
+        raise ValueError(_unused(chosen))
+
+    def varies(tensor: Tensor, axis: int) -> bool:
+        table = tensor.reshape(pairs, *shape, -1)
+        begin = table.narrow(axis + 1, 0, 1)
+        return not bool(((table == begin) | (table.isnan() & begin.isnan())).all())
+
+    for axis, (name, tree) in enumerate(values.items()):
+        if any(varies(leaf, axis) for leaf in tree_leaves(tree)) and not any(varies(t, axis) for t in found):
+            raise ValueError(
+                f"using gave {sorted(chosen)} that are the same for all values of {name}: use them in a weight, a rate "
+                "or start parameters, or leave the name out"
+            )
+    return dict(chosen)
 
 
-def _check_unseen(judge: Judge, transform: Any, options: Mapping[str, Any]) -> None:
-    """ValueError where an objective asks for what judges."""
-    names = {"labels": OF_LABELS, "points": OF_POINTS, "value": ()}[judge]
-    for several in objectives_of(transform, options.get("objective", mse)):
-        for part in several:
-            if not part.needs.isdisjoint(names):
-                raise ValueError(
-                    f"the objective {part!r} sees the {judge} that are to judge it: judge by others, "
-                    f"held=(Subject(image, {judge}=...), ...), or by another judge"
-                )
+def _unused(chosen: Mapping[str, Any]) -> str:
+    return (
+        f"using gave {sorted(chosen)} without the axis of the values: use them in a weight, a rate or start parameters"
+    )
 
 
-def _ranks(name: str, tree: Any, transform: Any, fixed: Subject) -> Any:
-    """The rank of each leaf of `initial` or `then` for one pair."""
-    if isinstance(tree, Map):
-        check_dimension(name, tree, fixed.image.grid)
-        return tree.ranks()
-    return initial_ranks(tree, first_transform(transform), fixed.image.grid)
-
-
-def _each(tree: Any, axes: Any, count: int) -> Any:
-    """Leaves of pairs (B, ...) as (B count, ...), each pair `count` times; shared leaves as they are."""
-    size = next((len(leaf) for leaf, axis in zip(tree_leaves(tree), axes, strict=True) if axis == 0), None)
-    return tree if size is None else tree_take(tree, torch.arange(size).repeat_interleave(count), axes)
-
-
-def _scores(judge: Judge, every: Registration, known: tuple[Any, ...], numbers: tuple[int, ...]) -> Tensor:
-    """One number for each registration."""
-    if judge == "value":
-        return every.value
-    fixed, moving = known
-    if judge == "points":
-        away = target_registration_error(every.mapping, *_alike(fixed.points, moving.points, len(every.status)))
-        weights = [item.point_weights for item in known if item.point_weights is not None]
-        weight = math.prod(weights, start=torch.ones_like(away))
-        return (weight * away).sum(-1) / weight.sum(-1)
-    rank = every.fixed_grid.ndim + 1
-    warped = every.warp(Subject(moving.image, labels=moving.labels)).labels
-    assert warped is not None
-
-    def mean(a: Tensor, b: Tensor) -> Tensor:
-        return dice(a, b, numbers=numbers).nanmean()
-
-    return over_batch(mean, warped=(warped, rank), fixed=(fixed.labels, rank))
-
-
-def _alike(fixed: Tensor, moving: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Both with the axis of the batch."""
-    return fixed.expand(size, *fixed.shape[-2:]), moving.expand(size, *moving.shape[-2:])
-
-
-def _roughness(every: Registration, fixed: Subject) -> Tensor | None:
-    if every.mapping.transform.linear:
-        return None
-    grid = every.fixed_grid
-    field = every.mapping.displacement(grid)
-    given: dict[str, Any] = {"field": (field, grid.ndim + 1), "grid": (grid, grid.ranks())}
-    if fixed.mask is not None:
-        given["mask"] = (fixed.mask, grid.ndim + 1)
-
-    def spread(field: Tensor, grid: Any, mask: Tensor | None = None) -> Tensor:
-        return statistics(field, grid, mask=mask).sd_log_determinant
-
-    return over_batch(spread, **given)
-
-
-def _first_best(table: Tensor, higher: bool) -> Tensor:
-    """Where the last axis is at its best; what is NaN is never."""
-    return torch.where(table.isnan(), -torch.inf, table if higher else -table).argmax(-1)
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """All tensors in options of `register`, wherever they lie: in terms, stages, solvers and optimizers."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in seen or isinstance(value, (str, type)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        parts = list(value)
+    elif dataclasses.is_dataclass(value):
+        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    else:  # an optimizer or a solver of the user's own
+        parts = [] if callable(value) else list(getattr(value, "__dict__", {}).values())
+    for part in parts:
+        yield from _tensors(part, seen)
 
 
 def _take(every: Registration, index: Tensor) -> Registration:

@@ -12,9 +12,25 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import fnreg
-from fnreg import FFD, Grid, Image, Rigid, Rotation, Stage, Subject, adam, bending, ensemble, laplace, mse, register
+from fnreg import (
+    FFD,
+    Grid,
+    Image,
+    Rigid,
+    Rotation,
+    Stage,
+    Subject,
+    Translation,
+    adam,
+    bending,
+    ensemble,
+    laplace,
+    mse,
+    register,
+)
 from fnreg.bootstrap import _noise_of
 from fnreg.inputs import prepare
+from fnreg.losses.terms import objective
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -47,7 +63,34 @@ def test_the_noise_is_read_off_the_residuals() -> None:
     assert copies.registration.status.shape == (12,)
     result = register(fixed, moving, Rigid(), **NEWTON)
     whole = prepare(fixed, moving, None, levels=1, min_size=1)
-    assert_close(_noise_of(result, whole, None), torch.full((4, 1), 0.05, dtype=torch.float64), rtol=0.08, atol=0)
+    told = _noise_of(result, whole, objective(mse))
+    assert_close(told, torch.full((4, 1), 0.05, dtype=torch.float64), rtol=0.08, atol=0)
+
+
+@pytest.mark.parametrize("sharp", [False, True])
+def test_the_noise_is_that_of_voxels_that_both_masks_show(sharp: bool) -> None:
+    """Each mask hides a part where its image is something else; whole voxels of shift, so nothing is interpolated."""
+    clean = 2 * rigid_pairs(3, 26, noise=0.0)[0].data
+    kind: dict[str, Any] = {"generator": draw(5), "dtype": torch.float64}
+    masks = torch.ones(2, 1, SIZE, SIZE, dtype=torch.float64)
+    masks[0, :, :7], masks[1, :, :, :9] = 0, 0
+    sides: list[Subject] = []
+    for data, mask in zip((clean.roll((-2, 3), (2, 3)), clean), masks, strict=True):
+        noisy = data + 0.05 * torch.randn(data.shape, **kind)
+        seen = torch.where(mask > 0, noisy, 5 * torch.randn(data.shape, **kind))
+        sides.append(Subject(Image(seen, Grid((SIZE, SIZE))), mask, sharp=sharp))
+    shift = {"translation": torch.tensor([-3.0, 2.0], dtype=torch.float64).expand(3, 2)}
+    result = register(*sides, Translation(), initial=shift, levels=1, steps=0)
+    whole = prepare(*sides, None, levels=1, min_size=1)
+    told = _noise_of(result, whole, objective(mse))
+    assert_close(told, torch.full((3, 1), 0.05, dtype=torch.float64), rtol=0.12, atol=0)
+
+
+def test_equal_seeds_are_equal_ensembles(pair: Any) -> None:
+    options: dict[str, Any] = {"count": 3, "scatter": 0.3, "levels": 1, "steps": 5}
+    first, second, other = (ensemble(*pair, Rigid(), generator=draw(n), **options) for n in (7, 7, 8))
+    assert torch.equal(first.map_points(POINTS), second.map_points(POINTS))
+    assert not bool((first.map_points(POINTS) == other.map_points(POINTS)).any())
 
 
 def test_pairs_of_a_batch_are_copied_one_by_one() -> None:
@@ -73,6 +116,16 @@ def test_a_failed_copy_does_not_count() -> None:
     assert copies.registration.ok.tolist() == [True] * 3 + [False] * 3
     found = copies.points(POINTS)
     assert bool(torch.isfinite(found[0]).all()) and bool(torch.isnan(found[1]).all())
+
+
+def test_a_failed_reference_has_no_covariance() -> None:
+    """Noise makes copies of a constant image that can be registered, to nothing."""
+    fixed, moving, _ = rigid_pairs(2, 24)
+    images = Image(torch.cat([fixed.data[:1], torch.ones_like(fixed.data[:1])]), fixed.grid), moving
+    copies = ensemble(*images, Rigid(), count=3, noise=0.05, generator=draw(), **NEWTON)
+    assert copies.reference.ok.tolist() == [True, False] and bool(copies.registration.ok.all())
+    for found in (copies.points(POINTS), copies.spread(POINTS), copies.mean(POINTS), copies.shift(POINTS)):
+        assert bool(torch.isfinite(found[0]).all()) and bool(torch.isnan(found[1]).all())
 
 
 def test_scattered_starts_find_one_minimum_or_several() -> None:
@@ -112,6 +165,15 @@ def test_it_takes_what_register_takes(pair: Any) -> None:
         ({"scatter": -1.0}, "scatter is -1.0: expected a number of voxels"),
         ({"noise": -0.1}, "noise is -0.1: expected a standard deviation"),
         ({"noise": (0.1, math.inf)}, "noise is .0.1, inf.: expected a standard deviation"),
+        ({"noise": [0.1, 0.2, 0.3]}, r"noise is \[0.1, 0.2, 0.3\]: expected a standard deviation .*, or two of them"),
+        ({"noise": torch.ones(2)}, r"noise is tensor.*: expected a standard deviation"),
+        ({"noise": "much"}, "noise is much: expected a standard deviation"),
+        ({"scatter": math.nan}, "scatter is nan: expected a number of voxels"),
+        ({"scatter": 1.0, "start": "moments"}, "scatter=1.0 and start='moments' both say where copies begin"),
+        (
+            {"scatter": 1.0, "starts": {"rotation": torch.zeros(2, 1)}},
+            "scatter=1.0 and starts both say where copies begin: give one of them; .* or about initial",
+        ),
         (
             {"objective": fnreg.lncc},
             r"lncc does not compare intensities as they are: tell the images' noise",
@@ -121,6 +183,20 @@ def test_it_takes_what_register_takes(pair: Any) -> None:
 def test_it_says_what_it_cannot_do(pair: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ensemble(*pair, Rigid(), levels=1, steps=1, **options)
+
+
+@pytest.mark.parametrize("side", ["fixed", "moving"])
+def test_a_pyramid_is_refused(side: str, pair: Any) -> None:
+    images: dict[str, Any] = dict(zip(("fixed", "moving"), pair, strict=True))
+    images[side] = list(images[side].pyramid(2))
+    with pytest.raises(TypeError, match=f"{side} is list: expected an Image or a Subject.*give the finest image"):
+        ensemble(images["fixed"], images["moving"], Rigid())
+
+
+def test_noise_of_both_images_may_be_a_list(pair: Any) -> None:
+    options: dict[str, Any] = {"count": 2, "levels": 1, "steps": 3}
+    several = [ensemble(*pair, Rigid(), noise=n, generator=draw(), **options) for n in ([0.1, 0.02], (0.1, 0.02))]
+    assert torch.equal(several[0].map_points(POINTS), several[1].map_points(POINTS))
 
 
 def test_a_mapping_cannot_be_scattered(pair: Any) -> None:

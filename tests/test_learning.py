@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -86,3 +90,54 @@ def test_an_answer_alone_is_as_in_the_batch(pairs: tuple[Image, Image]) -> None:
     one = Mapping({"coefficients": params["coefficients"][1]}, fixed.grid, FFD(stride=7))
     value, _ = fnreg.evaluate(Image(fixed.data[1], fixed.grid), Image(moving.data[1], moving.grid), one)
     assert float(batch.value[1]) == pytest.approx(float(value), rel=1e-6)
+
+
+# -- what the examples learn is better than where they begin, in a few rounds ----------------------------------------
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The functions of an example, on what comes with the package."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.delenv("FNREG_DATA", raising=False)
+    folder = Path(__file__).resolve().parents[1] / "examples"
+    return lambda name: runpy.run_path(str(folder / f"{name}.py"))
+
+
+def test_an_atlas_is_sharper_and_easier_to_register_than_the_mean(example: Any) -> None:
+    made = example("atlas")
+    images = made["members"](3, 6)
+    template, losses = made["learn"](images, rounds=4, steps=4)
+    assert losses[-1] < 0.7 * losses[0]
+    assert made["sharpness"](template) > 1.1 * made["sharpness"](images.data.mean(0))
+
+
+def test_learned_weights_overlap_labels_better(example: Any) -> None:
+    made = example("learn_penalty")
+    known = made["pairs"](made["people"]()[:5])
+    logs, losses = made["learn"](known, rounds=2, steps=20)
+    assert losses[1] < losses[0]
+    before, after = (float(made["dice"](known, x, 20).mean()) for x in (logs[0], logs[-1]))
+    assert after > before
+
+
+def test_learned_features_end_nearer_to_the_truth(example: Any) -> None:
+    made = example("learn_features")
+    a, b, _, _, grid = made["slices"]()
+    losses = made["learn"](a, b, grid, rounds=5, steps=5)[1]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_an_answer_of_pairs_that_were_not_learned_from_is_nearer_than_the_identity(example: Any) -> None:
+    made = example("amortised")
+    train, test = made["pairs"](64)
+    network, losses = made["learn"](train, rounds=8)
+    found = made["compare"](network, test, (0,))
+    assert losses[-1] < losses[0]
+    assert found["network"][0][1] < 0.95 * found["identity"][0][1]
+
+
+def test_pairs_of_another_seed_are_others(example: Any) -> None:
+    made = example("amortised")
+    (first, _), (again, _), (other, _) = (made["pairs"](8, seed=n)[0] for n in (0, 0, 1))
+    assert torch.equal(first.data, again.data) and not torch.equal(first.data, other.data)

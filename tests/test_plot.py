@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import fnreg
 from fnreg import Grid, Image, Mapping, Transform, data, plot
+from fnreg.plot.ellipses import limit
 
 pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
@@ -614,6 +616,33 @@ def test_ellipses_have_the_size_that_holds_a_share_of_the_truth() -> None:
     assert figure.legends[0].get_texts()[0].get_text() == "infinite variance, or no registration"
 
 
+@pytest.mark.parametrize("count", [2, 3, 8, 32, 1000])
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
+def test_the_limit_of_copies_is_that_of_fishers_distribution(level: float, count: int) -> None:
+    quantile = 2 * count / (count - 1) * scipy.stats.f.ppf(level, 2, count - 1)
+    assert limit(level, count) == pytest.approx(quantile, rel=1e-9)
+    assert limit(level) == pytest.approx(scipy.stats.chi2.ppf(level, 2), rel=1e-12)
+
+
+def test_the_ellipse_of_copies_holds_what_it_says() -> None:
+    """Errors that are as those of the copies, about a reference that is known."""
+    draws = np.random.default_rng(0).normal(size=(20_000, 9, 2)) @ np.array([[2.0, 0.3], [0.0, 0.5]])
+    error, copies = draws[:, 0], draws[:, 1:]
+    covariance = np.einsum("bni,bnj->bij", copies, copies) / 8
+    square = np.einsum("bi,bij,bj->b", error, np.linalg.inv(covariance), error)
+    assert np.mean(square <= limit(0.95, 8)) == pytest.approx(0.95, abs=0.006)
+    assert np.mean(square <= limit(0.95)) == pytest.approx(0.86, abs=0.01)  # as if there were no end of copies
+
+
+def test_ellipses_of_copies_are_larger() -> None:
+    given = fnreg.Image(torch.rand(1, 8, 8)), torch.tensor([[4.0, 4.0]]), torch.eye(2)[None]
+    figure = drawn(plot.ellipses(*given, count=8))
+    (axes,) = figure.axes
+    assert axes.get_title() == "95 % ellipses of 8 copies"
+    (lines,) = (made for made in axes.collections if isinstance(made, LineCollection))
+    assert np.ptp(lines.get_segments()[0][:, 0]) == pytest.approx(2 * math.sqrt(limit(0.95, 8)))
+
+
 def test_ellipses_of_volumes_are_on_the_slices_that_are_near() -> None:
     image = fnreg.Image(torch.rand(1, 10, 12, 14))
     points = torch.tensor([[6.0, 5.0, 4.0], [6.0, 11.0, 4.0], [13.0, 5.0, 9.0]])
@@ -633,6 +662,7 @@ def test_ellipses_of_volumes_are_on_the_slices_that_are_near() -> None:
         (torch.zeros(2, 2), torch.eye(2), {}, r"covariance has shape \(2, 2\): expected \(2, 2, 2\)"),
         (torch.zeros(1, 2), torch.eye(2)[None], {"level": 1.0}, "level is 1.0 and scale 1.0"),
         (torch.zeros(1, 2), torch.eye(2)[None], {"slab": 0.0}, "slab is 0.0: expected a positive length"),
+        (torch.zeros(1, 2), torch.eye(2)[None], {"count": 1}, "count is 1: a covariance is estimated from at least 2"),
     ],
 )
 def test_ellipses_that_do_not_fit(points: Any, covariance: Any, options: dict[str, Any], words: str) -> None:

@@ -11,8 +11,26 @@ import torch
 from scenes import take
 
 import fnreg
-from fnreg import FFD, Image, Rigid, Rotation, Subject, Translation, adam, bending, data, mse, sweep, sweeps
+from fnreg import (
+    FFD,
+    Descent,
+    Grid,
+    Image,
+    Rigid,
+    Rotation,
+    Stage,
+    Subject,
+    Translation,
+    adam,
+    bending,
+    chain,
+    data,
+    mse,
+    sweep,
+    sweeps,
+)
 from fnreg.pytree import tree_map
+from fnreg.transforms import base
 
 SHORT: dict[str, Any] = {"levels": 2, "steps": 8, "stop": None}
 WEIGHTS = torch.tensor([0.0, 1e-3, 1.0], dtype=torch.float64)
@@ -180,6 +198,94 @@ def test_what_failed_is_never_chosen_and_disturbs_nobody() -> None:
     assert torch.equal(found.scores[::2, 1], good.scores[::2, 0])
 
 
+def test_the_common_setting_is_of_the_pairs_that_tell() -> None:
+    """Without the pair that no setting registers and the one without labels it is that of all others."""
+    fixed, moving = labelled(4)
+    weights = torch.tensor([30.0, 0.1, 1e-3], dtype=torch.float64)
+    good = sweep(fixed, moving, FFD(stride=7), weighed, over={"weight": weights}, **SHORT)
+    assert int(good.scores[:2].mean(0).argmax()) > 0  # so that 0 would be seen to be wrong
+    bad = tree_map(torch.clone, moving)
+    bad.image.data[2] = 0.5  # constant
+    known = fixed.labels.clone()  # type: ignore[union-attr]
+    known[3], bad.labels[3] = 0, 0  # type: ignore[index]
+    found = sweep(
+        dataclasses.replace(fixed, labels=known), bad, FFD(stride=7), weighed, over={"weight": weights}, **SHORT
+    )
+    assert found.every.ok.reshape(4, 3).all(1).tolist() == [True, True, False, True]
+    assert found.counted.tolist() == [True, True, False, False]
+    torch.testing.assert_close(found.means, good.scores[:2].mean(0))
+    assert int(found.common) == int(good.scores[:2].mean(0).argmax())
+    assert f"mean Dice {float(found.best_scores[:2].mean()):.4g}" in repr(found) and "nan" not in repr(found)
+
+
+def test_no_common_setting_is_told() -> None:
+    fixed, moving = labelled(2)
+    found = sweep(fixed, moving, FFD(stride=7), weighed, over={"weight": WEIGHTS[1:]}, levels=1, steps=1)
+    nan = torch.nan
+    several = dataclasses.replace(found, scores=torch.tensor([[nan, 0.5], [0.6, nan]]))
+    with pytest.raises(ValueError, match="as every setting failed for one pair or another: see every"):
+        _ = several.common
+    nobody = dataclasses.replace(found, scores=torch.full((2, 2), nan))
+    with pytest.raises(ValueError, match=r"no setting is best in the mean, as no pair has a score: .* leave such"):
+        _ = nobody.common
+    one = dataclasses.replace(found, scores=torch.tensor([[nan, 0.5], [0.6, 0.4]]))
+    assert int(one.common) == 1 and bool(one.means[0].isnan())
+
+
+def test_landmarks_without_weight_may_be_nowhere() -> None:
+    fixed, moving = data.digit_pairs(2)
+    points = torch.tensor([[10.0, 12.0], [15.0, 14.0], [3.0, 3.0]]).double().repeat(2, 1, 1)
+    moved, weights = points + 1, torch.ones(2, 3).double()
+    points[0, 2], moved[1, 0], weights[0, 2], weights[1, 0] = torch.nan, torch.nan, 0, 0
+    options: dict[str, Any] = {"over": {"rate": RATES}, "judge": "points", "steps": 0, "levels": 1}
+    for transform in (Translation(), FFD(stride=7)):
+        sides = Subject(fixed, points=points, point_weights=weights), Subject(moving, points=moved)
+        found = sweep(*sides, transform, lambda rate: {"optimizer": adam(rate)}, **options)
+        torch.testing.assert_close(found.scores, torch.full((2, 2), 2**0.5).double())
+    sides = Subject(fixed, points=points, point_weights=0 * weights), Subject(moving, points=moved)
+    with pytest.raises(ValueError, match="point_weights of fixed and moving leave no landmark to judge by"):
+        sweep(*sides, Translation(), lambda rate: {"optimizer": adam(rate)}, **options)
+
+
+def test_a_weight_of_a_later_stage_is_swept() -> None:
+    fixed, moving = labelled(2)
+
+    def using(weight: torch.Tensor) -> dict[str, Any]:
+        return {"transform": [Stage(Rigid()), Stage(FFD(7), objective=mse + weight * bending)]}
+
+    found = sweep(fixed, moving, None, using, over={"weight": WEIGHTS}, **SHORT)
+    assert found.scores.shape == (2, 3)
+    for k, weight in enumerate(WEIGHTS):
+        alone = fnreg.register(fixed, moving, using(weight)["transform"], **SHORT)
+        field = found.every.mapping.params[0]["coefficients"][k::3]
+        torch.testing.assert_close(field, alone.mapping.params[0]["coefficients"], atol=1e-9, rtol=0)
+    initial = {"rotation": torch.zeros(2, 1).double(), "translation": torch.ones(2, 2).double()}
+    begun = sweep(fixed, moving, None, using, over={"weight": WEIGHTS}, initial=initial, levels=1, steps=0)
+    where = begun.every.map_points(torch.zeros(1, 2).double())
+    torch.testing.assert_close(where, torch.ones(6, 1, 2).double())
+    with pytest.raises(ValueError, match="transform is an option of the call and of using: give it once"):
+        sweep(fixed, moving, Rigid(), using, over={"weight": WEIGHTS}, **SHORT)
+    with pytest.raises(ValueError, match="no transform: give one in the call, or by using"):
+        sweep(fixed, moving, None, weighed, over={"weight": WEIGHTS}, **SHORT)
+    with pytest.raises(ValueError, match="initial alone says how many pairs there are: give it in using"):
+        one = tuple(Subject(Image(s.image.data[0]), labels=s.labels[0]) for s in (fixed, moving))  # type: ignore[index]
+        sweep(*one, None, using, over={"weight": WEIGHTS}, initial=initial, **SHORT)
+
+
+def test_labels_alone_are_warped(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed, moving = labelled(2)
+    seen: list[Any] = []
+
+    def spy(values: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        seen.append(values)
+        return interpolate(values, *rest, **options)
+
+    interpolate = base.interpolate
+    monkeypatch.setattr(base, "interpolate", spy)
+    sweep(fixed, moving, Rigid(), lambda rate: {"optimizer": adam(rate)}, over={"rate": RATES}, levels=1, steps=1)
+    assert seen and not any(values.is_floating_point() for values in seen)
+
+
 def test_labels_that_are_held_out_may_judge_what_saw_others() -> None:
     fixed, moving = labelled(2)
 
@@ -252,6 +358,52 @@ def test_values_that_nothing_uses_are_told() -> None:
         sweep(fixed, moving, Rigid(), lambda w: {"padding": "border"}, over={"w": WEIGHTS}, judge="value", **SHORT)
 
 
+def test_values_that_nothing_uses_are_told_of_a_batch_too() -> None:
+    """There the registrations are as many as they should be, and each is done several times over."""
+    fixed, moving = data.digit_pairs(3)
+    given: dict[str, Any] = {"judge": "value", **SHORT}
+    with pytest.raises(ValueError, match=r"using gave \['padding'\] without the axis of the values: use them in"):
+        sweep(fixed, moving, Rigid(), lambda w: {"padding": "border"}, over={"w": WEIGHTS}, **given)
+    both = {"weight": WEIGHTS, "rate": RATES}
+    with pytest.raises(ValueError, match=r"using gave \['objective'\] that are the same for all values of rate: use"):
+        sweep(fixed, moving, FFD(7), lambda weight, rate: weighed(weight), over=both, **given)
+    with pytest.raises(ValueError, match="the same for all values of weight"):
+        sweep(fixed, moving, FFD(7), lambda weight, rate: {"solver": Descent(chain(adam(rate)))}, over=both, **given)
+    alike = {"weight": torch.ones(2), "rate": RATES}  # values that do not differ cannot make a difference
+    found = sweep(
+        fixed, moving, FFD(7), lambda weight, rate: weighed(weight) | {"optimizer": adam(rate)}, over=alike, **given
+    )
+    assert torch.equal(found.scores[:, 0], found.scores[:, 1])
+
+
+def test_labels_that_judge_lie_on_the_fixed_grid() -> None:
+    fixed, moving = labelled(2)
+    given: dict[str, Any] = {"over": {"weight": WEIGHTS}} | SHORT
+    grid = fixed.image.grid
+    elsewhere = dataclasses.replace(fixed, image=Image(fixed.image.data, Grid(grid.size, origin=(0.5, 0.0))))
+    with pytest.raises(ValueError, match=r"held\[0\] lies up to 0.5 voxels away from fixed: give labels of the fixed"):
+        sweep(fixed, moving, FFD(7), weighed, held=(elsewhere, moving), **given)
+    small = Subject(Image(torch.zeros(2, 1, 14, 14), Grid((14, 14))), labels=torch.ones(2, 1, 14, 14).long())
+    with pytest.raises(ValueError, match=r"held\[0\] has size \(14, 14\) but fixed has \(28, 28\)"):
+        sweep(fixed, moving, FFD(7), weighed, held=(small, moving), **given)
+    deep = Subject(Image(torch.zeros(1, 4, 4, 4)), labels=torch.ones(1, 4, 4, 4).long())
+    with pytest.raises(ValueError, match=r"held\[1\] has 3 spatial axes but the images have 2"):
+        sweep(fixed, moving, FFD(7), weighed, held=(fixed, deep), **given)
+    points = Subject(small.image, points=torch.rand(5, 2))  # which are of the world, on whatever grid
+    found = sweep(fixed, moving, FFD(7), weighed, held=(points, points), judge="points", **given)
+    assert bool(torch.isfinite(found.scores).all())
+
+
+@pytest.mark.cuda
+def test_images_of_a_gpu_are_swept_by_values_of_the_cpu() -> None:
+    sides = [tree_map(lambda leaf: leaf.to("cuda"), side) for side in labelled(3)]
+    found = sweep(*sides, FFD(stride=7), weighed, over={"weight": WEIGHTS}, **SHORT)
+    here = sweep(*labelled(3), FFD(stride=7), weighed, over={"weight": WEIGHTS}, **SHORT)
+    assert found.scores.device.type == "cuda" and found.picked()["weight"].device.type == "cpu"
+    torch.testing.assert_close(found.scores.cpu(), here.scores, atol=1e-6, rtol=0)
+    assert torch.equal(found.picked(found.common)["weight"], here.picked(here.common)["weight"])
+
+
 # -- the figure ----------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +420,28 @@ def test_the_trade_off_shows_what_was_found() -> None:
     np.testing.assert_allclose(mean.get_ydata(), found.scores.mean(0))
     np.testing.assert_allclose(picked.get_ydata(), found.best_scores)
     assert "Dice" in axes.get_ylabel() and "log det J" in axes.get_xlabel() and "3 pairs" in axes.get_title()
+
+
+def test_the_trade_off_and_the_common_setting_go_by_one_rule() -> None:
+    """A setting that failed for a pair is not on the curve, a pair that no setting serves in no mean."""
+    pytest.importorskip("matplotlib")
+    fixed, moving = labelled(3)
+    found = sweep(fixed, moving, FFD(stride=7), weighed, over={"weight": WEIGHTS}, **SHORT)
+    scores = found.scores.clone()
+    scores[0, 2], scores[1] = torch.nan, torch.nan
+    scores[2, 2] = 1.0  # by the pairs that did not fail the last one were best
+    found = dataclasses.replace(found, scores=scores)
+    figure = fnreg.plot.trade_off(found)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    mean = axes.lines[3]
+    np.testing.assert_allclose(mean.get_ydata(), [*scores[[0, 2], :2].mean(0), np.nan])
+    np.testing.assert_allclose(mean.get_ydata(), found.means)
+    assert found.roughness is not None
+    np.testing.assert_allclose(mean.get_xdata()[:2], found.roughness[[0, 2], :2].mean(0))
+    assert int(found.common) == int(np.nanargmax(mean.get_ydata()))
+    nobody = fnreg.plot.trade_off(dataclasses.replace(found, scores=torch.full_like(scores, torch.nan)))
+    nobody.canvas.draw()
 
 
 def test_the_trade_off_of_two_names_and_of_linear_maps() -> None:

@@ -26,6 +26,7 @@ def ellipses(
     *,
     level: float = 0.95,
     scale: float = 1.0,
+    count: int | None = None,
     at: Scalars | None = None,
     slab: float | None = None,
     unit: str = "world units",
@@ -37,10 +38,12 @@ def ellipses(
     points, covariance : (N, D) and (N, D, D) in world units, as `Laplace.points` and `Ensemble.points` give it
     level : probability, of two coordinates together; those of a 3-D ellipse are those that the panel shows
     scale : a, how many times as large as they are the ellipses are drawn, which the title tells
+    count : of copies that the covariance was estimated from, of an `Ensemble`: its ellipses are larger, see `limit`
     at : world point of the slices of 3-D images
     slab : a panel of a 3-D image shows the points that are this near to it, default a tenth of the longest side
 
-    A point with infinite variance is a cross.  Raises ValueError where shapes do not fit together.
+    A point with infinite variance is a cross.  Raises ValueError where shapes do not fit together, or `count` is not at
+    least 2.
 
     >>> import torch, fnreg
     >>> points = torch.tensor([[8.0, 8.0]])
@@ -64,12 +67,13 @@ def ellipses(
     near = float(image.grid.extent.max()) / 10 if slab is None else slab
     if not near > 0:
         raise ValueError(f"slab is {slab}: expected a positive length")
-    told = f"{100 * level:.4g} % ellipses" + ("" if scale == 1 else f", drawn {scale:g} times as large")
+    radius = scale * math.sqrt(limit(level, count))
+    told = f"{100 * level:.4g} % ellipses" + ("" if count is None else f" of {count} copies")
+    told += "" if scale == 1 else f", drawn {scale:g} times as large"
     looks = cuts(image.grid, at)
     heading = title if len(looks) == 1 else title or told
     crosses = not bool(torch.isfinite(covariance).all())
     figure, axes = panels(looks, bar=False, extra=1.9 if crosses else 1.4, title=heading)
-    radius = scale * math.sqrt(-2 * math.log(1 - level))
     flat = [look.of(image) for look in looks]
     window = window_of(*flat)
     for axis, look, part in zip(axes, looks, flat, strict=True):
@@ -83,6 +87,26 @@ def ellipses(
         mark = need("lines").Line2D([], [], color=UNKNOWN, marker="x", linestyle="none")
         figure.legend([mark], ["infinite variance, or no registration"], loc="outside lower center")
     return figure
+
+
+def limit(level: float, count: int | None = None) -> float:
+    """The squared length e^T S^-1 e of normal errors e, of two coordinates together, that a share `level` stays below.
+
+    count : n copies of e that S was estimated from, as sum e_i e_i^T / n; None where S is the covariance itself
+
+    It is -2 log(1 - level) of the covariance itself, and 2 n / (n - 1) F of an estimate, F the quantile of Fisher's
+    distribution of 2 and n - 1 degrees of freedom, (n - 1) / 2 ((1 - level)^(-2 / (n - 1)) - 1): Hotelling 1931,
+    doi 10.1214/aoms/1177732979.  Raises ValueError for less than 2 copies.
+
+    >>> round(limit(0.95), 2), round(limit(0.95, 32), 2), round(limit(0.95, 8), 2)
+    (5.99, 6.82, 10.83)
+    """
+    beyond = math.log1p(-level)
+    if count is None:
+        return -2 * beyond
+    if not count >= 2:
+        raise ValueError(f"count is {count}: a covariance is estimated from at least 2 copies")
+    return count * math.expm1(-2 / (count - 1) * beyond)
 
 
 def _near(points: Tensor, look: Cut, both: list[int], slab: float) -> Tensor:

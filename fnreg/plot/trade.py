@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fnreg.judges import JUDGES
 from fnreg.plot.canvas import new_figure
 from fnreg.pytree import tree_leaves
-from fnreg.sweeps import JUDGES, Sweep
+from fnreg.sweeps import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +24,8 @@ def trade_off(found: Sweep) -> Figure:
     name, one curve per combination of the others; the chosen settings of the pairs are circles.
 
     Where the maps are linear, the scores over the values of the first name.  Thin lines are single pairs, of a sweep of
-    one name.  Settings that failed for a pair are left out of its line, and of the means.
+    one name.  Means are `Sweep.means`: pairs that no setting serves are left out, and of the curve a setting that
+    failed for one of the others, so `Sweep.common` is the best point that is shown.
     """
     count = len(found.chosen.reshape(-1))
     scores = _table(found.scores, count, found.shape)  # (B, n, rest)
@@ -33,12 +35,13 @@ def trade_off(found: Sweep) -> Figure:
     across = torch.where(scores.isnan(), torch.nan, across)
     figure = new_figure(7.5, 4.8)
     axes = figure.subplots()
-    rest = scores.shape[2]
+    rest, counted = scores.shape[2], found.counted.reshape(-1).cpu()
+    means = _table(found.means, 1, found.shape)[0]  # (n, rest)
     if rest == 1 and count > 1:
         for x, y in zip(across[:PAIRS, :, 0], scores[:PAIRS, :, 0], strict=True):
             axes.plot(x, y, color="C0", linewidth=0.6, alpha=0.3)
     for k in range(rest):
-        x, y = across[:, :, k].nanmean(0), scores[:, :, k].nanmean(0)
+        x, y = across[counted, :, k].nanmean(0), means[:, k]
         told = "mean of the pairs" if count > 1 else "settings"
         axes.plot(x, y, "o-", color=f"C{k}", linewidth=1.8, markersize=4, label=_label(found, k) or told)
         if rough is not None and k == 0:
@@ -87,11 +90,14 @@ def _label(found: Sweep, number: int) -> str:
 
 
 def _apart(x: Tensor, y: Tensor) -> list[int]:
-    """Points of a curve, the first one of them, whose labels do not cover each other."""
+    """Points of a curve, the first one of them that is shown, whose labels do not cover each other."""
     kept: list[int] = []
-    where = torch.stack([x, y], 1).nan_to_num()
-    where = where / (where.amax(0) - where.amin(0)).clamp(min=1e-12)
-    for place in range(len(x)):
+    where = torch.stack([x, y], 1)
+    shown = where.isfinite().all(1)
+    if not bool(shown.any()):
+        return kept
+    where = where / (where[shown].amax(0) - where[shown].amin(0)).clamp(min=1e-12)
+    for place in torch.nonzero(shown)[:, 0].tolist():
         if not kept or float((where[kept] - where[place]).abs().amax(1).min()) > 0.1:
             kept.append(place)
     return kept

@@ -573,28 +573,11 @@ def warp(
     """
     where = first_domain(mapping.domain) if grid is None else grid
     plain = image.image if isinstance(image, Subject) else image
-    own = same_place(where, first_domain(mapping.domain))
     if where.ndim != plain.grid.ndim:
         raise ValueError(f"image has {plain.grid.ndim} spatial axes but the mapping has {where.ndim}")
 
     def through(data: Tensor, how: Mode, padding: Padding) -> Tensor:
-        def one(values: Tensor, source: Grid, by: Mapping, target: Grid) -> Tensor:
-            dtype = values.dtype if values.is_floating_point() else torch.float64
-            whole = own and by.transform.splits and not by.transform.linear  # its field is read where it lies
-            parts = [target] if whole else target.slabs(SLAB)
-            warped: list[Tensor] = []
-            for part in parts:
-                coords = moving_coords(by, part, source, dtype, own=own)
-                warped.append(interpolate(values, coords, interpolation=how, padding=padding).reshape(-1, *part.shape))
-            return warped[0] if len(parts) == 1 else torch.cat(warped, 1)
-
-        return over_batch(
-            one,
-            data=(data, plain.grid.ndim + 1),
-            grid=(plain.grid, plain.grid.ranks()),
-            mapping=(mapping, mapping.ranks()),
-            target=(where, where.ranks()),
-        )
+        return warp_data(data, plain.grid, mapping, where, interpolation=how, padding=padding)
 
     warped = Image(through(plain.data, interpolation, padding), where)
     if not isinstance(image, Subject):
@@ -602,3 +585,33 @@ def warp(
     mask = None if image.mask is None else through(image.mask, "linear", "zeros")
     labels = None if image.labels is None else through(image.labels, "nearest", "zeros")
     return Subject(warped, mask, labels)
+
+
+def warp_data(
+    data: Tensor, source: Grid, mapping: Mapping, grid: Grid, *, interpolation: Mode, padding: Padding
+) -> Tensor:
+    """Data (C, [Z,] Y, X) of a source grid seen through a mapping at the voxels of `grid`; see `warp`.
+
+    Integers stay integers by nearest neighbours.
+    """
+    own = same_place(grid, first_domain(mapping.domain))
+
+    def one(values: Tensor, source: Grid, by: Mapping, target: Grid) -> Tensor:
+        dtype = values.dtype if values.is_floating_point() else torch.float64
+        whole = own and by.transform.splits and not by.transform.linear  # its field is read where it lies
+        parts = [target] if whole else target.slabs(SLAB)
+        warped: list[Tensor] = []
+        for part in parts:
+            coords = moving_coords(by, part, source, dtype, own=own)
+            warped.append(
+                interpolate(values, coords, interpolation=interpolation, padding=padding).reshape(-1, *part.shape)
+            )
+        return warped[0] if len(parts) == 1 else torch.cat(warped, 1)
+
+    return over_batch(
+        one,
+        data=(data, source.ndim + 1),
+        grid=(source, source.ranks()),
+        mapping=(mapping, mapping.ranks()),
+        target=(grid, grid.ranks()),
+    )
