@@ -516,7 +516,10 @@ def test_the_number_of_squarings_brings_all_vectors_below_half_a_voxel() -> None
     assert fields.squarings(velocity, grid) == 8
     assert fields.squarings(velocity.requires_grad_(), grid) == 8
     assert fields.squarings(torch.full((2, 3, 4), torch.nan), grid) == 0
-    assert fields.squarings(torch.full((2, 3, 4), torch.inf), grid) == 0
+    assert fields.squarings(torch.tensor([[torch.inf, 5.0, 0.0, 0.0]]), Grid((4,))) == 4
+    for vector, expected in ((0.4, 0.0), 0), ((0.4, 0.4), 1):  # voxels: one by one, however many
+        shift = torch.tensor(vector).reshape(2, 1, 1).expand(2, 3, 4)
+        assert fields.squarings(from_shift(shift, grid), grid) == expected
     assert fields.squarings(torch.full((2, 3, 4), 2.0**90), grid) == 92  # their squares overflow float32
     assert_close(
         fields.exp(velocity[:, :2, 2:].detach(), Grid((2, 2)), steps=None).isfinite().all(), torch.tensor(True)

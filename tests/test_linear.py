@@ -374,6 +374,8 @@ def test_linear_mapping_takes_a_matrix_with_or_without_its_last_row() -> None:
     batch = linear_mapping(stack([matrix[:-1]] * 3), grid)
     assert torch.equal(batch.matrix(), stack([matrix] * 3))
     assert batch.map_points(grid.points()).shape == (3, 20, 2)
+    inside = vmap(lambda m: linear_mapping(m, grid).matrix())(stack([matrix[:-1]] * 3))
+    assert torch.equal(inside, batch.matrix())
     with pytest.raises(ValueError, match=r"matrix has shape \(4, 4\): expected \(3, 3\)"):
         linear_mapping(torch.eye(4), grid)
 

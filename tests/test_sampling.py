@@ -849,6 +849,20 @@ def test_nested_batches_stay_on_their_device(kinds: tuple[tuple[int | None, int 
         assert made.is_meta
 
 
+@both_paths
+def test_layouts_do_not_matter_to_the_transpose(native_path: bool) -> None:
+    data, coords, weights = uniform(2, 5, 6), off_the_knots((6, 5), 7), uniform(2, 7)
+
+    def pulled(coords: Tensor, weights: Tensor) -> Tensor:
+        return vjp(lambda d: sample(d, coords).value, data)[1](weights)[0]
+
+    with path(native_path):
+        expected = pulled(coords, weights)
+        for x in (coords, coords.mT.contiguous().mT, coords.repeat_interleave(2, 1)[:, ::2]):
+            for w in (weights, weights.mT.contiguous().mT, weights.repeat_interleave(3, 1)[:, ::3]):
+                assert_close(pulled(x, w), expected, rtol=0, atol=1e-14)
+
+
 def spread(values: Tensor, coords: Tensor, items: int, div: int) -> Tensor:
     """The transpose of linear interpolation, item (b // div) % items of the data for batch b."""
     return sampling._Spread.apply(values, coords, (5, 6), items, "zeros", div)  # type: ignore[no-untyped-call]
