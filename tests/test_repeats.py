@@ -106,7 +106,7 @@ def test_every_setting_is_the_batch_with_it(name: str, images: tuple[Image, Imag
 
 
 def test_one_pair_takes_what_is_of_one(images: tuple[Image, Image]) -> None:
-    options: dict[str, Any] = {"starts": {"rotation": ANGLES[:1]}, "optimizer": adam(RATES[:1])}
+    options: dict[str, Any] = {"starts": {"rotation": ANGLES[0]}, "optimizer": adam(RATES[:1])}
     copies = ensemble(*one(images), Rotation(), count=3, noise=0.0, **options, **SHORT)
     assert copies.alone and copies.registration.status.shape == (3,)
 
