@@ -563,6 +563,21 @@ def test_higher_terms_bring_the_logarithm_nearer(dimension: int) -> None:
 
 
 @every_dimension
+@pytest.mark.parametrize("amplitude", [0.5, 4.0])
+def test_of_the_velocities_on_the_way_the_one_that_misses_least_is_returned(dimension: int, amplitude: float) -> None:
+    """As a whole, and not voxel by voxel."""
+    grid = oblique(SMALL[dimension])
+    velocity = displacement = amplitude * pair(grid)[0]
+    missed: list[tuple[float, Tensor]] = []
+    for _ in range(4):
+        missing = fields.compose(displacement, fields.exp(-velocity, grid, steps=5), grid)
+        missed.append((length(to_shift(missing, grid)), velocity))
+        velocity = fields.bch(velocity, missing, grid)
+    best = min(missed, key=lambda item: item[0])[1]
+    assert torch.equal(fields.log(displacement, grid, iterations=3, steps=5).velocity, best)
+
+
+@every_dimension
 def test_what_is_not_given_has_the_values_that_are_told(dimension: int) -> None:
     grid = oblique((12, 10, 8)[:dimension])
     u, v = wave(grid, 2.0), wave(grid, seed=1)
