@@ -1017,10 +1017,9 @@ def test_whole_numbers_are_no_field() -> None:
 
 
 @every_dimension
-@every_dtype
-def test_all_stays_on_the_device_and_in_the_dtype_of_the_field(dimension: int, dtype: torch.dtype) -> None:
+def test_all_stays_on_the_device_and_in_the_dtype_of_the_field(dimension: int) -> None:
     """The meta device stands in for any but the CPU, and refuses what mixes the two."""
-    grid = Grid(SMALL[dimension]).to("meta")
+    grid, dtype = Grid(SMALL[dimension]).to("meta"), torch.float32
     field = torch.zeros(dimension, *grid.shape, dtype=dtype, device="meta")
     scale = torch.tensor(0.5, dtype=torch.float64, device="meta")
     points = torch.zeros(4, dimension, dtype=torch.float64, device="meta")
@@ -1032,7 +1031,7 @@ def test_all_stays_on_the_device_and_in_the_dtype_of_the_field(dimension: int, d
         fields.compose_step(field, field, grid, scale),
         fields.exp(field, grid, steps=2),
         fields.exp(field, grid, steps=1, on=grid.resize(2)),
-        *fields.log(field, grid, steps=2),
+        *fields.log(field, grid, iterations=1, steps=1),
         fields.inverse_consistency(field, field, grid).largest_voxels,
         fields.bch(field, field, grid, terms=4),
         fields.sample_field(field, grid, points),
