@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,12 +43,12 @@ class Solves:
 
     probes : random vectors of signs for the traces, which fix the strength of the noise; their number is the same for
         all pairs, and so are they
-    tolerance : of conjugate gradients, the relative residual
+    tolerance : of conjugate gradients, the relative residual; 1e-3 leaves about 0.3 % of a variance
     iterations : at most, of each system; inside vmap exactly
     """
 
     probes: int = 8
-    tolerance: float = 1e-4
+    tolerance: float = 1e-3
     iterations: int = 1000
 
     def __post_init__(self) -> None:
@@ -292,8 +293,10 @@ def without_noise(slopes: Tensor, others: Tensor, shape: tuple[int, ...]) -> Ten
     slopes, others : derivatives (C, D, N) of both images by the same coordinates, g and g'
 
     With the local means S of g g^T and X of the symmetric part of g g'^T, to which noise adds nothing, W S W^T is the
-    part of X that is positive, as S measures: W = S^1/2 (S^-1/2 X S^-1/2)_+^1/2 S^-1/2.  What is left of pure noise
-    falls with the root of the number of voxels in the window.
+    part of X that is clearly positive, as S measures: W = S^1/2 (S^-1/2 X S^-1/2)_+^1/2 S^-1/2.  Of noise alone the
+    eigenvalues in the middle are within 2 sqrt(D / 2 n) in a window of n voxels, by Wigner's law as in
+    `fnreg.sandwich`; what is below twice that, as neighbours share noise, counts as none.  The slope of white noise is
+    worth more than a voxel's information, so little of it must stay.
     """
     dimension, count = slopes.shape[1:]
     rows, columns = torch.triu_indices(dimension, dimension).tolist()
@@ -303,6 +306,7 @@ def without_noise(slopes: Tensor, others: Tensor, shape: tuple[int, ...]) -> Ten
     place = torch.zeros(dimension, dimension, dtype=torch.int64)
     place[rows, columns] = place[columns, rows] = torch.arange(len(rows))
     own, mixed = both.split(len(rows))
+    least = 2 * (2 * dimension / (4 * math.pi * WINDOW**2) ** (dimension / 2)) ** 0.5
     floor = 1e-12 * own[place.diagonal()].sum(0).amax().clamp(min=1e-300)
 
     def some(part: slice) -> Tensor:
@@ -310,6 +314,6 @@ def without_noise(slopes: Tensor, others: Tensor, shape: tuple[int, ...]) -> Ten
         root = values.clamp(min=floor).sqrt().unsqueeze(1)
         forth, back = (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
         shares, turned = torch.linalg.eigh(back @ mixed[place.to(own.device)][..., part].movedim(2, 0) @ back)
-        return forth @ (turned * shares.clamp(min=0).sqrt().unsqueeze(1)) @ turned.mT @ back
+        return forth @ (turned * torch.where(shares > least, shares, 0).sqrt().unsqueeze(1)) @ turned.mT @ back
 
     return in_parts(some, count, EIGEN)
