@@ -33,7 +33,7 @@ from fnreg.solvers.scaled import Scaled
 from fnreg.stiffness import Stiffness
 
 VOXELS = 2**21  # of all pairs and vectors that go side by side
-WINDOW = 3.0  # voxels, standard deviation of the Gaussian in which the slopes of both images are compared
+WINDOW = 2.0  # voxels, standard deviation of the Gaussian in which the slopes of both images are compared
 EIGEN = 2**18  # small matrices that are decomposed at once
 
 
@@ -118,35 +118,40 @@ class Linearised:
         made: Any = vjp(of, self.seen.warped)
         return made[1], transposed(made[1], made[0])
 
-    @functools.cached_property
-    def slopes(self) -> Tensor:
-        """The derivatives of the moving images (B, C, D, N)."""
-        return self.seen.slopes
+    def roots(self, factor: Tensor) -> Tensor:
+        """R (B, D, D, N) with R^T R what both images tell of each voxel's coordinates: see `clear`.
 
-    @functools.cached_property
-    def clean(self) -> Tensor:
-        """The same without what the fixed images do not show too: see `without_noise`."""
-        return self.over(_clean, self.params, self.seen)
+        factor : (B,) of the noise
+        """
+        made: Any = tree_vmap(
+            functools.partial(_roots, self.options),
+            (None, None, None, None, self.level.axes),
+            *(self.params, self.seen, self.spread.slope, factor, self.level.pairs),
+        )
+        return made
 
     # -- products --------------------------------------------------------------------------------------------------
 
-    def forth(self, rows: Tensor, slopes: Tensor) -> Tensor:
-        """J x (S, B, C, N) of rows."""
+    def forth(self, rows: Tensor, roots: Tensor | None = None) -> Tensor:
+        """J x (S, B, C, N) of rows; with roots R x (S, B, D, N), whose square is the information of both images."""
         push, on = self._to_coords[2], self._to_residuals[1]
 
         def one(row: Tensor) -> Tensor:
-            moved = push(parted(row, self.level.zero_step()))  # (B, D, N)
-            return on((slopes * moved.unsqueeze(1)).sum(2)).reshape(self.seen.residuals.shape)
+            moved = push(parted(row, self.level.zero_step())).unsqueeze(1)  # (B, 1, D, N)
+            if roots is not None:
+                return (roots * moved).sum(2)
+            return on((self.seen.slopes * moved).sum(2)).reshape(self.seen.residuals.shape)
 
         return self._several(one, rows)
 
-    def back(self, values: Tensor, slopes: Tensor) -> Tensor:
-        """J^T y (S, B, P) of values."""
-        pull, off = self._to_coords[1], self._to_residuals[0]
+    def back(self, values: Tensor, roots: Tensor | None = None) -> Tensor:
+        """The transpose of `forth`: (S, B, P) of values."""
+        off = self._to_residuals[0]
 
         def one(value: Tensor) -> Tensor:
-            by_warped = off(value.flatten(1))[0]  # (B, C, N)
-            return joined(pull((slopes * by_warped.unsqueeze(2)).sum(1))[0])
+            if roots is not None:
+                return self.pulled((roots * value.unsqueeze(2)).sum(1))
+            return self.pulled((self.seen.slopes * off(value.flatten(1))[0].unsqueeze(2)).sum(1))
 
         return self._several(one, values)
 
@@ -167,14 +172,14 @@ class Linearised:
         """K x (S, B, P) of rows, half the penalties' second derivative."""
         return self._several(lambda row: joined(self._bent(parted(row, self.level.zero_step()))[0]) / 2, rows)
 
-    def curved(self, rows: Tensor, slopes: Tensor) -> Tensor:
-        """A x = (J^T J + K) x."""
-        return self.back(self.forth(rows, slopes), slopes) + self.held(rows)
+    def curved(self, rows: Tensor, roots: Tensor | None) -> Tensor:
+        """A x = (J^T J + K) x; with roots R^T R in place of J^T J."""
+        return self.back(self.forth(rows, roots), roots) + self.held(rows)
 
     def slope(self) -> Tensor:
         """J^T r and half the penalties' gradient (B, P): zero at the minimum."""
         of_penalty = joined(self.over(_pull_of_penalty, self.level.zero_step(), self.params)) / 2
-        return self.back(self.seen.residuals.unsqueeze(0), self.slopes)[0] + of_penalty
+        return self.back(self.seen.residuals.unsqueeze(0))[0] + of_penalty
 
     def _several(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         """A linear function of one vector of each pair, of as many side by side as fit."""
@@ -193,16 +198,16 @@ class Linearised:
 
     # -- systems ---------------------------------------------------------------------------------------------------
 
-    def scaling(self, slopes: Tensor) -> Scaling | Diagonal:
+    def scaling(self, roots: Tensor | None) -> Scaling | Diagonal:
         """S with S S^T close to the inverse of A."""
         if self._modes is not None:
             zero = joined(self.level.zero_step())
             shifts = Stiffness(zero, self.seen.coords.shape[1], 1.0).shifts(zero)
-            told = self.forth(torch.stack(shifts), slopes).square().flatten(2).sum(2)  # (D, B)
+            told = self.forth(torch.stack(shifts), roots).square().flatten(2).sum(2)  # (D, B)
             return self._modes.scaled(told.mT.clamp(min=1e-300))
 
         def changed(row: Tensor) -> Tensor:
-            return 2 * self.curved(row.unsqueeze(0), slopes)[0]
+            return 2 * self.curved(row.unsqueeze(0), roots)[0]
 
         return Diagonal((Scaled(self.level).diagonal(changed, self.slope(), 1.0) / 2).rsqrt())
 
@@ -210,12 +215,14 @@ class Linearised:
     def _modes(self) -> Modes | None:
         return modes(self.level)
 
-    def solve(self, rows: Tensor, slopes: Tensor, scaling: Scaling | Diagonal, solves: Solves) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, rows: Tensor, roots: Tensor | None, scaling: Scaling | Diagonal, solves: Solves
+    ) -> tuple[Tensor, Tensor]:
         """A^-1 of rows (S, B, P), and the relative residual (S, B), infinite where A is not positive definite."""
         size, width = rows.shape[:2]
 
         def product(flat: Tensor) -> Tensor:
-            curved = self.curved(scaling.forth(flat).unflatten(0, (-1, width)), slopes)
+            curved = self.curved(scaling.forth(flat).unflatten(0, (-1, width)), roots)
             return scaling.back(curved.flatten(0, 1))
 
         right = scaling.back(rows.flatten(0, 1))
@@ -259,11 +266,11 @@ def _pull_of_penalty(options: Options, step: Any, params: Any, pair: Pair) -> An
     return grad(value)(step)
 
 
-# -- slopes without noise ----------------------------------------------------------------------------------------------
+# -- information without noise -----------------------------------------------------------------------------------------
 
 
-def _clean(options: Options, params: Any, seen: Seen, pair: Pair) -> Tensor:
-    """The slopes (C, D, N) of the moving image without its noise."""
+def _roots(options: Options, params: Any, seen: Seen, noise_slope: Tensor, factor: Tensor, pair: Pair) -> Tensor:
+    """The roots (D, D, N) of what both images tell."""
     fixed, shape = pair.fixed.data.flatten(1), pair.fixed.grid.shape
     signs = _signs(seen.scale.shape[1], seen.scale)
 
@@ -277,8 +284,8 @@ def _clean(options: Options, params: Any, seen: Seen, pair: Pair) -> Tensor:
     of_fixed = share(lambda x: pair_residuals(options, params, pair, seen.warped, x, seen.weights), fixed)
     slopes = of_moving.unsqueeze(1) * seen.slopes * seen.scale
     others = -of_fixed.unsqueeze(1) * seen.others * seen.scale
-    turned = without_noise(slopes, others, shape)
-    return torch.einsum("nij,cjn->cin", turned, seen.slopes)
+    idle = factor * noise_slope * seen.scale.square() * len(seen.residuals)
+    return clear(slopes, others, idle, shape)
 
 
 def _signs(count: int, like: Tensor) -> Tensor:
@@ -287,33 +294,30 @@ def _signs(count: int, like: Tensor) -> Tensor:
     return (1 - 2 * ((number * 7919 + 13) * 48271 % 2147483647 % 2)).to(like.dtype).unsqueeze(0)
 
 
-def without_noise(slopes: Tensor, others: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The matrices W (N, D, D) that take noise off slopes g: W g carries no more information than both images tell.
+def clear(slopes: Tensor, others: Tensor, idle: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """R (D, D, N) whose squares R^T R are the local information of two images without their noise.
 
     slopes, others : derivatives (C, D, N) of both images by the same coordinates, g and g'
+    idle : (D, N) variance that noise alone gives g, summed over channels
 
-    With the local means S of g g^T and X of the symmetric part of g g'^T, to which noise adds nothing, W S W^T is the
-    part of X that is clearly positive, as S measures: W = S^1/2 (S^-1/2 X S^-1/2)_+^1/2 S^-1/2.  Of noise alone the
-    eigenvalues in the middle are within 2 sqrt(D / 2 n) in a window of n voxels, by Wigner's law as in
-    `fnreg.sandwich`; what is below twice that, as neighbours share noise, counts as none.  The slope of white noise is
-    worth more than a voxel's information, so little of it must stay.
+    The local mean of the symmetric part of g g'^T, to which noise adds nothing as that of both images is independent,
+    in units of idle.  Of noise alone its eigenvalues are within 2 sqrt(D / 2 n) in a window of n voxels, by Wigner's
+    law as in `fnreg.sandwich`; directions of less are not told from those without information, and have none.  What
+    noise alone would tell is as much as a voxel can, at any strength, so none of it may stay.
     """
     dimension, count = slopes.shape[1:]
     rows, columns = torch.triu_indices(dimension, dimension).tolist()
-    own = (slopes[:, rows] * slopes[:, columns]).sum(0)
     mixed = (slopes[:, rows] * others[:, columns] + slopes[:, columns] * others[:, rows]).sum(0) / 2
-    both = gaussian(torch.cat([own, mixed]).reshape(-1, *shape), WINDOW).flatten(1)
+    both = gaussian(torch.cat([mixed, idle]).reshape(-1, *shape), WINDOW).flatten(1)
     place = torch.zeros(dimension, dimension, dtype=torch.int64)
     place[rows, columns] = place[columns, rows] = torch.arange(len(rows))
-    own, mixed = both.split(len(rows))
-    least = 2 * (2 * dimension / (4 * math.pi * WINDOW**2) ** (dimension / 2)) ** 0.5
-    floor = 1e-12 * own[place.diagonal()].sum(0).amax().clamp(min=1e-300)
+    mixed, idle = both.split([len(rows), dimension])
+    least = (2 * dimension / (4 * math.pi * WINDOW**2) ** (dimension / 2)) ** 0.5
+    root = torch.maximum(idle, 1e-12 * mixed.abs().amax().clamp(min=1e-300)).sqrt()  # (D, N)
 
     def some(part: slice) -> Tensor:
-        values, vectors = torch.linalg.eigh(own[place.to(own.device)][..., part].movedim(2, 0))
-        root = values.clamp(min=floor).sqrt().unsqueeze(1)
-        forth, back = (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
-        shares, turned = torch.linalg.eigh(back @ mixed[place.to(own.device)][..., part].movedim(2, 0) @ back)
-        return forth @ (turned * torch.where(shares > least, shares, 0).sqrt().unsqueeze(1)) @ turned.mT @ back
+        unit = root[:, part].mT.unsqueeze(2)  # (n, D, 1)
+        values, vectors = torch.linalg.eigh(mixed[place.to(root.device)][..., part].movedim(2, 0) / (unit * unit.mT))
+        return unit * vectors * torch.where(values > least, values, 0).sqrt().unsqueeze(1)
 
-    return in_parts(some, count, EIGEN)
+    return in_parts(some, count, EIGEN).permute(2, 1, 0)
