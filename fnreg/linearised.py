@@ -33,7 +33,7 @@ from fnreg.solvers.scaled import Scaled
 from fnreg.stiffness import Stiffness
 
 VOXELS = 2**21  # of all pairs and vectors that go side by side
-WINDOW = 2.0  # voxels, standard deviation of the Gaussian in which the slopes of both images are compared
+WINDOW = 3.0  # voxels, standard deviation of the Gaussian in which the slopes of both images are compared
 EIGEN = 2**18  # small matrices that are decomposed at once
 
 
@@ -62,6 +62,16 @@ class Spread(NamedTuple):
     variance: Tensor
     slope: Tensor
     density: Tensor
+
+
+class Roots(NamedTuple):
+    """The information R^T S R that images have of the coordinates of their voxels.
+
+    rows : (D, D, N) R of each voxel; signs : (D, N) the diagonal of S
+    """
+
+    rows: Tensor
+    signs: Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,8 +128,8 @@ class Linearised:
         made: Any = vjp(of, self.seen.warped)
         return made[1], transposed(made[1], made[0])
 
-    def roots(self, factor: Tensor) -> Tensor:
-        """R (B, D, D, N) with R^T R what both images tell of each voxel's coordinates: see `clear`.
+    def roots(self, factor: Tensor) -> Roots:
+        """What both images tell of each voxel's coordinates, (B, ...): see `clear`.
 
         factor : (B,) of the noise
         """
@@ -132,25 +142,25 @@ class Linearised:
 
     # -- products --------------------------------------------------------------------------------------------------
 
-    def forth(self, rows: Tensor, roots: Tensor | None = None) -> Tensor:
-        """J x (S, B, C, N) of rows; with roots R x (S, B, D, N), whose square is the information of both images."""
+    def forth(self, rows: Tensor, roots: Roots | None = None) -> Tensor:
+        """J x (S, B, C, N) of rows; with roots R x (S, B, D, N) of what both images tell."""
         push, on = self._to_coords[2], self._to_residuals[1]
 
         def one(row: Tensor) -> Tensor:
             moved = push(parted(row, self.level.zero_step())).unsqueeze(1)  # (B, 1, D, N)
             if roots is not None:
-                return (roots * moved).sum(2)
+                return (roots.rows * moved).sum(2)
             return on((self.seen.slopes * moved).sum(2)).reshape(self.seen.residuals.shape)
 
         return self._several(one, rows)
 
-    def back(self, values: Tensor, roots: Tensor | None = None) -> Tensor:
+    def back(self, values: Tensor, roots: Roots | None = None) -> Tensor:
         """The transpose of `forth`: (S, B, P) of values."""
         off = self._to_residuals[0]
 
         def one(value: Tensor) -> Tensor:
             if roots is not None:
-                return self.pulled((roots * value.unsqueeze(2)).sum(1))
+                return self.pulled((roots.rows * value.unsqueeze(2)).sum(1))
             return self.pulled((self.seen.slopes * off(value.flatten(1))[0].unsqueeze(2)).sum(1))
 
         return self._several(one, values)
@@ -172,9 +182,10 @@ class Linearised:
         """K x (S, B, P) of rows, half the penalties' second derivative."""
         return self._several(lambda row: joined(self._bent(parted(row, self.level.zero_step()))[0]) / 2, rows)
 
-    def curved(self, rows: Tensor, roots: Tensor | None) -> Tensor:
-        """A x = (J^T J + K) x; with roots R^T R in place of J^T J."""
-        return self.back(self.forth(rows, roots), roots) + self.held(rows)
+    def curved(self, rows: Tensor, roots: Roots | None) -> Tensor:
+        """A x = (J^T J + K) x; with roots R^T S R in place of J^T J."""
+        seen = self.forth(rows, roots)
+        return self.back(seen if roots is None else seen * roots.signs, roots) + self.held(rows)
 
     def slope(self) -> Tensor:
         """J^T r and half the penalties' gradient (B, P): zero at the minimum."""
@@ -198,12 +209,13 @@ class Linearised:
 
     # -- systems ---------------------------------------------------------------------------------------------------
 
-    def scaling(self, roots: Tensor | None) -> Scaling | Diagonal:
+    def scaling(self, roots: Roots | None) -> Scaling | Diagonal:
         """S with S S^T close to the inverse of A."""
         if self._modes is not None:
             zero = joined(self.level.zero_step())
             shifts = Stiffness(zero, self.seen.coords.shape[1], 1.0).shifts(zero)
-            told = self.forth(torch.stack(shifts), roots).square().flatten(2).sum(2)  # (D, B)
+            told = self.forth(torch.stack(shifts), roots).square()
+            told = (told if roots is None else told * roots.signs).flatten(2).sum(2)  # (D, B)
             return self._modes.scaled(told.mT.clamp(min=1e-300))
 
         def changed(row: Tensor) -> Tensor:
@@ -216,7 +228,7 @@ class Linearised:
         return modes(self.level)
 
     def solve(
-        self, rows: Tensor, roots: Tensor | None, scaling: Scaling | Diagonal, solves: Solves
+        self, rows: Tensor, roots: Roots | None, scaling: Scaling | Diagonal, solves: Solves
     ) -> tuple[Tensor, Tensor]:
         """A^-1 of rows (S, B, P), and the relative residual (S, B), infinite where A is not positive definite."""
         size, width = rows.shape[:2]
@@ -269,8 +281,8 @@ def _pull_of_penalty(options: Options, step: Any, params: Any, pair: Pair) -> An
 # -- information without noise -----------------------------------------------------------------------------------------
 
 
-def _roots(options: Options, params: Any, seen: Seen, noise_slope: Tensor, factor: Tensor, pair: Pair) -> Tensor:
-    """The roots (D, D, N) of what both images tell."""
+def _roots(options: Options, params: Any, seen: Seen, noise_slope: Tensor, factor: Tensor, pair: Pair) -> Roots:
+    """What both images tell."""
     fixed, shape = pair.fixed.data.flatten(1), pair.fixed.grid.shape
     signs = _signs(seen.scale.shape[1], seen.scale)
 
@@ -294,30 +306,34 @@ def _signs(count: int, like: Tensor) -> Tensor:
     return (1 - 2 * ((number * 7919 + 13) * 48271 % 2147483647 % 2)).to(like.dtype).unsqueeze(0)
 
 
-def clear(slopes: Tensor, others: Tensor, idle: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """R (D, D, N) whose squares R^T R are the local information of two images without their noise.
+def clear(slopes: Tensor, others: Tensor, idle: Tensor, shape: tuple[int, ...]) -> Roots:
+    """The local information R^T S R of two images without their noise.
 
     slopes, others : derivatives (C, D, N) of both images by the same coordinates, g and g'
     idle : (D, N) variance that noise alone gives g, summed over channels
 
-    The local mean of the symmetric part of g g'^T, to which noise adds nothing as that of both images is independent,
-    in units of idle.  Of noise alone its eigenvalues are within 2 sqrt(D / 2 n) in a window of n voxels, by Wigner's
-    law as in `fnreg.sandwich`; directions of less are not told from those without information, and have none.  What
-    noise alone would tell is as much as a voxel can, at any strength, so none of it may stay.
+    It is the symmetric part of g g'^T, to which noise adds nothing on average, as that of both images is independent.
+    Of a voxel it may be negative, over what a step moves it adds up.  Directions in which its mean over a window, in
+    units of idle, is no more than noise makes it have none: the eigenvalues of noise are within 2 sqrt(D / 2 n) in a
+    window of n voxels, by Wigner's law as in `fnreg.sandwich`.  The mean itself would not serve: it tells of two
+    directions where each voxel tells of one.
     """
     dimension, count = slopes.shape[1:]
     rows, columns = torch.triu_indices(dimension, dimension).tolist()
     mixed = (slopes[:, rows] * others[:, columns] + slopes[:, columns] * others[:, rows]).sum(0) / 2
-    both = gaussian(torch.cat([mixed, idle]).reshape(-1, *shape), WINDOW).flatten(1)
     place = torch.zeros(dimension, dimension, dtype=torch.int64)
     place[rows, columns] = place[columns, rows] = torch.arange(len(rows))
-    mixed, idle = both.split([len(rows), dimension])
+    means = gaussian(torch.cat([mixed, idle]).reshape(-1, *shape), WINDOW).flatten(1)
     least = (2 * dimension / (4 * math.pi * WINDOW**2) ** (dimension / 2)) ** 0.5
-    root = torch.maximum(idle, 1e-12 * mixed.abs().amax().clamp(min=1e-300)).sqrt()  # (D, N)
+    root = torch.maximum(means[len(rows) :], 1e-12 * mixed.abs().amax().clamp(min=1e-300)).sqrt()  # (D, N)
 
-    def some(part: slice) -> Tensor:
+    def some(part: slice) -> tuple[Tensor, Tensor]:
         unit = root[:, part].mT.unsqueeze(2)  # (n, D, 1)
-        values, vectors = torch.linalg.eigh(mixed[place.to(root.device)][..., part].movedim(2, 0) / (unit * unit.mT))
-        return unit * vectors * torch.where(values > least, values, 0).sqrt().unsqueeze(1)
+        mean, each = (t[place.to(root.device)][..., part].movedim(2, 0) / (unit * unit.mT) for t in (means, mixed))
+        values, vectors = torch.linalg.eigh(mean)
+        kept = (vectors * (values > least).to(vectors.dtype).unsqueeze(1)) @ vectors.mT
+        values, vectors = torch.linalg.eigh(kept @ each @ kept)
+        return unit * vectors * values.abs().sqrt().unsqueeze(1), values.sign()
 
-    return in_parts(some, count, EIGEN).permute(2, 1, 0)
+    rows_of, signs = in_parts(some, count, EIGEN)
+    return Roots(rows_of.permute(2, 1, 0), signs.mT)

@@ -7,8 +7,8 @@ The strength of the noise needs traces of products with A^-1, which random vecto
 of H = J A^-1 J^T, with u = A^-1 J^T e, tr H C = E (C e)^T J u, tr H C H = E (J u)^T C J u and
 tr A^-1 K A^-1 J^T J = E u^T K u; one system of equations for each e.  Hutchinson 1990, doi 10.1080/03610919008812866.
 
-The product of the derivatives of both images may be negative along some direction; here it is made positive voxel by
-voxel, in windows of a few voxels: see `fnreg.linearised.clear`.
+Of the product of the derivatives of both images the directions that are no more than noise are dropped voxel by voxel
+here, as told by windows of a few voxels: see `fnreg.linearised.clear`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from fnreg.linearised import Linearised, Solves
+from fnreg.linearised import Linearised, Roots, Solves
 from fnreg.modes import Diagonal, Scaling
 from fnreg.pair import Pair
 from fnreg.problem import Level
@@ -207,7 +207,7 @@ def _covariance(laplace: SolvedLaplace, both: Tensor, rows: Tensor) -> Tensor:
 
 
 def solved(
-    lin: Linearised, rows: Tensor, roots: Tensor | None, scaling: Scaling | Diagonal, solves: Solves, alone: bool
+    lin: Linearised, rows: Tensor, roots: Roots | None, scaling: Scaling | Diagonal, solves: Solves, alone: bool
 ) -> tuple[Tensor, Tensor]:
     """A^-1 of rows (S, B, P), and which of them (S, B) are solutions; of a pair that is alone all have to be."""
     found, left = lin.solve(rows, roots, scaling, solves)
@@ -255,9 +255,9 @@ def tell(lin: Linearised, solves: Solves, alone: bool) -> Told:
     bias, newton = -found[0], found[1]
     freedom: list[Tensor] = []
     noisy: list[Tensor] = []
-    for signs in _probes(solves.probes, lin, roots.shape[1]):
+    for signs in _probes(solves.probes, lin, roots.signs.shape[1]):
         found, good = solved(lin, lin.back(signs, roots), roots, scaling, solves, alone)
-        freedom.append(_inner(signs, lin.forth(found, roots)))
+        freedom.append(_inner(signs * roots.signs, lin.forth(found, roots)))
         ok = ok & good.all(0)
     for signs in _probes(solves.probes, lin, len(seen.residuals[0])):
         found, good = solved(lin, lin.back(signs), roots, scaling, solves, alone)

@@ -86,7 +86,8 @@ def test_of_the_same_matrices_it_is_the_formed_covariance(transform: Any, kind: 
     push = matrix(lambda rows: lin.forth(rows), size)
     noise = matrix(lambda rows: lin.coloured(rows.unflatten(2, (1, -1))), len(push))
     cleaned = matrix(lambda rows: lin.forth(rows, roots), size)
-    inverse = torch.linalg.inv(cleaned.mT @ cleaned + held)
+    signed = cleaned * roots.signs.flatten().unsqueeze(1)
+    inverse = torch.linalg.inv(cleaned.mT @ signed + held)
     middle = found.factor * (push.mT @ noise @ push + found.typical * held) + torch.outer(found.pull, found.pull)
     covariance = inverse @ middle @ inverse
     points = found.mapping.domain.center + POINTS
@@ -106,11 +107,11 @@ def test_of_the_same_matrices_it_is_the_formed_covariance(transform: Any, kind: 
     expected = torch.trace(rest @ noise @ rest) + found.typical * torch.trace(prior @ held @ prior @ push.mT @ push)
     factor = lin.seen.residuals.square().sum() / expected
     assert abs(float((factor / found.factor).sqrt() - 1) * found.deviation) < 4 * float(found.deviation_error) + 1e-12
-    freedom = torch.trace(cleaned @ inverse @ cleaned.mT)
+    freedom = torch.trace(cleaned @ inverse @ signed.mT)
     assert abs(float(freedom - found.freedom)) < 4 * float(found.freedom_error)
     # Newton's step in units of errors
     slope = lin.slope()[0]
-    bends = cleaned.mT @ cleaned + held
+    bends = cleaned.mT @ signed + held
     size_of = (slope @ inverse @ slope / torch.trace(bends @ covariance)).sqrt()
     assert float(found.left) == pytest.approx(float(size_of), rel=0.15)
 
@@ -175,8 +176,7 @@ def test_what_both_images_tell_stays_and_noise_goes() -> None:
     idle = torch.ones(2, 3000, dtype=torch.float64)
     first, second = ((along + part).unsqueeze(0) for part in noise)
     roots = clear(first, second, idle, shape)
-    told = torch.einsum("kin,kjn->nij", roots, roots)
-    assert torch.linalg.eigvalsh(told).amin() > -1e-12
+    told = torch.einsum("kin,kn,kjn->nij", roots.rows, roots.signs, roots.rows)
     mean = told.mean(0)
     assert float(mean[0, 0]) == pytest.approx(3, rel=0.1)  # of the slopes' own square it would be 4
     assert abs(float(mean[1, 1])) < 0.1 and abs(float(mean[0, 1])) < 0.1  # and 1
@@ -185,7 +185,7 @@ def test_what_both_images_tell_stays_and_noise_goes() -> None:
     for unit in (1e-3, 1e-6):
         roots = clear(smooth, smooth, unit * idle, shape)
         expected = smooth[0, :, 0].outer(smooth[0, :, 0]).expand(3000, -1, -1)
-        assert_close(torch.einsum("kin,kjn->nij", roots, roots), expected, rtol=0, atol=1e-12)
+        assert_close(torch.einsum("kin,kn,kjn->nij", roots.rows, roots.signs, roots.rows), expected, rtol=0, atol=1e-12)
 
 
 # -- against the formed one ----------------------------------------------------------------------------------------
