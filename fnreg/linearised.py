@@ -128,15 +128,15 @@ class Linearised:
         made: Any = vjp(of, self.seen.warped)
         return made[1], transposed(made[1], made[0])
 
-    def roots(self, factor: Tensor) -> Roots:
+    def roots(self, factor: Tensor, positive: Tensor) -> Roots:
         """What both images tell of each voxel's coordinates, (B, ...): see `clear`.
 
-        factor : (B,) of the noise
+        factor : (B,) of the noise; positive : (B,) bool
         """
         made: Any = tree_vmap(
             functools.partial(_roots, self.options),
-            (None, None, None, None, self.level.axes),
-            *(self.params, self.seen, self.spread.slope, factor, self.level.pairs),
+            (None, None, None, None, None, self.level.axes),
+            *(self.params, self.seen, self.spread.slope, factor, positive, self.level.pairs),
         )
         return made
 
@@ -281,7 +281,9 @@ def _pull_of_penalty(options: Options, step: Any, params: Any, pair: Pair) -> An
 # -- information without noise -----------------------------------------------------------------------------------------
 
 
-def _roots(options: Options, params: Any, seen: Seen, noise_slope: Tensor, factor: Tensor, pair: Pair) -> Roots:
+def _roots(
+    options: Options, params: Any, seen: Seen, noise_slope: Tensor, factor: Tensor, positive: Tensor, pair: Pair
+) -> Roots:
     """What both images tell."""
     fixed, shape = pair.fixed.data.flatten(1), pair.fixed.grid.shape
     signs = _signs(seen.scale.shape[1], seen.scale)
@@ -297,7 +299,7 @@ def _roots(options: Options, params: Any, seen: Seen, noise_slope: Tensor, facto
     slopes = of_moving.unsqueeze(1) * seen.slopes * seen.scale
     others = -of_fixed.unsqueeze(1) * seen.others * seen.scale
     idle = factor * noise_slope * seen.scale.square() * len(seen.residuals)
-    return clear(slopes, others, idle, shape)
+    return clear(slopes, others, idle, shape, positive)
 
 
 def _signs(count: int, like: Tensor) -> Tensor:
@@ -306,21 +308,24 @@ def _signs(count: int, like: Tensor) -> Tensor:
     return (1 - 2 * ((number * 7919 + 13) * 48271 % 2147483647 % 2)).to(like.dtype).unsqueeze(0)
 
 
-def clear(slopes: Tensor, others: Tensor, idle: Tensor, shape: tuple[int, ...]) -> Roots:
+def clear(slopes: Tensor, others: Tensor, idle: Tensor, shape: tuple[int, ...], positive: Tensor) -> Roots:
     """The local information R^T S R of two images without their noise.
 
     slopes, others : derivatives (C, D, N) of both images by the same coordinates, g and g'
     idle : (D, N) variance that noise alone gives g, summed over channels
+    positive : bool, whether it must not be negative of any voxel
 
     It is the symmetric part of g g'^T, to which noise adds nothing on average, as that of both images is independent.
     Of a voxel it may be negative, over what a step moves it adds up.  Directions in which its mean over a window, in
     units of idle, is no more than noise makes it have none: the eigenvalues of noise are within 2 sqrt(D / 2 n) in a
     window of n voxels, by Wigner's law as in `fnreg.sandwich`.  The mean itself would not serve: it tells of two
-    directions where each voxel tells of one.
+    directions where each voxel tells of one.  Where it must be positive it is that of g alone, with the share of the
+    mean that is no noise, k / (k + 1) of an eigenvalue k: beside contours noise then stays, and ellipses are smaller.
     """
     dimension, count = slopes.shape[1:]
     rows, columns = torch.triu_indices(dimension, dimension).tolist()
     mixed = (slopes[:, rows] * others[:, columns] + slopes[:, columns] * others[:, rows]).sum(0) / 2
+    own = (slopes[:, rows] * slopes[:, columns]).sum(0)
     place = torch.zeros(dimension, dimension, dtype=torch.int64)
     place[rows, columns] = place[columns, rows] = torch.arange(len(rows))
     means = gaussian(torch.cat([mixed, idle]).reshape(-1, *shape), WINDOW).flatten(1)
@@ -329,9 +334,11 @@ def clear(slopes: Tensor, others: Tensor, idle: Tensor, shape: tuple[int, ...]) 
 
     def some(part: slice) -> tuple[Tensor, Tensor]:
         unit = root[:, part].mT.unsqueeze(2)  # (n, D, 1)
-        mean, each = (t[place.to(root.device)][..., part].movedim(2, 0) / (unit * unit.mT) for t in (means, mixed))
+        each = torch.where(positive, own[:, part], mixed[:, part])
+        mean, each = (t[place.to(root.device)].movedim(2, 0) / (unit * unit.mT) for t in (means[:, part], each))
         values, vectors = torch.linalg.eigh(mean)
-        kept = (vectors * (values > least).to(vectors.dtype).unsqueeze(1)) @ vectors.mT
+        share = torch.where(positive, (values / (values + 1).clamp(min=1)).clamp(min=0).sqrt(), 1)
+        kept = (vectors * torch.where(values > least, share, 0).unsqueeze(1)) @ vectors.mT
         values, vectors = torch.linalg.eigh(kept @ each @ kept)
         return unit * vectors * values.abs().sqrt().unsqueeze(1), values.sign()
 

@@ -83,6 +83,7 @@ class Told(NamedTuple):
     freedom: Tensor
     freedom_error: Tensor
     left: Tensor
+    positive: Tensor  # whether the information had to be made so
 
 
 @pytree_dataclass
@@ -94,6 +95,8 @@ class SolvedLaplace:
     deviation_error, freedom_error : their standard errors, as they are estimated by random vectors
     left : Newton's step d that is left to the minimum, sqrt(d^T A d) over the root mean square of that of errors: 0 at
         the minimum, 1 as far as errors go
+    positive : whether the information of both images had to be made positive, which takes some noise for it and makes
+        ellipses somewhat smaller: see `fnreg.linearised.clear`
     pairs : the images and the objective
     """
 
@@ -107,6 +110,7 @@ class SolvedLaplace:
     factor: Tensor
     typical: Tensor
     pull: Tensor
+    positive: Tensor
     pairs: Pair
     options: Options = static()
     solves: Solves = static()
@@ -118,7 +122,7 @@ class SolvedLaplace:
 
     def ranks(self) -> SolvedLaplace:
         """The rank that each leaf has for one pair."""
-        ranks = [self.mapping.ranks(), 1, 0, 0, 0, 0, 0, 0, 0, 1, self.pairs.ranks()]
+        ranks = [self.mapping.ranks(), 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, self.pairs.ranks()]
         return tree_unflatten(tree_flatten(ranks)[0], tree_flatten(self)[1])
 
     def points(self, points: Tensor) -> Tensor:
@@ -136,7 +140,7 @@ class SolvedLaplace:
         of_points, more = batch_axes("points", points, 2)
         batch = batch_size(sizes | more)
         lin = self._linearised(batch or 1)
-        roots = lin.roots(self.factor.expand(batch or 1))
+        roots = lin.roots(self.factor.expand(batch or 1), self.positive.expand(batch or 1))
         scaling = lin.scaling(roots)
 
         def some(part: slice) -> Tensor:
@@ -213,7 +217,7 @@ def solved(
     found, left = lin.solve(rows, roots, scaling, solves)
     good = left <= solves.tolerance * (1 + 1e-9)
     if alone and is_concrete(good) and not bool(good.all()):
-        worst = float(left.nan_to_num(nan=torch.inf).max())
+        worst = float(torch.where(torch.isnan(left), torch.inf, left).max())
         if worst == torch.inf:
             raise ValueError(
                 "neither images nor penalties tell about some direction, along which the curvature is not positive: "
@@ -248,7 +252,9 @@ def tell(lin: Linearised, solves: Solves, alone: bool) -> Told:
 
     drawn = lin.over(_drawn, seen, lin.spread.slope)
     pull = factor.unsqueeze(1) / 2 * lin.pulled(drawn)
-    roots, slope = lin.roots(factor), lin.slope()
+    slope = lin.slope()
+    positive = _negative(lin, factor, torch.stack([pull, slope]), solves)
+    roots = lin.roots(factor, positive)
     scaling = lin.scaling(roots)
     found, good = solved(lin, torch.stack([pull, slope]), roots, scaling, solves, alone)
     ok = ok & good.all(0)
@@ -269,8 +275,18 @@ def tell(lin: Linearised, solves: Solves, alone: bool) -> Told:
     if lin.options.prior:
         typical_error = typical_error + factor * typical * (slope.shape[1] - free)
     left = (dot(slope, newton) / typical_error).clamp(min=0).sqrt()
-    told = Told(factor, typical, pull, bias, deviation, deviation * error / mean / 2, free, free_error, left)
-    return Told(*(torch.where(ok.reshape(-1, *(1,) * (x.ndim - 1)), x, torch.nan) for x in told))
+    told = (factor, typical, pull, bias, deviation, deviation * error / mean / 2, free, free_error, left)
+    told = [torch.where(ok.reshape(-1, *(1,) * (x.ndim - 1)), x, torch.nan) for x in told]
+    return Told(*told, positive)
+
+
+def _negative(lin: Linearised, factor: Tensor, rows: Tensor, solves: Solves) -> Tensor:
+    """Whether the information of both images, as it is, leaves A a direction of negative curvature (B,), as far as
+    conjugate gradients from some rows and from white noise in the images meet one."""
+    roots = lin.roots(factor, torch.zeros_like(factor, dtype=torch.bool))
+    signs = next(_probes(1, lin, roots.signs.shape[1]))
+    rows = torch.cat([rows, lin.back(signs, roots)])
+    return torch.isinf(lin.solve(rows, roots, lin.scaling(roots), solves)[1]).any(0)
 
 
 def _probes(count: int, lin: Linearised, channels: int) -> Iterator[Tensor]:
