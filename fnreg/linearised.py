@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,12 +43,12 @@ class Solves:
 
     probes : random vectors of signs for the traces, which fix the strength of the noise; their number is the same for
         all pairs, and so are they
-    tolerance : of conjugate gradients, the relative residual
+    tolerance : of conjugate gradients, the relative residual; 1e-3 leaves about 0.3 % of a variance
     iterations : at most, of each system; inside vmap exactly
     """
 
     probes: int = 8
-    tolerance: float = 1e-4
+    tolerance: float = 1e-3
     iterations: int = 1000
 
     def __post_init__(self) -> None:
@@ -61,6 +62,16 @@ class Spread(NamedTuple):
     variance: Tensor
     slope: Tensor
     density: Tensor
+
+
+class Roots(NamedTuple):
+    """The information R^T S R that images have of the coordinates of their voxels.
+
+    rows : (D, D, N) R of each voxel; signs : (D, N) the diagonal of S
+    """
+
+    rows: Tensor
+    signs: Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,35 +128,40 @@ class Linearised:
         made: Any = vjp(of, self.seen.warped)
         return made[1], transposed(made[1], made[0])
 
-    @functools.cached_property
-    def slopes(self) -> Tensor:
-        """The derivatives of the moving images (B, C, D, N)."""
-        return self.seen.slopes
+    def roots(self, factor: Tensor, positive: Tensor) -> Roots:
+        """What both images tell of each voxel's coordinates, (B, ...): see `clear`.
 
-    @functools.cached_property
-    def clean(self) -> Tensor:
-        """The same without what the fixed images do not show too: see `without_noise`."""
-        return self.over(_clean, self.params, self.seen)
+        factor : (B,) of the noise; positive : (B,) bool
+        """
+        made: Any = tree_vmap(
+            functools.partial(_roots, self.options),
+            (None, None, None, None, None, self.level.axes),
+            *(self.params, self.seen, self.spread.slope, factor, positive, self.level.pairs),
+        )
+        return made
 
     # -- products --------------------------------------------------------------------------------------------------
 
-    def forth(self, rows: Tensor, slopes: Tensor) -> Tensor:
-        """J x (S, B, C, N) of rows."""
+    def forth(self, rows: Tensor, roots: Roots | None = None) -> Tensor:
+        """J x (S, B, C, N) of rows; with roots R x (S, B, D, N) of what both images tell."""
         push, on = self._to_coords[2], self._to_residuals[1]
 
         def one(row: Tensor) -> Tensor:
-            moved = push(parted(row, self.level.zero_step()))  # (B, D, N)
-            return on((slopes * moved.unsqueeze(1)).sum(2)).reshape(self.seen.residuals.shape)
+            moved = push(parted(row, self.level.zero_step())).unsqueeze(1)  # (B, 1, D, N)
+            if roots is not None:
+                return (roots.rows * moved).sum(2)
+            return on((self.seen.slopes * moved).sum(2)).reshape(self.seen.residuals.shape)
 
         return self._several(one, rows)
 
-    def back(self, values: Tensor, slopes: Tensor) -> Tensor:
-        """J^T y (S, B, P) of values."""
-        pull, off = self._to_coords[1], self._to_residuals[0]
+    def back(self, values: Tensor, roots: Roots | None = None) -> Tensor:
+        """The transpose of `forth`: (S, B, P) of values."""
+        off = self._to_residuals[0]
 
         def one(value: Tensor) -> Tensor:
-            by_warped = off(value.flatten(1))[0]  # (B, C, N)
-            return joined(pull((slopes * by_warped.unsqueeze(2)).sum(1))[0])
+            if roots is not None:
+                return self.pulled((roots.rows * value.unsqueeze(2)).sum(1))
+            return self.pulled((self.seen.slopes * off(value.flatten(1))[0].unsqueeze(2)).sum(1))
 
         return self._several(one, values)
 
@@ -166,14 +182,15 @@ class Linearised:
         """K x (S, B, P) of rows, half the penalties' second derivative."""
         return self._several(lambda row: joined(self._bent(parted(row, self.level.zero_step()))[0]) / 2, rows)
 
-    def curved(self, rows: Tensor, slopes: Tensor) -> Tensor:
-        """A x = (J^T J + K) x."""
-        return self.back(self.forth(rows, slopes), slopes) + self.held(rows)
+    def curved(self, rows: Tensor, roots: Roots | None) -> Tensor:
+        """A x = (J^T J + K) x; with roots R^T S R in place of J^T J."""
+        seen = self.forth(rows, roots)
+        return self.back(seen if roots is None else seen * roots.signs, roots) + self.held(rows)
 
     def slope(self) -> Tensor:
         """J^T r and half the penalties' gradient (B, P): zero at the minimum."""
         of_penalty = joined(self.over(_pull_of_penalty, self.level.zero_step(), self.params)) / 2
-        return self.back(self.seen.residuals.unsqueeze(0), self.slopes)[0] + of_penalty
+        return self.back(self.seen.residuals.unsqueeze(0))[0] + of_penalty
 
     def _several(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         """A linear function of one vector of each pair, of as many side by side as fit."""
@@ -192,16 +209,17 @@ class Linearised:
 
     # -- systems ---------------------------------------------------------------------------------------------------
 
-    def scaling(self, slopes: Tensor) -> Scaling | Diagonal:
+    def scaling(self, roots: Roots | None) -> Scaling | Diagonal:
         """S with S S^T close to the inverse of A."""
         if self._modes is not None:
             zero = joined(self.level.zero_step())
             shifts = Stiffness(zero, self.seen.coords.shape[1], 1.0).shifts(zero)
-            told = self.forth(torch.stack(shifts), slopes).square().flatten(2).sum(2)  # (D, B)
+            told = self.forth(torch.stack(shifts), roots).square()
+            told = (told if roots is None else told * roots.signs).flatten(2).sum(2)  # (D, B)
             return self._modes.scaled(told.mT.clamp(min=1e-300))
 
         def changed(row: Tensor) -> Tensor:
-            return 2 * self.curved(row.unsqueeze(0), slopes)[0]
+            return 2 * self.curved(row.unsqueeze(0), roots)[0]
 
         return Diagonal((Scaled(self.level).diagonal(changed, self.slope(), 1.0) / 2).rsqrt())
 
@@ -209,12 +227,14 @@ class Linearised:
     def _modes(self) -> Modes | None:
         return modes(self.level)
 
-    def solve(self, rows: Tensor, slopes: Tensor, scaling: Scaling | Diagonal, solves: Solves) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, rows: Tensor, roots: Roots | None, scaling: Scaling | Diagonal, solves: Solves
+    ) -> tuple[Tensor, Tensor]:
         """A^-1 of rows (S, B, P), and the relative residual (S, B), infinite where A is not positive definite."""
         size, width = rows.shape[:2]
 
         def product(flat: Tensor) -> Tensor:
-            curved = self.curved(scaling.forth(flat).unflatten(0, (-1, width)), slopes)
+            curved = self.curved(scaling.forth(flat).unflatten(0, (-1, width)), roots)
             return scaling.back(curved.flatten(0, 1))
 
         right = scaling.back(rows.flatten(0, 1))
@@ -258,11 +278,13 @@ def _pull_of_penalty(options: Options, step: Any, params: Any, pair: Pair) -> An
     return grad(value)(step)
 
 
-# -- slopes without noise ----------------------------------------------------------------------------------------------
+# -- information without noise -----------------------------------------------------------------------------------------
 
 
-def _clean(options: Options, params: Any, seen: Seen, pair: Pair) -> Tensor:
-    """The slopes (C, D, N) of the moving image without its noise."""
+def _roots(
+    options: Options, params: Any, seen: Seen, noise_slope: Tensor, factor: Tensor, positive: Tensor, pair: Pair
+) -> Roots:
+    """What both images tell."""
     fixed, shape = pair.fixed.data.flatten(1), pair.fixed.grid.shape
     signs = _signs(seen.scale.shape[1], seen.scale)
 
@@ -276,8 +298,8 @@ def _clean(options: Options, params: Any, seen: Seen, pair: Pair) -> Tensor:
     of_fixed = share(lambda x: pair_residuals(options, params, pair, seen.warped, x, seen.weights), fixed)
     slopes = of_moving.unsqueeze(1) * seen.slopes * seen.scale
     others = -of_fixed.unsqueeze(1) * seen.others * seen.scale
-    turned = without_noise(slopes, others, shape)
-    return torch.einsum("nij,cjn->cin", turned, seen.slopes)
+    idle = factor * noise_slope * seen.scale.square() * len(seen.residuals)
+    return clear(slopes, others, idle, shape, positive)
 
 
 def _signs(count: int, like: Tensor) -> Tensor:
@@ -286,30 +308,39 @@ def _signs(count: int, like: Tensor) -> Tensor:
     return (1 - 2 * ((number * 7919 + 13) * 48271 % 2147483647 % 2)).to(like.dtype).unsqueeze(0)
 
 
-def without_noise(slopes: Tensor, others: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The matrices W (N, D, D) that take noise off slopes g: W g carries no more information than both images tell.
+def clear(slopes: Tensor, others: Tensor, idle: Tensor, shape: tuple[int, ...], positive: Tensor) -> Roots:
+    """The local information R^T S R of two images without their noise.
 
     slopes, others : derivatives (C, D, N) of both images by the same coordinates, g and g'
+    idle : (D, N) variance that noise alone gives g, summed over channels
+    positive : bool, whether it must not be negative of any voxel
 
-    With the local means S of g g^T and X of the symmetric part of g g'^T, to which noise adds nothing, W S W^T is the
-    part of X that is positive, as S measures: W = S^1/2 (S^-1/2 X S^-1/2)_+^1/2 S^-1/2.  What is left of pure noise
-    falls with the root of the number of voxels in the window.
+    It is the symmetric part of g g'^T, to which noise adds nothing on average, as that of both images is independent.
+    Of a voxel it may be negative, over what a step moves it adds up.  Directions in which its mean over a window, in
+    units of idle, is no more than noise makes it have none: the eigenvalues of noise are within 2 sqrt(D / 2 n) in a
+    window of n voxels, by Wigner's law as in `fnreg.sandwich`.  The mean itself would not serve: it tells of two
+    directions where each voxel tells of one.  Where it must be positive it is that of g alone, with the share of the
+    mean that is no noise, k / (k + 1) of an eigenvalue k: beside contours noise then stays, and ellipses are smaller.
     """
     dimension, count = slopes.shape[1:]
     rows, columns = torch.triu_indices(dimension, dimension).tolist()
-    own = (slopes[:, rows] * slopes[:, columns]).sum(0)
     mixed = (slopes[:, rows] * others[:, columns] + slopes[:, columns] * others[:, rows]).sum(0) / 2
-    both = gaussian(torch.cat([own, mixed]).reshape(-1, *shape), WINDOW).flatten(1)
+    own = (slopes[:, rows] * slopes[:, columns]).sum(0)
     place = torch.zeros(dimension, dimension, dtype=torch.int64)
     place[rows, columns] = place[columns, rows] = torch.arange(len(rows))
-    own, mixed = both.split(len(rows))
-    floor = 1e-12 * own[place.diagonal()].sum(0).amax().clamp(min=1e-300)
+    means = gaussian(torch.cat([mixed, idle]).reshape(-1, *shape), WINDOW).flatten(1)
+    least = (2 * dimension / (4 * math.pi * WINDOW**2) ** (dimension / 2)) ** 0.5
+    root = torch.maximum(means[len(rows) :], 1e-12 * mixed.abs().amax().clamp(min=1e-300)).sqrt()  # (D, N)
 
-    def some(part: slice) -> Tensor:
-        values, vectors = torch.linalg.eigh(own[place.to(own.device)][..., part].movedim(2, 0))
-        root = values.clamp(min=floor).sqrt().unsqueeze(1)
-        forth, back = (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
-        shares, turned = torch.linalg.eigh(back @ mixed[place.to(own.device)][..., part].movedim(2, 0) @ back)
-        return forth @ (turned * shares.clamp(min=0).sqrt().unsqueeze(1)) @ turned.mT @ back
+    def some(part: slice) -> tuple[Tensor, Tensor]:
+        unit = root[:, part].mT.unsqueeze(2)  # (n, D, 1)
+        each = torch.where(positive, own[:, part], mixed[:, part])
+        mean, each = (t[place.to(root.device)].movedim(2, 0) / (unit * unit.mT) for t in (means[:, part], each))
+        values, vectors = torch.linalg.eigh(mean)
+        share = torch.where(positive, (values / (values + 1).clamp(min=1)).clamp(min=0).sqrt(), 1)
+        kept = (vectors * torch.where(values > least, share, 0).unsqueeze(1)) @ vectors.mT
+        values, vectors = torch.linalg.eigh(kept @ each @ kept)
+        return unit * vectors * values.abs().sqrt().unsqueeze(1), values.sign()
 
-    return in_parts(some, count, EIGEN)
+    rows_of, signs = in_parts(some, count, EIGEN)
+    return Roots(rows_of.permute(2, 1, 0), signs.mT)

@@ -7,8 +7,8 @@ The strength of the noise needs traces of products with A^-1, which random vecto
 of H = J A^-1 J^T, with u = A^-1 J^T e, tr H C = E (C e)^T J u, tr H C H = E (J u)^T C J u and
 tr A^-1 K A^-1 J^T J = E u^T K u; one system of equations for each e.  Hutchinson 1990, doi 10.1080/03610919008812866.
 
-The information of both images is not the product of their derivatives here, as that may be negative somewhere, but
-J^T J of slopes from which noise is taken voxel by voxel, see `fnreg.linearised.without_noise`.
+Of the product of the derivatives of both images the directions that are no more than noise are dropped voxel by voxel
+here, as told by windows of a few voxels: see `fnreg.linearised.clear`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from fnreg.linearised import Linearised, Solves
+from fnreg.linearised import Linearised, Roots, Solves
 from fnreg.modes import Diagonal, Scaling
 from fnreg.pair import Pair
 from fnreg.problem import Level
@@ -88,6 +88,7 @@ class Told(NamedTuple):
     freedom: Tensor
     freedom_error: Tensor
     left: Tensor
+    positive: Tensor  # whether the information had to be made so
 
 
 @pytree_dataclass
@@ -99,6 +100,8 @@ class SolvedLaplace:
     deviation_error, freedom_error : their standard errors, as they are estimated by random vectors
     left : Newton's step d that is left to the minimum, sqrt(d^T A d) over the root mean square of that of errors: 0 at
         the minimum, 1 as far as errors go
+    positive : whether the information of both images had to be made positive, which takes some noise for it and makes
+        ellipses somewhat smaller: see `fnreg.linearised.clear`
     pairs : the images and the objective
     """
 
@@ -112,6 +115,7 @@ class SolvedLaplace:
     factor: Tensor
     typical: Tensor
     pull: Tensor
+    positive: Tensor
     pairs: Pair
     options: Options = static()
     solves: Solves = static()
@@ -123,7 +127,7 @@ class SolvedLaplace:
 
     def ranks(self) -> SolvedLaplace:
         """The rank that each leaf has for one pair."""
-        ranks = [self.mapping.ranks(), 1, 0, 0, 0, 0, 0, 0, 0, 1, self.pairs.ranks()]
+        ranks = [self.mapping.ranks(), 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, self.pairs.ranks()]
         return tree_unflatten(tree_flatten(ranks)[0], tree_flatten(self)[1])
 
     def points(self, points: Tensor) -> Tensor:
@@ -141,12 +145,12 @@ class SolvedLaplace:
         of_points, more = batch_axes("points", points, 2)
         batch = batch_size(sizes | more)
         lin = self._linearised(batch or 1)
-        slopes = lin.clean
-        scaling = lin.scaling(slopes)
+        roots = lin.roots(self.factor.expand(batch or 1), self.positive.expand(batch or 1))
+        scaling = lin.scaling(roots)
 
         def some(part: slice) -> Tensor:
             rows = tree_vmap(_rows, (axes, of_points, (0,)), self, points[..., part, :], lin.seen.scale)  # (B, nD, P)
-            found, good = solved(lin, rows.movedim(1, 0).to(torch.float64), slopes, scaling, self.solves, batch is None)
+            found, good = solved(lin, rows.movedim(1, 0).to(torch.float64), roots, scaling, self.solves, batch is None)
             covariance = tree_vmap(_covariance, (axes, (0,), (0,)), self, *_middle(lin, found))
             return torch.where(good.all(0)[:, None, None, None], covariance, torch.nan).movedim(1, 0)
 
@@ -192,7 +196,7 @@ def _rows(laplace: SolvedLaplace, points: Tensor, _: Tensor) -> Tensor:
 
 def _middle(lin: Linearised, rows: Tensor) -> tuple[Tensor, Tensor]:
     """x^T J^T C J x' (B, n, D, D) of the rows x (nD, B, P) of a point, with x^T K x'; and the rows (B, n, D, P)."""
-    seen = lin.forth(rows, lin.slopes)
+    seen = lin.forth(rows)
     dimension = lin.seen.coords.shape[1]
     mixed, held = lin.coloured(seen), lin.held(rows)
     grouped = [part.unflatten(0, (-1, dimension)).flatten(3) for part in (seen, mixed, rows, held)]  # (n, D, B, ...)
@@ -212,13 +216,13 @@ def _covariance(laplace: SolvedLaplace, both: Tensor, rows: Tensor) -> Tensor:
 
 
 def solved(
-    lin: Linearised, rows: Tensor, slopes: Tensor, scaling: Scaling | Diagonal, solves: Solves, alone: bool
+    lin: Linearised, rows: Tensor, roots: Roots | None, scaling: Scaling | Diagonal, solves: Solves, alone: bool
 ) -> tuple[Tensor, Tensor]:
     """A^-1 of rows (S, B, P), and which of them (S, B) are solutions; of a pair that is alone all have to be."""
-    found, left = lin.solve(rows, slopes, scaling, solves)
+    found, left = lin.solve(rows, roots, scaling, solves)
     good = left <= solves.tolerance * (1 + 1e-9)
     if alone and is_concrete(good) and not bool(good.all()):
-        worst = float(left.nan_to_num(nan=torch.inf).max())
+        worst = float(torch.where(torch.isnan(left), torch.inf, left).max())
         if worst == torch.inf:
             raise ValueError(
                 "neither images nor penalties tell about some direction, along which the curvature is not positive: "
@@ -236,12 +240,12 @@ def tell(lin: Linearised, solves: Solves, alone: bool) -> Told:
     """The numbers of every pair; where a system was not solved they are NaN."""
     seen, variance = lin.seen, lin.spread.variance
     ok = torch.ones(len(seen.scale), dtype=torch.bool, device=seen.scale.device)
-    scaling = lin.scaling(lin.slopes)
+    scaling = lin.scaling(None)
     typical = tree_vmap(typical_variance, (None, None), seen.scale, variance)
     expected: list[Tensor] = []
-    for signs in _probes(solves.probes, lin):
-        found, good = solved(lin, lin.back(signs, lin.slopes), lin.slopes, scaling, solves, alone)
-        fitted = lin.forth(found, lin.slopes)
+    for signs in _probes(solves.probes, lin, len(seen.residuals[0])):
+        found, good = solved(lin, lin.back(signs), None, scaling, solves, alone)
+        fitted = lin.forth(found)
         both = lin.coloured(torch.cat([signs, fitted])).split(len(signs))
         away = -2 * _inner(both[0], fitted) + _inner(both[1], fitted)
         expected.append(away + typical * _inner(found, lin.held(found)))
@@ -253,18 +257,22 @@ def tell(lin: Linearised, solves: Solves, alone: bool) -> Told:
 
     drawn = lin.over(_drawn, seen, lin.spread.slope)
     pull = factor.unsqueeze(1) / 2 * lin.pulled(drawn)
-    slopes, slope = lin.clean, lin.slope()
-    scaling = lin.scaling(slopes)
-    found, good = solved(lin, torch.stack([pull, slope]), slopes, scaling, solves, alone)
+    slope = lin.slope()
+    positive = _negative(lin, factor, torch.stack([pull, slope]), solves)
+    roots = lin.roots(factor, positive)
+    scaling = lin.scaling(roots)
+    found, good = solved(lin, torch.stack([pull, slope]), roots, scaling, solves, alone)
     ok = ok & good.all(0)
     bias, newton = -found[0], found[1]
     freedom: list[Tensor] = []
     noisy: list[Tensor] = []
-    for signs in _probes(solves.probes, lin):
-        found, good = solved(lin, lin.back(signs, slopes), slopes, scaling, solves, alone)
-        fitted = lin.forth(found, slopes)
-        freedom.append(_inner(signs, fitted))
-        noisy.append(_inner(lin.coloured(signs), fitted))
+    for signs in _probes(solves.probes, lin, roots.signs.shape[1]):
+        found, good = solved(lin, lin.back(signs, roots), roots, scaling, solves, alone)
+        freedom.append(_inner(signs * roots.signs, lin.forth(found, roots)))
+        ok = ok & good.all(0)
+    for signs in _probes(solves.probes, lin, len(seen.residuals[0])):
+        found, good = solved(lin, lin.back(signs), roots, scaling, solves, alone)
+        noisy.append(_inner(lin.coloured(signs), lin.forth(found)))
         ok = ok & good.all(0)
     free, free_error = _mean(torch.cat(freedom))
     # E d^T A d of an error d, whose covariance is that of `fnreg.uncertainty`
@@ -272,13 +280,23 @@ def tell(lin: Linearised, solves: Solves, alone: bool) -> Told:
     if lin.options.prior:
         typical_error = typical_error + factor * typical * (slope.shape[1] - free)
     left = (dot(slope, newton) / typical_error).clamp(min=0).sqrt()
-    told = Told(factor, typical, pull, bias, deviation, deviation * error / mean / 2, free, free_error, left)
-    return Told(*(torch.where(ok.reshape(-1, *(1,) * (x.ndim - 1)), x, torch.nan) for x in told))
+    told = (factor, typical, pull, bias, deviation, deviation * error / mean / 2, free, free_error, left)
+    told = [torch.where(ok.reshape(-1, *(1,) * (x.ndim - 1)), x, torch.nan) for x in told]
+    return Told(*told, positive)
 
 
-def _probes(count: int, lin: Linearised) -> Iterator[Tensor]:
-    """Signs (S, B, C, N) of the residuals' shape, some at a time; alike for all pairs and calls."""
-    like, done = lin.seen.residuals, 0
+def _negative(lin: Linearised, factor: Tensor, rows: Tensor, solves: Solves) -> Tensor:
+    """Whether the information of both images, as it is, leaves A a direction of negative curvature (B,), as far as
+    conjugate gradients from some rows and from white noise in the images meet one."""
+    roots = lin.roots(factor, torch.zeros_like(factor, dtype=torch.bool))
+    signs = next(_probes(1, lin, roots.signs.shape[1]))
+    rows = torch.cat([rows, lin.back(signs, roots)])
+    return torch.isinf(lin.solve(rows, roots, lin.scaling(roots), solves)[1]).any(0)
+
+
+def _probes(count: int, lin: Linearised, channels: int) -> Iterator[Tensor]:
+    """Signs (S, B, C, N), some at a time; alike for all pairs and calls."""
+    like, done = lin.seen.residuals[:, :1].expand(-1, channels, -1), 0
     while done < count:
         some = min(lin.width, count - done)
         with beside_transforms():

@@ -263,7 +263,12 @@ def _solved(
     options: Options, solves: Solves, mapping: Mapping, pairs: Pair, failed: Tensor, batch: int | None
 ) -> SolvedLaplace:
     told = tell(linearised(options, mapping, pairs, batch or 1), solves, batch is None)
-    told = Told(*(torch.where(failed.reshape(-1, *(1,) * (x.ndim - 1)), torch.nan, x) for x in told))
+    told = Told(
+        *(
+            torch.where(failed.reshape(-1, *(1,) * (x.ndim - 1)), torch.nan if x.is_floating_point() else False, x)
+            for x in told
+        )
+    )
     _warn_far(told.left, batch or 1)
     told = told if batch is not None else Told(*(x[0] for x in told))
     return SolvedLaplace(mapping, **told._asdict(), pairs=pairs, options=options, solves=solves)

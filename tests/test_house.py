@@ -16,7 +16,7 @@ NAMES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("._
 
 def listed() -> list[str]:
     """The modules and packages of the list, from top to bottom."""
-    text = (ROOT / "docs" / "design.md").read_text()
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     house = text[text.index("```text\nfnreg/") :]
     house = house[: house.index("```", 3)]
     return ["fnreg." + (file or folder) for file, folder in re.findall(r"\b([a-z_]+)\.py\b|^  ([a-z_]+)/", house, re.M)]
@@ -39,7 +39,7 @@ def statements(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
 
 def imported(module: str) -> set[str]:
     found: set[str] = set()
-    for node in statements(ast.parse(NAMES[module].read_text()).body):
+    for node in statements(ast.parse(NAMES[module].read_text(encoding="utf-8")).body):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} imports relatively"
             found |= {full if (full := f"{node.module}.{a.name}") in NAMES else str(node.module) for a in node.names}
