@@ -34,6 +34,7 @@ from torch import Tensor
 
 from fnreg.histogram import LEAST, Ranges, joint_histogram
 from fnreg.native import REALS
+from fnreg.pytree import constant
 
 MOST = 4096  # bins: a histogram has their square, for each channel and pair
 Range = tuple[float, float] | Ranges
@@ -207,6 +208,7 @@ def _ranges(given: Range | None) -> Ranges | None:
     return ends
 
 
+@constant
 def drawn(count: int, samples: int, seed: int, device: torch.device) -> Tensor:
     """Places (1, samples) among so many: one of each of `samples` runs, all places of a run alike.
 
