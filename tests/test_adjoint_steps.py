@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -516,6 +517,7 @@ def test_what_is_held_is_no_part_of_the_optimum(source: str) -> None:
 
 
 def test_gradients_that_are_changed_have_no_optimum() -> None:
+    @dataclasses.dataclass(frozen=True)
     class Slow(Translation):
         def precondition(self, gradient: Any, domain: Any) -> Any:
             return tree_map(lambda leaf: leaf / 2, gradient)
