@@ -82,11 +82,6 @@ class Linearised:
     level: Level
     params: Any
 
-    @staticmethod
-    def of(options: Options, level: Level, params: Any) -> Linearised:
-        """The same, with parameters in the precision of the images."""
-        return Linearised(options, level, options.transform.cast(params, torch.float64))
-
     def over(self, function: Callable[..., Any], *batched: Any) -> Any:
         """A function of the options, of these and of one pair, on all pairs."""
         bound = functools.partial(function, self.options)

@@ -21,7 +21,7 @@ noise, and counts as part of the error.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -139,6 +139,17 @@ class Laplace:
         return tree_take(self, number, batch_axes("laplace", self, self.ranks())[0])
 
 
+class _Given(TypedDict, total=False):
+    """Options of `laplace` that do not decide what it gives."""
+
+    noise: noises.Kind
+    reach: int
+    prior: bool
+    padding: Padding | None
+    interpolation: Mode
+    solves: Solves
+
+
 @overload
 def laplace(
     registration: Registration,
@@ -147,12 +158,7 @@ def laplace(
     objective: Any = mse,
     *,
     dense: Literal[True],
-    noise: noises.Kind = "correlated",
-    reach: int = 3,
-    prior: bool = True,
-    padding: Padding | None = None,
-    interpolation: Mode = "linear",
-    solves: Solves = Solves(),
+    **options: Unpack[_Given],
 ) -> Laplace: ...
 @overload
 def laplace(
@@ -162,12 +168,7 @@ def laplace(
     objective: Any = mse,
     *,
     dense: Literal[False],
-    noise: noises.Kind = "correlated",
-    reach: int = 3,
-    prior: bool = True,
-    padding: Padding | None = None,
-    interpolation: Mode = "linear",
-    solves: Solves = Solves(),
+    **options: Unpack[_Given],
 ) -> SolvedLaplace: ...
 @overload
 def laplace(
@@ -177,12 +178,7 @@ def laplace(
     objective: Any = mse,
     *,
     dense: None = None,
-    noise: noises.Kind = "correlated",
-    reach: int = 3,
-    prior: bool = True,
-    padding: Padding | None = None,
-    interpolation: Mode = "linear",
-    solves: Solves = Solves(),
+    **options: Unpack[_Given],
 ) -> Any: ...
 def laplace(
     registration: Registration,
