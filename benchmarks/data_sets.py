@@ -67,7 +67,7 @@ def peer_loop(home: Path, kind: str, count: int) -> float:
 
 def settings_of(kind: str) -> Settings:
     """Those of `register`."""
-    return Settings(transform=KINDS[kind], init="header")
+    return Settings(transform=KINDS[kind], start="header")
 
 
 def rows_of(home: Path, count: int) -> list[cohort.Row]:

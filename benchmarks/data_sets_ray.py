@@ -33,10 +33,10 @@ from fnreg.settings import Settings
 WORKERS, KILLS = 2, 10
 APART = ("seconds", "peak_mb", "attempts", "device")  # columns that tell of the work
 VOLUMES = Settings(
-    transform="affine+ffd:stride=4", similarity="ncc", penalty="bending=1e-3", init="center", steps="20x10x5"
+    transform="affine+ffd:stride=4", similarity="ncc", penalty="bending=1e-3", start="center", steps="20x10x5"
 )
 NAMES = ("fixed", "moving", "fixed_labels", "moving_labels")
-DIGITS = ("--init", "header", "--figures", "none")
+DIGITS = ("--start", "header", "--figures", "none")
 
 
 def study(home: Path, engine: str, kill: bool) -> float:

@@ -21,11 +21,11 @@ from fnreg.lattice import Lattice
 from fnreg.settings import Settings
 
 KINDS = {
-    "affine": Settings(transform="affine", similarity="lncc:radius=3,flat=0.1", init="center", steps="50x30x10"),
+    "affine": Settings(transform="affine", similarity="lncc:radius=3,flat=0.1", start="center", steps="50x30x10"),
     "affine, diffeomorphism": Settings(
         transform="affine+diffeomorphism:gradient=1,smooth=1",
         similarity="lncc:radius=3,flat=0.1",
-        init="center",
+        start="center",
         optimizer="adam:lr=0.5,b2=0.99,decay=1,relative=3",
         steps="50x30x10",
     ),

@@ -16,9 +16,9 @@ from fnreg.io.itk import parts
 from fnreg.pytree import over_batch, tree_leaves, tree_map
 from fnreg.registration import evaluate
 from fnreg.sampling import Padding
-from fnreg.settings import INITS, STARTS
+from fnreg.settings import SEARCHED, STARTS
 from fnreg.stages import Stage
-from fnreg.starts import STARTS as STARTED
+from fnreg.starts import STARTS as OF_REGISTER
 from fnreg.transforms.base import Mapping, Transform, first_domain
 from fnreg.transforms.linear import linear_mapping
 
@@ -37,19 +37,19 @@ class Begin(NamedTuple):
         return begun if self.then is None else self.then @ begun
 
 
-def begin(init: str, first: Transform, grid: Grid) -> Begin | None:
+def begin(start: str, first: Transform, grid: Grid) -> Begin | None:
     """The start that a file gives: a linear map, or what an earlier run of the same transform has written; None where
-    `init` is none of a file.
+    `start` is none of a file.
 
     Raises TransformReadError, MissingExtraError.
     """
-    if init in INITS:
+    if start in STARTS:
         return None
-    read = io.read_transform(init)
+    read = io.read_transform(start)
     if first_domain(read.domain).ndim != grid.ndim:
-        raise TransformReadError(f"{init} is a map of other axes: expected one map of {grid.ndim} axes")
+        raise TransformReadError(f"{start} is a map of other axes: expected one map of {grid.ndim} axes")
     if any(leaf.ndim != rank for leaf, rank in zip(tree_leaves(read), tree_leaves(read.ranks()), strict=True)):
-        raise TransformReadError(f"{init} holds a batch: expected one map of {grid.ndim} axes")
+        raise TransformReadError(f"{start} holds a batch: expected one map of {grid.ndim} axes")
     found = tree_map(lambda leaf: leaf.to(grid.center.device), read)
     if found.transform.linear:
         matrix = linear_mapping(found.matrix(), grid)
@@ -58,7 +58,7 @@ def begin(init: str, first: Transform, grid: Grid) -> Begin | None:
     fits = dense.transform == first and isinstance(dense.domain, Grid) and dense.domain.same_as(grid)
     if not fits or not all(part.transform.linear for part in after):
         raise TransformReadError(
-            f"{init} cannot be a start: it holds {found.transform}, and {first} begins with a linear map, or "
+            f"{start} cannot be a start: it holds {found.transform}, and {first} begins with a linear map, or "
             "with parameters of its own kind on the grid of the fixed image"
         )
     then: Mapping | None = None
@@ -67,12 +67,12 @@ def begin(init: str, first: Transform, grid: Grid) -> Begin | None:
     return Begin(dense.params, None if then is None else linear_mapping(then.matrix(), grid))
 
 
-def starting(begun: Begin, init: str, first: Any, grid: Grid) -> dict[str, Any]:
-    """What `register` is told of the start, of one pair or of a batch; init : as of `Settings`."""
+def starting(begun: Begin, start: str, first: Any, grid: Grid) -> dict[str, Any]:
+    """What `register` is told of the start, of one pair or of a batch; start : as of `Settings`."""
     starts = None
-    if init == "search":
-        starts = over_batch(lambda domain: first.spread(domain, STARTS), domain=(grid, grid.ranks()))
-    known = init if init in STARTED else "header"
+    if start == "search":
+        starts = over_batch(lambda domain: first.spread(domain, SEARCHED), domain=(grid, grid.ranks()))
+    known = start if start in OF_REGISTER else "header"
     return {"then": begun.then, "initial": begun.initial, "starts": starts, "start": known}
 
 

@@ -120,7 +120,9 @@ def _summary(record: dict[str, Any], verbose: bool) -> str:
         told = "" if before is None else f"{before:.6g} before, "
         lines.append(f"  {name:<12} {told}{'not finite' if value is None else f'{value:.6g} after'}")
     if "start" in record:
-        lines.append(f"  {'start':<12} {record['start']}, chosen by trying; --init header takes the images as they lie")
+        lines.append(
+            f"  {'start':<12} {record['start']}, chosen by trying; --start header takes the images as they lie"
+        )
     if "rotation_degrees" in record:
         lines.append(f"  {'rotation':<12} {record['rotation_degrees']:.3f} degrees")
     told = ", ".join(f"{value:.3f}" for value in record["translation_of_center"])

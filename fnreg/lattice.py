@@ -125,15 +125,15 @@ class Lattice:
             _placed(moving, grids[1], beyond, weighted=self.weighted),
         )
 
-    def start(self, init: str, first: Transform, fixed: Subject, moving: Subject) -> Mapping | None:
+    def begin(self, start: str, first: Transform, fixed: Subject, moving: Subject) -> Mapping | None:
         """The start "center" or "moments" of a pair, by its images as they are; None for any other.
 
         On the lattice the middle of a grid lies up to half a voxel beside that of the image, and what is added has
         mass.
         """
-        if init not in ("center", "moments") or family(first) is None:
+        if start not in ("center", "moments") or family(first) is None:
             return None
-        if init == "center":
+        if start == "center":
             shift = moving.image.grid.center - fixed.image.grid.center
         else:
             shift = center_of_mass(moving) - center_of_mass(fixed)

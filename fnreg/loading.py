@@ -56,17 +56,17 @@ class Read:
         return fixed, self.known.of(1, self.moving.to(device), self.masks[1])
 
 
-def read(files: Files, init: str, first: Transform, image: Callable[[Path], Image] = io.read_image) -> Read:
+def read(files: Files, start: str, first: Transform, image: Callable[[Path], Image] = io.read_image) -> Read:
     """Read a pair and check that its parts fit together.
 
-    init : as of `Settings`; first : the transform of the first stage
+    start : as of `Settings`; first : the transform of the first stage
     image : what reads an image
 
     Raises ImageReadError, PointReadError, SettingsError or MissingExtraError.
     """
     with notes.hearing() as heard:
         fixed, moving = image(files.fixed), image(files.moving)
-        told = _fit(files, init, first, fixed, moving)
+        told = _fit(files, start, first, fixed, moving)
         sides = (files.fixed_mask, files.fixed, fixed), (files.moving_mask, files.moving, moving)
         masks = _mask(*sides[0], image), _mask(*sides[1], image)
         known = agreement.read(files.known, (files.fixed, files.moving), (fixed, moving))
@@ -76,7 +76,7 @@ def read(files: Files, init: str, first: Transform, image: Callable[[Path], Imag
     return Read(fixed, moving, masks, known, (*told, *known.notes))
 
 
-def _fit(files: Files, init: str, first: Transform, fixed: Image, moving: Image) -> list[str]:
+def _fit(files: Files, start: str, first: Transform, fixed: Image, moving: Image) -> list[str]:
     """What is to be told of where the images lie; ImageReadError where they cannot be compared, or do not meet and the
     start is that of their headers."""
     for told, a, b in (("axes", fixed.grid.ndim, moving.grid.ndim), ("channels", fixed.channels, moving.channels)):
@@ -85,16 +85,16 @@ def _fit(files: Files, init: str, first: Transform, fixed: Image, moving: Image)
                 f"{files.moving} has {b} {told} but {files.fixed} has {a}: give images that have as many"
             )
     apart = gap(fixed.grid, moving.grid)
-    if apart == 0 or init not in ("header", "auto"):
+    if apart == 0 or start not in ("header", "auto"):
         return []
     away = float((fixed.grid.center - moving.grid.center).norm())
     told = (
         f"{files.moving} and {files.fixed} do not overlap: their middles are {away:.4g} apart, and a gap of "
         f"{apart:.4g} at least is between them"
     )
-    if init == "auto" and searched(first, fixed.grid.ndim) is not None:
+    if start == "auto" and searched(first, fixed.grid.ndim) is not None:
         return [f"{told}; so the start is not that of their headers: check these"]
-    raise ImageReadError(f"{told}; give --init center, or moments, or check their headers")
+    raise ImageReadError(f"{told}; give --start center, or moments, or check their headers")
 
 
 def _mask(path: Path | None, of: Path, image: Image, read: Callable[[Path], Image]) -> Tensor | None:

@@ -52,13 +52,13 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """What is about to be done, for run.json and --dry-run."""
         inputs: dict[str, Any] = {}
-        init = None if self.begin is None else Path(self.settings.init)
+        start = None if self.begin is None else Path(self.settings.start)
         for name in ("fixed", "moving", "fixed_mask", "moving_mask"):
             if (path := getattr(self.files, name)) is not None:
                 inputs[name] = _told(path)
         inputs |= {name: _told(path) for name, path in self.files.known.named().items()}
-        if init is not None:
-            inputs["init"] = _told(init)
+        if start is not None:
+            inputs["start"] = _told(start)
         versions = {name: metadata.version(name) for name in ("torch", "torchopt", "numpy", "safetensors")}
         return {
             "fnreg": fnreg.__version__,
@@ -93,7 +93,7 @@ def prepare(files: Files, settings: Settings) -> Plan:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     figures = "figures" in settings.saves()
-    pair = read(files, settings.init, stages[0].transform)
+    pair = read(files, settings.start, stages[0].transform)
     notes, subjects = list(pair.notes), pair.subjects(device)
     if figures and not all(extras.present("plot").values()):
         figures = False
@@ -107,8 +107,8 @@ def prepare(files: Files, settings: Settings) -> Plan:
             domain, _ = lattice.grids(domain, subjects[1].image.grid)
         except ValueError as problem:
             raise SettingsError(str(problem)) from None
-    start = begin(settings.init, stages[0].transform, domain)
-    return Plan(files, settings, *subjects, pair.known, stages, options, start, lattice, figures, notes)
+    begun = begin(settings.start, stages[0].transform, domain)
+    return Plan(files, settings, *subjects, pair.known, stages, options, begun, lattice, figures, notes)
 
 
 def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] | None = None) -> dict[str, Any]:
@@ -122,9 +122,9 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
     begun = plan.begin or Begin()
     fixed, moving, initial = plan.fixed, plan.moving, None
     if plan.lattice is not None:
-        initial = plan.lattice.start(settings.init, first, fixed, moving)
+        initial = plan.lattice.begin(settings.start, first, fixed, moving)
         fixed, moving = plan.lattice.place(fixed, moving)
-    how = starting(begun, settings.init, first, fixed.image.grid)
+    how = starting(begun, settings.start, first, fixed.image.grid)
     how |= {} if initial is None else {"initial": initial, "start": "header"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

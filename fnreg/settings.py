@@ -45,7 +45,7 @@ PENALTIES = (
 SIMILARITIES = ("mse", "mae", "huber", "charbonnier", "ncc", "lncc", "mi", "nmi", "cr", "ngf", "mind")
 OPTIMIZERS = ("adam", "sgd", "normalized", "gauss-newton", "gauss-newton-cg", "lbfgs")
 OBJECTIVE_NEEDED = {"gauss-newton-cg": "NewtonCG", "lbfgs": "LBFGS"}  # solvers whose transform descends an objective
-INITS = ("auto", "header", "center", "moments", "search")
+STARTS = ("auto", "header", "center", "moments", "search")
 LATTICES = ("none", "auto")
 PADDINGS = ("none", "zeros", "border", "reflection")
 DRAWN = ("worst", "all", "none")  # pairs of whom a report has pictures
@@ -55,7 +55,7 @@ PRESETS = {
 }  # of `fnreg.presets`, with their transforms
 OF_PRESETS = ("transform", "similarity", "penalty", "symmetric", "optimizer", "levels", "steps", "padding")
 LISTS = {"steps": "x", "penalty": "+", "transform": "+", "save": "+"}  # what may be lists in files, and how they join
-STARTS = 36  # of init "search"
+SEARCHED = 36  # angles of the start "search"
 
 
 class SettingsError(ValueError):
@@ -180,7 +180,7 @@ class Settings:
     optimizer : with options, such as "adam:lr=0.3" or "gauss-newton"; see `OPTIMIZERS`
     levels : images of the pyramid
     steps : per level, from coarse to fine, joined by x, such as "100x50x10"; one number serves all levels
-    init : "auto" chooses among headers, centres, moments and rotations by trying, for a linear first stage; "header",
+    start : "auto" chooses among headers, centres, moments and rotations by trying, for a linear first stage; "header",
         "center", "moments", "search" over angles, or a transform file
     padding : what moving is outside of its image: "none" counts nothing there, or a name of `PADDINGS`, or a number
     lattice : images of different shapes are padded, without loss, to sizes that many of them share: "auto", or the size
@@ -197,7 +197,7 @@ class Settings:
     optimizer: str = "adam:lr=0.3"
     levels: int = 3
     steps: str = "100"
-    init: str = "auto"
+    start: str = "auto"
     padding: str = "none"
     lattice: str = "none"
     save: str = "params+xfm+warped+figures"
@@ -279,8 +279,8 @@ class Settings:
             raise SettingsError(f"seed is {self.seed}: expected less than 2^64")
         self.outside()
         self.lattice_size()
-        if self.init not in INITS and "." not in self.init and "/" not in self.init:
-            choose("init", self.init, (*INITS, "or a file"))
+        if self.start not in STARTS and "." not in self.start and "/" not in self.start:
+            choose("start", self.start, (*STARTS, "or a file"))
 
     def given(self) -> dict[str, Any]:
         """What was chosen by name: without that which a preset decides."""
@@ -342,11 +342,11 @@ class Settings:
             name, options = parse_spec("transform", text)
             made.append(_make("transform", text, getattr(fnreg, TRANSFORMS[name]), options))
         first: Any = made[0]
-        if self.init == "search" and "rotation" not in getattr(first, "parts", ()):
-            raise SettingsError(f"init search turns the images, but {self.transform!r} does not begin with a rotation")
-        if self.init in ("center", "moments") and not getattr(first, "translates", False):
+        if self.start == "search" and "rotation" not in getattr(first, "parts", ()):
+            raise SettingsError(f"start search turns the images, but {self.transform!r} does not begin with a rotation")
+        if self.start in ("center", "moments") and not getattr(first, "translates", False):
             raise SettingsError(
-                f"init {self.init} shifts the images, but {self.transform!r} does not begin with a shift"
+                f"start {self.start} shifts the images, but {self.transform!r} does not begin with a shift"
             )
         return made
 

@@ -14,7 +14,7 @@ from fnreg.cohort.manifest import Row
 from fnreg.settings import Settings
 
 SIZE = (16, 16)
-QUICK = Settings(transform="rigid", init="header", levels=2, steps="6")
+QUICK = Settings(transform="rigid", start="header", levels=2, steps="6")
 
 
 def picture(seed: int, size: tuple[int, ...] = SIZE) -> Image:

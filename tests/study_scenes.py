@@ -15,7 +15,7 @@ from fnreg.cohort.manifest import Row
 from fnreg.cohort.study import Study, fingerprint
 from fnreg.io import write_image, write_transform
 
-SETTINGS: dict[str, Any] = {"transform": "ffd:stride=4", "levels": 2, "steps": "6", "init": "header", "save": "params"}
+SETTINGS: dict[str, Any] = {"transform": "ffd:stride=4", "levels": 2, "steps": "6", "start": "header", "save": "params"}
 HOSTILE = "<script>document.title='hacked'</script>&\"'</script><img src=x onerror=alert(1)>"
 OUTCOMES = ("ok", "warn", "failed", "diverged", "pending", "ok")
 

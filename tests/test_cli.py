@@ -63,7 +63,7 @@ def test_register_leaves_all_it_promises(folder: Path, capsys: pytest.CaptureFix
         "2",
         "-n",
         "20",
-        "--init",
+        "--start",
         "search",
     ]
     assert cli.main(arguments) == 0
@@ -115,7 +115,7 @@ def test_the_same_run_gives_the_same_bytes(folder: Path) -> None:
         ["--optimizer", "normalized:lr=0.4,momentum=0.5"],
         ["--transform", "svffd:stride=8", "--penalty", "bending=1e-2+inverse_consistency=0.1"],
         ["--solver", "gauss-newton", "--padding", "zeros"],
-        ["--optimizer", "sgd:lr=1e-3", "--init", "moments", "--padding", "7"],
+        ["--optimizer", "sgd:lr=1e-3", "--start", "moments", "--padding", "7"],
         ["--transform", "isotropic-scaling", "--seed", "3", "--device", "cpu"],
     ],
 )
@@ -128,13 +128,13 @@ def test_stages_and_a_start_from_a_file(folder: Path, capsys: pytest.CaptureFixt
     assert cli.main([*base, "-o", "a", "--transform", "rigid+affine", "-n", "8x4"]) == 0
     first = json.loads(capsys.readouterr().out)
     assert len(first["steps"]) == 4 and first["stages"] == ["Rigid()", "Affine()"]
-    start = ["--init", "a/transform.safetensors", "--transform", "affine", "-n", "0"]
+    start = ["--start", "a/transform.safetensors", "--transform", "affine", "-n", "0"]
     assert cli.main([*base, "-o", "b", *start]) == 0
     second = json.loads(capsys.readouterr().out)
     for after, before in zip(second["matrix"], first["matrix"], strict=True):
         assert after == pytest.approx(before, abs=1e-9)
     assert second["value_before"] == pytest.approx(first["value_after"])
-    assert second["inputs"]["init"]["path"] == "a/transform.safetensors"
+    assert second["inputs"]["start"]["path"] == "a/transform.safetensors"
 
 
 def test_masks_count(folder: Path) -> None:
@@ -307,7 +307,7 @@ def test_a_field_starts_where_another_run_ended(folder: Path, capsys: pytest.Cap
     shared = ["--save", "params", "--padding", "border"]
     options = [*shared, "--transform", "affine+ffd:stride=4", "--penalty", "bending=100"]
     first = run(capsys, "-o", "a", *options, "-n", "8")
-    more = [*shared, "--transform", "ffd:stride=4", "--penalty", "bending=100", "--init", "a/transform.safetensors"]
+    more = [*shared, "--transform", "ffd:stride=4", "--penalty", "bending=100", "--start", "a/transform.safetensors"]
     second = run(capsys, "-o", "b", *more, "-n", "0")
     assert second["value_before"] == pytest.approx(first["value_after"], rel=1e-5)
     assert second["terms_before"]["bending"] == pytest.approx(first["terms_after"]["bending"], rel=1e-4)
@@ -315,7 +315,7 @@ def test_a_field_starts_where_another_run_ended(folder: Path, capsys: pytest.Cap
 
     # A linear map acts after the field.
     run(capsys, "-o", "linear", *shared, "--transform", "affine", "-n", "8")
-    after = [*shared, "--transform", "ffd:stride=4", "--init", "linear/transform.safetensors", "-n", "0"]
+    after = [*shared, "--transform", "ffd:stride=4", "--start", "linear/transform.safetensors", "-n", "0"]
     third = run(capsys, "-o", "d", *after)
     assert third["linear_parts"] == [io.read_transform("linear/transform.safetensors").matrix().tolist()]
 
@@ -329,9 +329,9 @@ def test_fields_that_cannot_be_a_start(folder: Path, capsys: pytest.CaptureFixtu
     base = ["register", "fixed.png", "moving.png", "-o", "out", "--transform"]
     told = "begins with a linear map, or with parameters of its own kind on the grid of the fixed image"
     for transform, file in (("ffd:stride=4", "other"), ("svffd:stride=2", "other"), ("svffd:stride=4", "small")):
-        refused(capsys, folder, [*base, transform, "--init", f"{file}.safetensors"], 3, told)
-    refused(capsys, folder, [*base, "rigid", "--init", "other.safetensors"], 3, told)
-    refused(capsys, folder, [*base, "ffd", "--init", "many.safetensors"], 3, "holds a batch")
+        refused(capsys, folder, [*base, transform, "--start", f"{file}.safetensors"], 3, told)
+    refused(capsys, folder, [*base, "rigid", "--start", "other.safetensors"], 3, told)
+    refused(capsys, folder, [*base, "ffd", "--start", "many.safetensors"], 3, "holds a batch")
 
 
 def test_without_simpleitk_the_displacement_takes_its_place(
@@ -449,8 +449,8 @@ USAGE = {
     ),
     "iterations": (["--transform", "ffd", "--optimizer", "gauss-newton-cg:iterations=0"], "expected iterations"),
     "memory": (["--transform", "ffd", "--optimizer", "lbfgs:memory=0"], "expected memory"),
-    "center of a field": (["--transform", "ffd", "--init", "center"], "does not begin with a shift"),
-    "search of a field": (["--transform", "svf", "--init", "search"], "does not begin with a rotation"),
+    "center of a field": (["--transform", "ffd", "--start", "center"], "does not begin with a shift"),
+    "search of a field": (["--transform", "svf", "--start", "search"], "does not begin with a rotation"),
     "option of a transform": (["--transform", "rigid:stride=4"], "no option 'stride'"),
     "similarity": (
         ["--similarity", "mutual"],
@@ -479,9 +479,9 @@ USAGE = {
     "levels, no number": (["--levels", "many"], "levels"),
     "steps": (["--steps", "10y5"], "joined by x, from coarse to fine"),
     "steps for levels": (["--steps", "10x5", "--levels", "3"], "has 2 numbers for 3 levels"),
-    "init": (["--init", "centre"], "did you mean center?"),
-    "search": (["--init", "search", "--transform", "translation"], "does not begin with a rotation"),
-    "center": (["--init", "center", "--transform", "rotation"], "does not begin with a shift"),
+    "start": (["--start", "centre"], "did you mean center?"),
+    "search": (["--start", "search", "--transform", "translation"], "does not begin with a rotation"),
+    "center": (["--start", "center", "--transform", "rotation"], "does not begin with a shift"),
     "padding": (["--padding", "black"], "choose from none, zeros, border, reflection"),
     "padding, nan": (["--padding", "nan"], "padding is nan: expected a finite number"),
     "seed": (["--seed", str(2**64)], "expected less than 2^64"),
@@ -578,7 +578,7 @@ def test_starts_that_do_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]
     grid = fnreg.Grid((5, 4, 3))
     io.write_transform("solid.safetensors", fnreg.Mapping(fnreg.Rigid().init(grid), grid, fnreg.Rigid()))
     put("broken.safetensors", b"?")
-    base = ["register", "fixed.png", "moving.png", "-o", "out", "--init"]
+    base = ["register", "fixed.png", "moving.png", "-o", "out", "--start"]
     refused(capsys, folder, [*base, "solid.safetensors"], 3, "expected one map of 2 axes")
     refused(capsys, folder, [*base, "broken.safetensors"], 3, "not a transform of fnreg")
     refused(capsys, folder, [*base, "none.safetensors"], 3, "does not exist")
@@ -828,12 +828,12 @@ def test_the_start_is_chosen_and_told(folder: Path, capsys: pytest.CaptureFixtur
     io.write_image("down.png", fnreg.Image(picture.flip(-1, -2)))
     base = ["register", "up.png", "down.png", "-n", "40", "--save", "params", "-o"]
     assert cli.main([*base, "auto"]) == 0
-    assert ", chosen by trying; --init header takes" in capsys.readouterr().out
+    assert ", chosen by trying; --start header takes" in capsys.readouterr().out
     found = json.loads((folder / "auto" / "run.json").read_text())
-    assert found["settings"]["init"] == "auto"
+    assert found["settings"]["start"] == "auto"
     assert found["start"] != "header"
     assert abs(abs(found["rotation_degrees"]) - 180) < 1
-    assert cli.main([*base, "plain", "--init", "header"]) == 0
+    assert cli.main([*base, "plain", "--start", "header"]) == 0
     plain = json.loads((folder / "plain" / "run.json").read_text())
     assert "start" not in plain
     assert plain["value_after"] > 10 * found["value_after"]

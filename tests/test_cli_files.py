@@ -349,15 +349,15 @@ def test_no_overlap_says_how_far_and_what_helps(folder: Path, capfd: pytest.Capt
     io.write_image("away.nii.gz", fnreg.Image(image.data, away))
     base = ["register", "solid.nii.gz", "away.nii.gz", "-o", "out", *QUICK]
     told = "away.nii.gz and solid.nii.gz do not overlap: their middles are 300 apart, and a gap of 27"
-    for options in (["--init", "header"], ["--transform", "ffd:stride=4"]):
+    for options in (["--start", "header"], ["--transform", "ffd:stride=4"]):
         refused(capfd, folder, [*base, *options], 3, told)
-        refused(capfd, folder, [*base, *options], 3, "give --init center, or moments")
+        refused(capfd, folder, [*base, *options], 3, "give --start center, or moments")
     assert cli.main([*base[:3], "-o", "tried", *QUICK, "--transform", "translation"]) == 0
     record = json.loads(Path("tried/run.json").read_text())
     assert record["translation_of_center"] == pytest.approx([1.5, 300.0, 0.0], abs=0.2)
     assert (record["value_before"], record["terms_before"]) == (None, {"mse": None})
     assert told in record["warnings"][0]
-    assert cli.main([*base, "--init", "center", "--save", "warped", "--transform", "translation"]) == 0
+    assert cli.main([*base, "--start", "center", "--save", "warped", "--transform", "translation"]) == 0
     record = json.loads(Path("out/run.json").read_text())
     assert record["translation_of_center"] == pytest.approx([1.5, 300.0, 0.0], abs=0.2)
     # Where no voxel meets another there is no value, and nothing has risen from it.

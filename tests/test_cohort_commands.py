@@ -15,7 +15,7 @@ from fnreg import Image, cli, cohort, io
 from fnreg.cohort.ledger import Ledger
 from fnreg.cohort.manifest import Row, write_manifest
 
-SHORT = ["--init", "header", "--levels", "2", "-n", "4"]
+SHORT = ["--start", "header", "--levels", "2", "-n", "4"]
 Captured = pytest.CaptureFixture[str]
 
 
@@ -159,7 +159,7 @@ def test_what_is_refused(rows: list[Row], capsys: Captured) -> None:
     refused(capsys, [*run, "pairs.tsv", "--transform", "rigit"], 2, "did you mean rigid")
     refused(capsys, [*run, "pairs.tsv", "--space", "LPI"], 2, "unknown space")
     refused(capsys, [*run, "pairs.tsv", "--batch-size", "0"], 2, "batch size is 0")
-    refused(capsys, ["run", "pairs.tsv", "-o", "out", "--init", "no.tfm"], 3, "no.tfm does not exist")
+    refused(capsys, ["run", "pairs.tsv", "-o", "out", "--start", "no.tfm"], 3, "no.tfm does not exist")
     refused(capsys, [*run, "pairs.tsv", "--device", "cuda:77"], 4, "cuda:77")
     refused(capsys, ["run", "pairs.tsv", "-o", "out", "--settings", "settings.toml"], 2, "did you mean levels")
     refused(capsys, ["run", "pairs.tsv", "-o", "other", *SHORT], 3, "holds 'thesis.txt' and no study")

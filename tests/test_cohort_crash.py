@@ -216,7 +216,7 @@ def test_what_a_dead_process_left_is_removed_and_nothing_else(tmp_path: Path) ->
 
 def command(table: Path, study: Path, *more: str) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    arguments = [sys.executable, "-m", "fnreg", "run", str(table), "-o", str(study), "--init", "header", *more]
+    arguments = [sys.executable, "-m", "fnreg", "run", str(table), "-o", str(study), "--start", "header", *more]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 

@@ -15,7 +15,7 @@ from fnreg import Grid, Image, cli, cohort, io
 from fnreg.cohort.manifest import Row, write_manifest
 
 Captured = pytest.CaptureFixture[str]
-SHORT = ["--init", "header", "--levels", "1", "-n", "2", "--figures", "none"]
+SHORT = ["--start", "header", "--levels", "1", "-n", "2", "--figures", "none"]
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from fnreg.cohort.manifest import Row
 from fnreg.cohort.study import StudyError
 from fnreg.settings import Settings
 
-QUICK = Settings(transform="rigid", init="center", levels=2, steps="6", lattice="auto")
+QUICK = Settings(transform="rigid", start="center", levels=2, steps="6", lattice="auto")
 SIZES = ((15, 16), (16, 13), (14, 15), (13, 16), (16, 16), (15, 14))
 ALL = ("params", "xfm", "warped", "inverse", "displacement", "jacobian")
-FIELD = Settings(transform="svffd:stride=4", init="header", levels=2, steps="6", penalty="bending=1", lattice="auto")
+FIELD = Settings(transform="svffd:stride=4", start="header", levels=2, steps="6", penalty="bending=1", lattice="auto")
 
 
 def pairs(home: Path, count: int = 5, *, masked: bool = False) -> list[Row]:
@@ -144,7 +144,7 @@ def test_a_transform_goes_on_from_a_file(tmp_path: Path) -> None:
     rows = pairs(tmp_path, 1)
     register(rows, tmp_path / "a", FIELD)
     path = tmp_path / "a" / "pairs" / "p000" / "transform.safetensors"
-    found = register(rows, tmp_path / "b", Settings(**vars(FIELD) | {"init": str(path), "levels": 1, "steps": "0"}))
+    found = register(rows, tmp_path / "b", Settings(**vars(FIELD) | {"start": str(path), "levels": 1, "steps": "0"}))
     assert results(tmp_path / "b") == results(tmp_path / "a")
     assert found["p000"]["status"] in ("ok", "warn")
 
@@ -177,7 +177,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.chdir(tmp_path)
     rows = pairs(tmp_path, 2)
     options = ["--transform", "svffd:stride=4", "--penalty", "bending=1", "--levels", "1", "--steps", "5"]
-    options += ["--init", "header", "--lattice", "auto", "--save", "params"]
+    options += ["--start", "header", "--lattice", "auto", "--save", "params"]
     names = [str(row.files["moving"]) for row in rows]
     fixed = str(rows[0].files["fixed"])
     Path("pairs.csv").write_text("fixed,moving\n" + "".join(f"{fixed},{name}\n" for name in names))

@@ -50,7 +50,7 @@ def test_a_row_with_everything(row: Row, tmp_path: Path) -> None:
     image = io.read_image(row.files["fixed"])
     assert torch.equal(found.fixed.image.data, image.data)
     assert found.fixed.mask is not None and found.known.labels[1] is not None and found.known.points is not None
-    assert isinstance(found.begun.initial, fnreg.Mapping) and found.init == str(row.files["initial"])
+    assert isinstance(found.begun.initial, fnreg.Mapping) and found.start == str(row.files["initial"])
     assert found.voxels == 2 * 8 * 7 * 6
     # What tells files apart is of the bytes that were read.
     assert set(found.inputs.files) == {str(path) for path in row.files.values()} and not found.inputs.beside
@@ -149,7 +149,7 @@ def test_what_is_wrong_with_a_file_is_the_reason(name: str, row: Row, tmp_path: 
 def test_images_apart_are_refused_where_the_start_is_that_of_their_headers(row: Row, tmp_path: Path) -> None:
     io.write_image(row.files["moving"], Image(torch.rand(1, *GRID.shape), FAR))
     plain = Row("b", {name: row.files[name] for name in ("fixed", "moving")})
-    found = load(plain, asked(tmp_path, init="header"))
+    found = load(plain, asked(tmp_path, start="header"))
     assert isinstance(found, Refused) and "do not overlap" in found.reason
     found = load(plain, asked(tmp_path))
     assert isinstance(found, Loaded) and "check these" in found.notes[0] and found.begun == Begin()
@@ -157,9 +157,9 @@ def test_images_apart_are_refused_where_the_start_is_that_of_their_headers(row: 
 
 def test_settings_that_do_not_go_with_a_size_are_the_reason(row: Row, tmp_path: Path) -> None:
     plain = Row("b", {name: row.files[name] for name in ("fixed", "moving")})
-    found = load(plain, asked(tmp_path, transform="ffd", similarity="lncc:radius=30", init="header"))
+    found = load(plain, asked(tmp_path, transform="ffd", similarity="lncc:radius=30", start="header"))
     assert isinstance(found, Refused) and "lncc" in found.reason
-    wanted = asked(tmp_path, transform="ffd:stride=4x4", init="header")
+    wanted = asked(tmp_path, transform="ffd:stride=4x4", start="header")
     for _ in range(2):
         found = load(plain, wanted)
         assert isinstance(found, Refused) and "stride" in found.reason

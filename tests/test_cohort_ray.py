@@ -180,7 +180,7 @@ def command(home: Path, rows: list[Row], *more: str) -> subprocess.Popen[str]:
     pytest.importorskip("ray", reason="needs Ray: pip install fnreg[ray]")
     (home / "pairs.tsv").write_bytes(write_manifest(rows))
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_ADDRESS": "local"}
-    arguments = ["run", str(home / "pairs.tsv"), "-o", str(home / "study"), "--init", "header", "-n", "6"]
+    arguments = ["run", str(home / "pairs.tsv"), "-o", str(home / "study"), "--start", "header", "-n", "6"]
     arguments += ["--levels", "2", "--figures", "none", "--workers", "2", *more]
     return subprocess.Popen(
         [sys.executable, "-m", "fnreg", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

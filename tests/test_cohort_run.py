@@ -60,7 +60,7 @@ def test_a_study_is_what_register_gives_for_each_pair(tmp_path: Path) -> None:
 def test_the_size_of_batches_changes_results_by_rounding_only(transform: str, tmp_path: Path) -> None:
     """The tolerance of the table is 1e-4 of a value: float32, through the steps of a descent."""
     rows = pairs(tmp_path, 7)
-    settings = Settings(transform=transform, init="header", levels=2, steps="6")
+    settings = Settings(transform=transform, start="header", levels=2, steps="6")
     for size in (1, 2, 7, None):
         register(rows, tmp_path / f"{size}", settings, batch_size=size)
         whole(tmp_path / f"{size}", rows)
@@ -70,7 +70,7 @@ def test_the_size_of_batches_changes_results_by_rounding_only(transform: str, tm
 
 
 def test_long_courses_are_thinned(tmp_path: Path) -> None:
-    settings = Settings(transform="ffd:stride=4", init="header", levels=2, steps="60")
+    settings = Settings(transform="ffd:stride=4", start="header", levels=2, steps="60")
     record = register(pairs(tmp_path, 3)[2:], tmp_path / "study", settings)["p002"]
     course = record["history"]
     assert record["steps"] > 100 and len(course) == 33
@@ -116,7 +116,7 @@ def test_labels_and_landmarks_judge(tmp_path: Path) -> None:
 
 def test_what_is_saved_is_what_was_asked_for(tmp_path: Path) -> None:
     rows = pairs(tmp_path, 2)
-    settings = Settings(transform="svffd:stride=4", init="header", levels=1, steps="4", penalty="bending=1")
+    settings = Settings(transform="svffd:stride=4", start="header", levels=1, steps="4", penalty="bending=1")
     register(rows, tmp_path / "a", settings, save="params+warped+inverse+jacobian")
     assert {path.name for path in (tmp_path / "a" / "pairs" / "p001").iterdir()} >= {
         "transform.safetensors", "warped.nii", "inverse.safetensors", "jacobian.nii.gz",
@@ -393,8 +393,8 @@ def test_the_second_time_there_is_nothing_to_do(tmp_path: Path) -> None:
     more = pairs(tmp_path, 5)
     assert set(register(more, tmp_path / "study")) == {"p003", "p004"}
     with pytest.raises(StudyError, match="steps was '6' and is '7'"):
-        register(rows, tmp_path / "study", Settings(init="header", levels=2, steps="7"))
-    settings = Settings(transform="rigid", init="header", levels=2, steps="6", threads=1)
+        register(rows, tmp_path / "study", Settings(start="header", levels=2, steps="7"))
+    settings = Settings(transform="rigid", start="header", levels=2, steps="6", threads=1)
     assert register(more, tmp_path / "study", settings) == {}  # changes nothing but rounding
 
 
@@ -484,7 +484,7 @@ def test_a_start_for_all_and_a_start_of_its_own(tmp_path: Path) -> None:
         params = {"translation": torch.tensor([shift, 0.0], dtype=torch.float64)}
         io.write_transform(tmp_path / f"{name}.tfm", fnreg.Mapping(params, grid, fnreg.Translation()))
     rows[1] = Row("p001", {**rows[1].files, "initial": tmp_path / "own.tfm"})
-    settings = Settings(transform="translation", init=str(tmp_path / "all.tfm"), levels=1, steps="0")
+    settings = Settings(transform="translation", start=str(tmp_path / "all.tfm"), levels=1, steps="0")
     register(rows, tmp_path / "study", settings)
     for row, shift in zip(rows, (1, 2, 1), strict=True):
         mapping = io.read_transform(tmp_path / "study" / "pairs" / row.pair_id / "transform.safetensors")

@@ -90,7 +90,7 @@ def test_it_registers_on_the_command_line(tmp_path: Path, capsys: pytest.Capture
     files = [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "-o", str(tmp_path / "out"), "--save", "params"]
     assert cli.main(["register", *files, "--preset", "brain"]) == 0
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    others = {"init": "auto", "lattice": "none", "save": "params", "seed": 0, "threads": 0, "device": "cpu"}
+    others = {"start": "auto", "lattice": "none", "save": "params", "seed": 0, "threads": 0, "device": "cpu"}
     assert record["settings"] == {"preset": "brain", "transform": PRESETS["brain"], **others}
     for told, stage in zip(record["stages"], presets.brain["transform"], strict=True):
         assert repr(stage.transform) in told and repr(stage.objective) in told

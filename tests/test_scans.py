@@ -18,7 +18,7 @@ sitk = pytest.importorskip("SimpleITK")
 
 Storage = tuple[tuple[int, ...], tuple[int, ...]]  # order of the axes, and their signs
 STORAGES: list[Storage] = [(order, signs) for order in permutations(range(3)) for signs in product((1, -1), repeat=3)]
-RIGID = ["--transform", "rigid", "--similarity", "ncc", "--optimizer", "gauss-newton", "-n", "12", "--init", "center"]
+RIGID = ["--transform", "rigid", "--similarity", "ncc", "--optimizer", "gauss-newton", "-n", "12", "--start", "center"]
 FIELD = ["--transform", "affine+svffd:stride=8", "--similarity", "ncc", "--penalty", "bending=0.01", "-n", "6"]
 
 
@@ -70,7 +70,7 @@ def test_none_of_48_storages_matters(pair: tuple[Any, Any]) -> None:
     storages_agree(pair, STORAGES)
 
 
-@pytest.mark.parametrize("options", [RIGID, [*FIELD, "--init", "center"]], ids=["rigid", "field"])
+@pytest.mark.parametrize("options", [RIGID, [*FIELD, "--start", "center"]], ids=["rigid", "field"])
 def test_a_turned_world_turns_the_map(pair: tuple[Any, Any], options: list[str]) -> None:
     """Headers with oblique axes: where R turns and shifts the world, T becomes R T R^-1.
 
@@ -101,7 +101,7 @@ def test_slices_whose_headers_differ_are_aligned_in_the_world(
     """One slice is stored with y turned, so that its brain lies beyond the other's; ITK judges by the files."""
     monkeypatch.chdir(tmp_path)
     fixed, moving = (str(data_dir / "itk_slices" / f"{name}.nii.gz") for name in ("r16slice", "r16slice_rigid"))
-    arguments = ["register", fixed, moving, "-o", "out", "--levels", "4", "--init", "center", "--save", "xfm+warped"]
+    arguments = ["register", fixed, moving, "-o", "out", "--levels", "4", "--start", "center", "--save", "xfm+warped"]
     assert cli.main(arguments) == 0
     record = json.loads(Path("out/run.json").read_text())
     assert record["rotation_degrees"] == pytest.approx(-5, abs=0.02)
@@ -132,10 +132,10 @@ def test_landmarks_of_two_templates(data_dir: Path, tmp_path: Path, monkeypatch:
     points += ["--moving-points", str(home / "afids_Colin27_RAS_mm.csv")]
     base = ["register", "fixed.nii.gz", "moving.nii.gz", "--fixed-mask", "mask.nii.gz", *points]
     first = ["-o", "affine", "--transform", "affine", "--similarity", "mi", "--steps", "60x30x5", "--save", "params"]
-    assert cli.main([*base, *first, "--init", "header"]) == 0
+    assert cli.main([*base, *first, "--start", "header"]) == 0
     second = ["-o", "field", "--transform", "diffeomorphism:gradient=0.75,smooth=0.7", "--steps", "100x60x10"]
     second += ["--similarity", "lncc:radius=2,flat=0.1", "--optimizer", "adam:lr=0.25,decay=1.0"]
-    assert cli.main([*base, *second, "--init", "affine/transform.safetensors"]) == 0
+    assert cli.main([*base, *second, "--start", "affine/transform.safetensors"]) == 0
     told = [json.loads(Path(name, "run.json").read_text()) for name in ("affine", "field")]
     assert told[0]["metrics"]["before"]["tre_mean"] == pytest.approx(3.991, abs=0.01)  # README of the data
     assert told[0]["metrics"]["after"]["tre_mean"] < 3.9

@@ -32,8 +32,8 @@ from fnreg.cohort.work import Engine, Progress, Work
 from fnreg.cohort.worker import Order
 from fnreg.extras import require
 from fnreg.io.files import PathLike, TransformReadError
-from fnreg.settings import INITS, Settings, SettingsError, choose
 from fnreg.settings import SAVES as EACH
+from fnreg.settings import STARTS, Settings, SettingsError, choose
 
 SAVES = tuple(name for name in EACH if name != "figures")  # those are of the report
 ENGINES = ("local", "ray")
@@ -110,10 +110,10 @@ def run(
         require("ray", "ray", f"the engine {engine}")
         order = Order(chosen, folder, space, batch_size, tuple(rows[0].files.values()), shared_images(rows))
         work_by = partial(cluster, order=order, address=engine, workers=workers)
-    if chosen.init not in INITS:  # the content of the file is an input of every pair
-        path = Path(chosen.init).absolute()
+    if chosen.start not in STARTS:  # the content of the file is an input of every pair
+        path = Path(chosen.start).absolute()
         if not path.is_file():
-            raise TransformReadError(f"{chosen.init} does not exist: check the path of the start")
+            raise TransformReadError(f"{chosen.start} does not exist: check the path of the start")
         rows = [dataclasses.replace(row, files={"initial": path, **row.files}) for row in rows]
     about = {"device": chosen.device, "engine": engine, "shard": f"{part}/{parts}"}
     return _run(rows, asked, work_by, about, retry_failed, (part, parts), stop, progress or (lambda _: None))

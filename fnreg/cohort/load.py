@@ -127,7 +127,7 @@ class Ready(NamedTuple):
 class Loaded:
     """A pair in memory, on the CPU.
 
-    init : as of `Settings`, for this pair; begun : what a file of it says
+    start : as of `Settings`, for this pair; begun : what a file of it says
     key : pairs with equal keys can share a batch
     lattice : on which it does, else as it is
     """
@@ -136,7 +136,7 @@ class Loaded:
     fixed: Subject
     moving: Subject
     known: agreement.Known
-    init: str
+    start: str
     begun: Begin
     inputs: Inputs
     notes: tuple[str, ...]
@@ -209,9 +209,9 @@ def load(row: Row, asked: Asked) -> Loaded | Refused:
 
 
 def _load(row: Row, asked: Asked) -> Loaded:
-    init = str(row.files.get("initial", asked.settings.init))
+    start = str(row.files.get("initial", asked.settings.start))
     first = asked.stages[0].transform
-    pair = read(files_of(row, asked), init, first, asked.images.read)
+    pair = read(files_of(row, asked), start, first, asked.images.read)
     fixed, moving = Subject(pair.fixed, pair.masks[0]), Subject(pair.moving, pair.masks[1])
     asked.check(fixed, moving)
     lattice, initial, domain = asked.lattice, None, pair.fixed.grid
@@ -220,11 +220,11 @@ def _load(row: Row, asked: Asked) -> Loaded:
         grids = domain, _ = lattice.grids(pair.fixed.grid, pair.moving.grid)
         masked = fixed.mask is not None, moving.mask is not None
         kind = tuple(grid.size for grid in grids), pair.fixed.channels, pair.fixed.data.dtype, masked
-        initial = lattice.start(init, first, fixed, moving)
-    found = begin(init, first, domain)
+        initial = lattice.begin(start, first, fixed, moving)
+    found = begin(start, first, domain)
     begun = Begin() if found is None else found
-    key = init if found is None else _structure(begun), kind
-    return Loaded(row, fixed, moving, pair.known, init, begun, Inputs({}, {}), pair.notes, key, initial, lattice)
+    key = start if found is None else _structure(begun), kind
+    return Loaded(row, fixed, moving, pair.known, start, begun, Inputs({}, {}), pair.notes, key, initial, lattice)
 
 
 def _is_plain(side: Subject) -> bool:

@@ -21,7 +21,7 @@ from fnreg.cohort.study import OK
 from fnreg.pytree import in_parts, over_batch, stack, tree_map, tree_take
 from fnreg.registration import Registration, SpeedWarning, register
 from fnreg.results import number
-from fnreg.settings import INITS
+from fnreg.settings import STARTS
 from fnreg.solvers.base import Status, Stop
 from fnreg.transforms.base import Mapping
 
@@ -82,7 +82,7 @@ def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]
         for items in zip(*(pair.ready() for pair in batch), strict=True)
     )
     grid, stages, padding = fixed.image.grid, asked.stages, asked.options.get("padding")
-    init = batch[0].init if batch[0].init in INITS else "header"
+    known = batch[0].start if batch[0].start in STARTS else "header"
     torch.manual_seed(asked.settings.seed)
 
     def start_of(part: slice) -> Before:
@@ -90,7 +90,7 @@ def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]
 
     with notes.hearing() as heard:
         begin = in_parts(start_of, len(batch), width)
-        how = starting(begun, init, stages[0].transform, grid)
+        how = starting(begun, known, stages[0].transform, grid)
         if initial is not None:
             how |= {"initial": initial, "start": "header"}
         how |= asked.options | ({"stop": Stop(width=width)} if width < len(batch) else {})

@@ -160,7 +160,7 @@ def command(row: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     words = ["fnreg", "register", row["fixed"], row["moving"], "-o", row["pair_id"]]
     if row["pair_id"].startswith("-"):  # no option
         words[-2:] = [f"--output={row['pair_id']}"]
-    given = dict(settings) | ({"init": row["initial"]} if "initial" in row else {})
+    given = dict(settings) | ({"start": row["initial"]} if "initial" in row else {})
     for name, value in given.items():
         if value != getattr(Settings(), name, "") and (not given.get("preset") or name != "transform"):
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]

@@ -60,7 +60,7 @@ Steps = Annotated[
 Space = Annotated[
     str | None, option(f"Where points that do not say it are: {', '.join(SPACES)}, indices of their image.")
 ]
-Init = Annotated[
+Start = Annotated[
     str | None,
     option("Start: auto, header, center, moments, search (36 angles) or a transform file. [default: auto]"),
 ]
@@ -97,7 +97,7 @@ class How:
     optimizer: Optimizer = None
     levels: Levels = None
     steps: Steps = None
-    init: Init = None
+    start: Start = None
     padding: Padding = None
     lattice: Lattice = None
     seed: Seed = None
