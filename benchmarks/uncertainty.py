@@ -204,7 +204,7 @@ def run(options: Options) -> list[Table]:
         for kind in ("independent", "correlated"):
 
             def of(kind: Any = kind, pairs: Simulated = pairs, result: fnreg.Registration = result) -> Tensor:
-                return fnreg.laplace(result, pairs.fixed, pairs.moving, noise=kind).points(points)
+                return fnreg.laplace(pairs.fixed, pairs.moving, result, noise=kind).point_covariance(points)
 
             told(name, kind, pairs, result, of)
     few = 20 if options.quick else 100
@@ -217,18 +217,22 @@ def run(options: Options) -> list[Table]:
 
     taken = seconds(resampled)
     for kind, used in (("ensemble of 24", 24), ("the same, as if of many", None)):
-        told(f"Rigid, {few} others", kind, pairs, copies[0].reference, lambda: copies[0].points(points), used)
+        told(f"Rigid, {few} others", kind, pairs, copies[0].reference, lambda: copies[0].point_covariance(points), used)
         table.rows[-1] = (*table.rows[-1][:-1], taken)
     pairs, result, objective = bent(count, generator)
     for kind in ("independent", "correlated"):
 
         def bayes(kind: Any = kind) -> Tensor:
-            return fnreg.laplace(result, pairs.fixed, pairs.moving, objective, noise=kind).points(points)
+            return fnreg.laplace(pairs.fixed, pairs.moving, result, objective=objective, noise=kind).point_covariance(
+                points
+            )
 
         told("FFD(8), truth from the prior", kind, pairs, result, bayes)
 
     def by_systems() -> Tensor:
-        return fnreg.laplace(result, pairs.fixed, pairs.moving, objective, dense=False).points(points)
+        return fnreg.laplace(pairs.fixed, pairs.moving, result, objective=objective, dense=False).point_covariance(
+            points
+        )
 
     told("FFD(8), truth from the prior", "correlated, solved for", pairs, result, by_systems)
     table.notes = (

@@ -55,7 +55,7 @@ class Ensemble:
         """The mean of the mapped points, (N, D) or (B, N, D)."""
         return torch.nanmean(self.map_points(points), -3)
 
-    def points(self, points: Tensor) -> Tensor:
+    def point_covariance(self, points: Tensor) -> Tensor:
         """Mean square (N, D, D) of the mapped points about the reference, squared world units, (B, N, D, D) of a batch.
 
         sum (T_i(p) - T(p))(T_i(p) - T(p))^T / n over the n copies that did not fail: a shift that noise brings to all
@@ -73,7 +73,7 @@ class Ensemble:
 
     def spread(self, points: Tensor) -> Tensor:
         """Root mean square distance of the mapped points from the reference, world units, (N,) or (B, N)."""
-        return torch.diagonal(self.points(points), dim1=-2, dim2=-1).sum(-1).sqrt()
+        return torch.diagonal(self.point_covariance(points), dim1=-2, dim2=-1).sum(-1).sqrt()
 
     def shift(self, points: Tensor) -> Tensor:
         """Mean less the reference, (N, D) or (B, N, D): how far the added noise moves the solution systematically."""

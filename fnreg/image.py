@@ -16,7 +16,7 @@ from torch import Tensor
 from fnreg import filters
 from fnreg.grid import Grid, Scalars
 from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_map, tree_unflatten
-from fnreg.sampling import Mode, Padding, interpolate
+from fnreg.sampling import Interpolation, Padding, interpolate
 
 Unit = Literal["world", "voxel"]
 
@@ -134,13 +134,13 @@ class Image:
 
     # -- sampling ---------------------------------------------------------------------------------------------
 
-    def sample(self, points: Tensor, *, interpolation: Mode = "linear", padding: Padding = "border") -> Tensor:
+    def sample(self, points: Tensor, *, interpolation: Interpolation = "linear", padding: Padding = "border") -> Tensor:
         """Values (N, C) at world points (N, D)."""
         self._single()
         coords = self.grid.world_to_index(points.to(torch.float64)).mT
         return interpolate(self.data, coords.to(self.data.dtype), interpolation=interpolation, padding=padding).mT
 
-    def resample(self, grid: Grid, *, interpolation: Mode = "linear", padding: Padding = "border") -> Image:
+    def resample(self, grid: Grid, *, interpolation: Interpolation = "linear", padding: Padding = "border") -> Image:
         """The image sampled at the voxels of another grid; smooth it first where that is coarser."""
         self._single()
         coords = self.grid.world_to_index(grid.points()).mT

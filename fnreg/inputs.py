@@ -19,7 +19,7 @@ from fnreg.notes import warn
 from fnreg.pair import Pair
 from fnreg.problem import Level
 from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach, tree_map
-from fnreg.sampling import MODES, Mode, Padding
+from fnreg.sampling import INTERPOLATIONS, Interpolation, Padding
 from fnreg.solvers.base import Status
 from fnreg.transforms.base import Domain, Mapping, Transform, first_domain
 
@@ -48,7 +48,7 @@ class Inputs:
     labels: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
     labels_differ: Tensor | None = None
     points: tuple[Points | None, Points | None] = (None, None)
-    interpolation: Mode = "linear"
+    interpolation: Interpolation = "linear"
 
     @property
     def domain(self) -> Grid:
@@ -171,7 +171,7 @@ def prepare(
     detach: bool = True,
     objectives: Sequence[Objective] = (),
     deeper: Callable[[tuple[int, ...]], int] | None = None,
-    interpolation: Mode = "linear",
+    interpolation: Interpolation = "linear",
 ) -> Inputs:
     """Pyramids, masks, labels and points of what `register` was given.
 
@@ -184,7 +184,7 @@ def prepare(
         raise ValueError(f"levels is {levels}: give at least one")
     if interpolation == "nearest":
         raise ValueError("interpolation is 'nearest', which has no derivative: choose linear or cubic")
-    if interpolation not in MODES:
+    if interpolation not in INTERPOLATIONS:
         raise ValueError(f"unknown interpolation {interpolation!r}: choose linear or cubic")
     wrapped = is_transformed(fixed, moving, then)
     detach = detach and not wrapped

@@ -16,7 +16,7 @@ from fnreg.grid import Grid, apply_matrix, index_points
 from fnreg.image import Image
 from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
 from fnreg.pytree import pytree_dataclass, static, tree_flatten, tree_leaves, tree_unflatten
-from fnreg.sampling import Mode, Padding, Sampled, interpolate, sample, within
+from fnreg.sampling import Interpolation, Padding, Sampled, interpolate, sample, within
 from fnreg.transforms.base import (
     Domain,
     Mapping,
@@ -42,7 +42,7 @@ class Pair:
     given_domain: Domain | None = None  # of the transform, where it is not the fixed grid
     annotations: Annotations | None = None  # labels and points, where the objective asks for them
     sharp: tuple[bool, bool] = static(default=(False, False))  # of the fixed and the moving mask, see `Subject`
-    interpolation: Mode = static(default="linear")  # how the moving image is interpolated
+    interpolation: Interpolation = static(default="linear")  # how the moving image is interpolated
 
     @property
     def domain(self) -> Domain:

@@ -34,7 +34,7 @@ from fnreg.pytree import (
     tree_leaves,
     tree_map,
 )
-from fnreg.sampling import Mode, Padding
+from fnreg.sampling import Interpolation, Padding
 from fnreg.search import Choice, search, search_levels
 from fnreg.solvers.base import Status, Stop
 from fnreg.solvers.recorded import Recording
@@ -75,11 +75,13 @@ class Registration:
     choice: Choice | None = None
 
     @overload
-    def warp(self, image: Image, *, interpolation: Mode = "linear", padding: Padding = "zeros") -> Image: ...
+    def warp(self, image: Image, *, interpolation: Interpolation = "linear", padding: Padding = "zeros") -> Image: ...
     @overload
-    def warp(self, image: Subject, *, interpolation: Mode = "linear", padding: Padding = "zeros") -> Subject: ...
     def warp(
-        self, image: Image | Subject, *, interpolation: Mode = "linear", padding: Padding = "zeros"
+        self, image: Subject, *, interpolation: Interpolation = "linear", padding: Padding = "zeros"
+    ) -> Subject: ...
+    def warp(
+        self, image: Image | Subject, *, interpolation: Interpolation = "linear", padding: Padding = "zeros"
     ) -> Image | Subject:
         """The moving image or subject, or one in the same place, resampled onto the fixed grid; see `fnreg.warp`."""
         return warp(image, self.mapping, self.fixed_grid, interpolation=interpolation, padding=padding)
@@ -169,7 +171,7 @@ def register(
     initial: Params | Mapping | None = None,
     starts: Params | None = None,
     start: Start = "header",
-    interpolation: Mode = "linear",
+    interpolation: Interpolation = "linear",
     padding: Padding | None = None,
     symmetric: bool = False,
     stop: Stop | None = Stop(),
@@ -252,7 +254,7 @@ def course(
     initial: Params | Mapping | None,
     starts: Params | None,
     start: Start,
-    interpolation: Mode,
+    interpolation: Interpolation,
     padding: Padding | None,
     symmetric: bool,
     stop: Stop | None,
@@ -325,7 +327,7 @@ def evaluate(
     mapping: Mapping,
     *,
     objective: Any = mse,
-    interpolation: Mode = "linear",
+    interpolation: Interpolation = "linear",
     padding: Padding | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Value of an objective under a mapping, and each term's: a search is `evaluate` on a batch of mappings.

@@ -24,11 +24,11 @@ from torch.nn.functional import grid_sample, pad
 from fnreg import bspline, native
 from fnreg.pytree import forward_levels, is_stored
 
-Mode = Literal["linear", "nearest", "cubic"]
+Interpolation = Literal["linear", "nearest", "cubic"]
 Padding = Literal["border", "zeros", "reflection"] | float
 Place = tuple[Tensor, Tensor | None]  # offsets in memory; with constant padding, whether they are within the image
 
-MODES = ("linear", "nearest", "cubic")
+INTERPOLATIONS = ("linear", "nearest", "cubic")
 PADDINGS = ("border", "zeros", "reflection")
 KNOT = {torch.float32: 1e-5, torch.float64: 1e-9}  # how near to a knot counts as on it, in voxels
 BLOCK = (
@@ -36,7 +36,9 @@ BLOCK = (
 )  # points that `grid_sample` gets at once for each core, so that what is made on the way stays in its cache
 
 
-def interpolate(data: Tensor, coords: Tensor, *, interpolation: Mode = "linear", padding: Padding = "border") -> Tensor:
+def interpolate(
+    data: Tensor, coords: Tensor, *, interpolation: Interpolation = "linear", padding: Padding = "border"
+) -> Tensor:
     """Values of an image between its voxels.
 
     data : (C, [Z,] Y, X), floating; integers too with "nearest", which keeps them exactly
@@ -106,8 +108,8 @@ def _check(data: Tensor, coords: Tensor, interpolation: str, padding: Padding) -
         raise ValueError(f"data are on {data.device} but coords on {coords.device}: move one to the other")
     if 0 in data.shape[1:]:
         raise ValueError(f"data have shape {tuple(data.shape)}: there is no voxel to sample")
-    if interpolation not in MODES:
-        raise ValueError(f"unknown interpolation {interpolation!r}: choose from {', '.join(MODES)}")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"unknown interpolation {interpolation!r}: choose from {', '.join(INTERPOLATIONS)}")
     if isinstance(padding, str) and padding not in PADDINGS:
         raise ValueError(f"unknown padding {padding!r}: choose from {', '.join(PADDINGS)}, or a number")
     if not data.is_floating_point():

@@ -130,7 +130,7 @@ class SolvedLaplace:
         ranks = [self.mapping.ranks(), 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, self.pairs.ranks()]
         return tree_unflatten(tree_flatten(ranks)[0], tree_flatten(self)[1])
 
-    def points(self, points: Tensor) -> Tensor:
+    def point_covariance(self, points: Tensor) -> Tensor:
         """Covariance (N, D, D) of `mapping.map_points(points)` in squared world units, (B, N, D, D) of a batch.
 
         points : (N, D) fixed world points
@@ -169,7 +169,7 @@ class SolvedLaplace:
         """None can be drawn, as the root of no covariance is formed: ValueError."""
         raise ValueError(
             f"{count} samples of {self.transform} are not drawn: no covariance of its {self.bias.shape[-1]} parameters "
-            "is formed: use points, a longer stride with dense=True, or `ensemble`"
+            "is formed: use point_covariance, a longer stride with dense=True, or `ensemble`"
         )
 
     def pair(self, number: int) -> SolvedLaplace:

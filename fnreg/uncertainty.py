@@ -51,7 +51,7 @@ from fnreg.pytree import (
     tree_vmap,
 )
 from fnreg.registration import Registration
-from fnreg.sampling import Mode, Padding
+from fnreg.sampling import Interpolation, Padding
 from fnreg.sandwich import Found, Options, pair_covariance
 from fnreg.solved import SolvedLaplace, Told, first_map, is_then, linearised, mapped_by_step, tell
 from fnreg.solvers.base import Status, parted
@@ -94,7 +94,7 @@ class Laplace:
         """The rank that each leaf has for one pair."""
         return tree_unflatten([*tree_flatten(self.mapping.ranks())[0], 2, 2, 1, 0, 0, 0], tree_flatten(self)[1])
 
-    def points(self, points: Tensor) -> Tensor:
+    def point_covariance(self, points: Tensor) -> Tensor:
         """Covariance (N, D, D) of `mapping.map_points(points)` in squared world units, (B, N, D, D) of a batch.
 
         points : (N, D) fixed world points
@@ -142,63 +142,61 @@ class Laplace:
 class _Given(TypedDict, total=False):
     """Options of `laplace` that do not decide what it gives."""
 
+    objective: Any
     noise: noises.Kind
     reach: int
     prior: bool
     padding: Padding | None
-    interpolation: Mode
+    interpolation: Interpolation
     solves: Solves
 
 
 @overload
 def laplace(
-    registration: Registration,
     fixed: Image | Subject,
     moving: Image | Subject,
-    objective: Any = mse,
+    registration: Registration,
     *,
     dense: Literal[True],
     **options: Unpack[_Given],
 ) -> Laplace: ...
 @overload
 def laplace(
-    registration: Registration,
     fixed: Image | Subject,
     moving: Image | Subject,
-    objective: Any = mse,
+    registration: Registration,
     *,
     dense: Literal[False],
     **options: Unpack[_Given],
 ) -> SolvedLaplace: ...
 @overload
 def laplace(
-    registration: Registration,
     fixed: Image | Subject,
     moving: Image | Subject,
-    objective: Any = mse,
+    registration: Registration,
     *,
     dense: None = None,
     **options: Unpack[_Given],
 ) -> Any: ...
 def laplace(
-    registration: Registration,
     fixed: Image | Subject,
     moving: Image | Subject,
-    objective: Any = mse,
+    registration: Registration,
     *,
+    objective: Any = mse,
     noise: noises.Kind = "correlated",
     reach: int = 3,
     prior: bool = True,
     padding: Padding | None = None,
-    interpolation: Mode = "linear",
+    interpolation: Interpolation = "linear",
     dense: bool | None = None,
     solves: Solves = Solves(),
 ) -> Laplace | SolvedLaplace:
     """The Gaussian approximation of a registration's error from its Gauss-Newton Hessian, see `fnreg.uncertainty`.
 
-    registration : at its minimum; warns where Newton's step to it is longer than three standard deviations
     fixed, moving, objective, padding : what was registered, on its finest level, not `symmetric`.  The objective is one
         of `mse` and `ncc`, with penalties or without
+    registration : at its minimum; warns where Newton's step to it is longer than three standard deviations
     noise : "correlated" is stationary and reads the correlation of the residuals off them, which serves smoothed and
         resampled images; "independent" is of equal variance in every voxel and channel of both images as given, for
         `mse`.  The variance is estimated from the residuals in both cases
@@ -220,8 +218,8 @@ def laplace(
     >>> blob = (-(fnreg.Grid((24, 24)).points() - 11.5).square().sum(1) / 40).exp().reshape(1, 24, 24)
     >>> noisy = [fnreg.Image(blob + 0.02 * torch.randn(1, 24, 24, dtype=torch.float64)) for _ in range(2)]
     >>> result = fnreg.register(*noisy, fnreg.Translation(), levels=1, solver=fnreg.GaussNewton())
-    >>> sure = fnreg.laplace(result, *noisy)
-    >>> sure.points(torch.tensor([[11.5, 11.5]], dtype=torch.float64)).shape
+    >>> sure = fnreg.laplace(*noisy, result)
+    >>> sure.point_covariance(torch.tensor([[11.5, 11.5]], dtype=torch.float64)).shape
     torch.Size([1, 2, 2])
     """
     total = as_objective(objective)

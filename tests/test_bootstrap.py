@@ -45,13 +45,13 @@ def pair() -> tuple[Image, Image]:
 
 def test_copies_spread_as_laplace_says(pair: Any) -> None:
     copies = ensemble(*pair, Rigid(), count=300, generator=draw(), **NEWTON)
-    told = laplace(copies.reference, *pair, noise="independent").points(POINTS)
-    ratio = torch.linalg.eigvals(torch.linalg.solve(told, copies.points(POINTS))).real
+    told = laplace(*pair, copies.reference, noise="independent").point_covariance(POINTS)
+    ratio = torch.linalg.eigvals(torch.linalg.solve(told, copies.point_covariance(POINTS))).real
     assert 0.6 < float(ratio.min()) <= float(ratio.max()) < 1.6
     moved = copies.map_points(POINTS)
     assert moved.shape == (300, 3, 2)
     away = moved - copies.reference.map_points(POINTS)
-    assert_close(copies.points(POINTS), torch.einsum("cni,cnj->nij", away, away) / 300)
+    assert_close(copies.point_covariance(POINTS), torch.einsum("cni,cnj->nij", away, away) / 300)
     assert_close(copies.spread(POINTS), away.square().sum(-1).mean(0).sqrt())
     assert_close(copies.mean(POINTS), moved.mean(0))
     assert_close(copies.shift(POINTS), away.mean(0))
@@ -100,7 +100,7 @@ def test_pairs_of_a_batch_are_copied_one_by_one() -> None:
     moved = still.map_points(POINTS)
     assert moved.shape == (3, 4, 3, 2)
     assert_close(moved, still.reference.map_points(POINTS)[:, None].expand(-1, 4, -1, -1), atol=1e-9, rtol=0)
-    assert_close(still.points(POINTS), torch.zeros(3, 3, 2, 2, dtype=torch.float64), atol=1e-15, rtol=0)
+    assert_close(still.point_covariance(POINTS), torch.zeros(3, 3, 2, 2, dtype=torch.float64), atol=1e-15, rtol=0)
     noisy = ensemble(fixed, moving, Rigid(), count=4, noise=(0.05, 0.02), generator=draw(), **NEWTON)
     assert float((noisy.mean(POINTS) - truth.map_points(POINTS)).abs().max()) < 0.2
     assert noisy.spread(POINTS).shape == (3, 3) and float(noisy.spread(POINTS).min()) > 0
@@ -114,7 +114,7 @@ def test_a_failed_copy_does_not_count() -> None:
     images = Image(torch.cat([fixed.data[:1], torch.ones_like(fixed.data[:1])]), fixed.grid), moving
     copies = ensemble(*images, Rigid(), count=3, noise=0.0, **NEWTON)
     assert copies.registration.ok.tolist() == [True] * 3 + [False] * 3
-    found = copies.points(POINTS)
+    found = copies.point_covariance(POINTS)
     assert bool(torch.isfinite(found[0]).all()) and bool(torch.isnan(found[1]).all())
 
 
@@ -124,7 +124,7 @@ def test_a_failed_reference_has_no_covariance() -> None:
     images = Image(torch.cat([fixed.data[:1], torch.ones_like(fixed.data[:1])]), fixed.grid), moving
     copies = ensemble(*images, Rigid(), count=3, noise=0.05, generator=draw(), **NEWTON)
     assert copies.reference.ok.tolist() == [True, False] and bool(copies.registration.ok.all())
-    for found in (copies.points(POINTS), copies.spread(POINTS), copies.mean(POINTS), copies.shift(POINTS)):
+    for found in (copies.point_covariance(POINTS), copies.spread(POINTS), copies.mean(POINTS), copies.shift(POINTS)):
         assert bool(torch.isfinite(found[0]).all()) and bool(torch.isnan(found[1]).all())
 
 

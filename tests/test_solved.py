@@ -60,7 +60,7 @@ def products(transform: Any, objective: Any = BENDS, **options: Any) -> tuple[So
     fixed, moving = pair_of()
     with fnreg.notes.hearing():
         result = register(fixed, moving, transform, objective=objective, **LOOSE)
-        found = laplace(result, fixed, moving, objective, dense=False, solves=TIGHT, **options)
+        found = laplace(fixed, moving, result, objective=objective, dense=False, solves=TIGHT, **options)
     assert isinstance(found, SolvedLaplace)
     return found, linearised(found.options, found.mapping, found.pairs, 1)
 
@@ -94,7 +94,7 @@ def test_of_the_same_matrices_it_is_the_formed_covariance(transform: Any, kind: 
     mapped, start = mapped_by_step(found.mapping, points)
     rows = jacfwd(mapped)(start)
     expected = rows @ covariance @ rows.mT
-    assert_close(found.points(points), expected, rtol=1e-6, atol=1e-9 * float(expected.abs().amax()))
+    assert_close(found.point_covariance(points), expected, rtol=1e-6, atol=1e-9 * float(expected.abs().amax()))
     assert_close(found.bias, -inverse @ found.pull, rtol=1e-6, atol=1e-9)
     assert_close(held, held.mT, rtol=0, atol=1e-9 * float(held.abs().amax()))
     # the push is the derivative of the residuals, and the pull its transpose
@@ -202,10 +202,12 @@ def test_without_noise_it_is_the_formed_covariance_nearly() -> None:
     points = fixed.grid.center + POINTS
     for prior in (True, False):
         with fnreg.notes.hearing():
-            formed = laplace(result, fixed, moving, BENDS, prior=prior)
-            found = laplace(result, fixed, moving, BENDS, prior=prior, dense=False, solves=TIGHT)
+            formed = laplace(fixed, moving, result, objective=BENDS, prior=prior)
+            found = laplace(fixed, moving, result, objective=BENDS, prior=prior, dense=False, solves=TIGHT)
         assert isinstance(found, SolvedLaplace)
-        ratio = torch.linalg.eigvals(torch.linalg.solve(formed.points(points), found.points(points))).real
+        ratio = torch.linalg.eigvals(
+            torch.linalg.solve(formed.point_covariance(points), found.point_covariance(points))
+        ).real
         # what is told is a mean over a window, here a fifth of the image
         assert 0.65 < float(ratio.min()) <= float(ratio.max()) < 1.5
         assert float(found.deviation) == pytest.approx(float(formed.deviation), rel=0.02)
@@ -221,15 +223,17 @@ def test_a_pair_alone_is_as_in_a_batch() -> None:
     batch = register(fixed, moving, SVF(3), objective=BENDS, **LOOSE)
     points = fixed.grid.center.unsqueeze(1) + POINTS
     with fnreg.notes.hearing():
-        together = laplace(batch, fixed, moving, BENDS, dense=False, solves=TIGHT)
-    many = together.points(points)
+        together = laplace(fixed, moving, batch, objective=BENDS, dense=False, solves=TIGHT)
+    many = together.point_covariance(points)
     assert isinstance(together, SolvedLaplace)
     for n, pair in enumerate(pairs):
         with fnreg.notes.hearing():
-            one = laplace(register(*pair, SVF(3), objective=BENDS, **LOOSE), *pair, BENDS, dense=False, solves=TIGHT)
+            one = laplace(
+                *pair, register(*pair, SVF(3), objective=BENDS, **LOOSE), objective=BENDS, dense=False, solves=TIGHT
+            )
         assert isinstance(one, SolvedLaplace)
-        assert_close(many[n], one.points(points[n]), rtol=1e-6, atol=0)
-        assert_close(together.pair(n).points(points[n]), many[n], rtol=1e-7, atol=0)
+        assert_close(many[n], one.point_covariance(points[n]), rtol=1e-6, atol=0)
+        assert_close(together.pair(n).point_covariance(points[n]), many[n], rtol=1e-7, atol=0)
         for name in ("bias", "deviation", "freedom", "freedom_error", "left"):
             assert_close(getattr(together, name)[n], getattr(one, name), rtol=1e-6, atol=1e-9)
 
@@ -237,9 +241,9 @@ def test_a_pair_alone_is_as_in_a_batch() -> None:
 def test_how_many_go_side_by_side_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = products(FFD(6))
     points = found.mapping.domain.center + torch.cat([POINTS, POINTS + 1])
-    known = found.points(points)
+    known = found.point_covariance(points)
     monkeypatch.setattr(fnreg.linearised, "VOXELS", 1)
-    assert_close(found.points(points), known, rtol=1e-8, atol=0)
+    assert_close(found.point_covariance(points), known, rtol=1e-8, atol=0)
 
 
 def test_it_runs_inside_vmap() -> None:
@@ -252,12 +256,12 @@ def test_it_runs_inside_vmap() -> None:
     def one(params: Any, first: Image, second: Image) -> Tensor:
         mapping = Mapping(params, first.grid, FFD(8))
         alone = dataclasses.replace(result, mapping=mapping, status=torch.zeros((), dtype=torch.int64))
-        return laplace(alone, first, second, BENDS, dense=False, solves=few).points(points)
+        return laplace(first, second, alone, objective=BENDS, dense=False, solves=few).point_covariance(points)
 
     inside = tree_vmap(one, (None, None, None), result.mapping.params, fixed, moving)
     assert grid.size == (20, 18)
     with fnreg.notes.hearing():
-        outside = laplace(result, fixed, moving, BENDS, dense=False, solves=few).points(points)
+        outside = laplace(fixed, moving, result, objective=BENDS, dense=False, solves=few).point_covariance(points)
     assert_close(inside, outside, rtol=1e-4, atol=0)
 
 
@@ -272,7 +276,9 @@ def test_what_a_mask_hides_has_no_influence() -> None:
         with fnreg.notes.hearing():
             result = register(given, moving, FFD(6), objective=BENDS, **LOOSE)
             told.append(
-                laplace(result, given, moving, BENDS, dense=False, solves=TIGHT).points(fixed.grid.center + POINTS)
+                laplace(given, moving, result, objective=BENDS, dense=False, solves=TIGHT).point_covariance(
+                    fixed.grid.center + POINTS
+                )
             )
     assert_close(*told, rtol=0.05, atol=0)  # slopes of the fixed image reach one voxel across the border
 
@@ -282,11 +288,13 @@ def test_a_map_that_acts_after_turns_the_ellipses() -> None:
     turned = smooth_mapping(Rigid(), fixed.grid, 1, 0.3)
     with fnreg.notes.hearing():
         result = register(fixed, moving, FFD(6), objective=BENDS, then=turned, **LOOSE)
-        found = laplace(result, fixed, moving, BENDS, dense=False, solves=TIGHT)
-        formed = laplace(result, fixed, moving, BENDS, dense=True)
+        found = laplace(fixed, moving, result, objective=BENDS, dense=False, solves=TIGHT)
+        formed = laplace(fixed, moving, result, objective=BENDS, dense=True)
     assert found.transform == FFD(6)
     points = fixed.grid.center + POINTS
-    ratio = torch.linalg.eigvals(torch.linalg.solve(formed.points(points), found.points(points))).real
+    ratio = torch.linalg.eigvals(
+        torch.linalg.solve(formed.point_covariance(points), found.point_covariance(points))
+    ).real
     assert 0.5 < float(ratio.min()) <= float(ratio.max()) < 1.5
 
 
@@ -313,7 +321,7 @@ def registered() -> tuple[Image, Image, fnreg.Registration]:
 def test_it_says_what_it_cannot_do(registered: Any, options: dict[str, Any], words: str) -> None:
     fixed, moving, result = registered
     with pytest.raises(ValueError, match=words):
-        laplace(result, fixed, moving, **({"objective": BENDS} | options))
+        laplace(fixed, moving, result, **({"objective": BENDS} | options))
 
 
 def test_solves_are_checked() -> None:
@@ -328,15 +336,15 @@ def test_what_nothing_tells_about_is_told() -> None:
     flat = Image(torch.full_like(fixed.data, 0.5), fixed.grid)
     result = register(fixed, moving, FFD(6), objective=BENDS, levels=1, steps=0)
     with pytest.raises(ValueError, match=r"neither images nor penalties tell|left a relative residual"):
-        laplace(result, flat, flat, mse + bending, dense=False).points(fixed.grid.center + POINTS)
+        laplace(flat, flat, result, objective=mse + bending, dense=False).point_covariance(fixed.grid.center + POINTS)
 
 
 def test_points_must_fit(registered: Any) -> None:
     fixed, moving, result = registered
     with fnreg.notes.hearing():
-        found = laplace(result, fixed, moving, BENDS, dense=False)
+        found = laplace(fixed, moving, result, objective=BENDS, dense=False)
     with pytest.raises(ValueError, match=r"points have shape \(4, 3\): expected \(N, 2\) world points"):
-        found.points(torch.zeros(4, 3))
+        found.point_covariance(torch.zeros(4, 3))
 
 
 def test_a_failed_pair_of_a_batch_is_nan(registered: Any) -> None:
@@ -345,14 +353,14 @@ def test_a_failed_pair_of_a_batch_is_nan(registered: Any) -> None:
     many = register(*both, FFD(6), objective=BENDS, **LOOSE)
     codes = torch.tensor([0, int(fnreg.Status.DIVERGED)])
     with fnreg.notes.hearing():
-        found = laplace(dataclasses.replace(many, status=codes), *both, BENDS, dense=False)
-        alone = laplace(result, fixed, moving, BENDS, dense=False)
+        found = laplace(*both, dataclasses.replace(many, status=codes), objective=BENDS, dense=False)
+        alone = laplace(fixed, moving, result, objective=BENDS, dense=False)
         with pytest.raises(ValueError, match="the registration failed"):
-            laplace(dataclasses.replace(result, status=codes[1]), fixed, moving, BENDS, dense=False)
+            laplace(fixed, moving, dataclasses.replace(result, status=codes[1]), objective=BENDS, dense=False)
     points = fixed.grid.center + POINTS
-    told = found.points(points)
+    told = found.point_covariance(points)
     assert bool(torch.isnan(told[1]).all()) and bool(torch.isnan(found.freedom[1]))
-    assert_close(told[0], alone.points(points), rtol=1e-6, atol=0)
+    assert_close(told[0], alone.point_covariance(points), rtol=1e-6, atol=0)
 
 
 def test_large_models_take_it_of_themselves() -> None:
@@ -363,11 +371,11 @@ def test_large_models_take_it_of_themselves() -> None:
     pair = noisy(image, 1), noisy(image, 2)
     result = register(*pair, Displacement(), objective=BENDS, levels=1, steps=0)
     with fnreg.notes.hearing():
-        found = laplace(result, *pair, BENDS)
+        found = laplace(*pair, result, objective=BENDS)
         with pytest.raises(ValueError, match="has 2244 parameters: a covariance of more than 2048 is not formed"):
-            laplace(result, *pair, BENDS, dense=True)
+            laplace(*pair, result, objective=BENDS, dense=True)
         with pytest.raises(ValueError, match=r"3 samples of Displacement\(\) are not drawn.*2244 parameters"):
             found.samples(3)
     assert isinstance(found, SolvedLaplace)
-    variance = found.points(grid.center + POINTS).diagonal(dim1=1, dim2=2)
+    variance = found.point_covariance(grid.center + POINTS).diagonal(dim1=1, dim2=2)
     assert float(variance.amin()) > 0 and float(variance.amax()) < 1

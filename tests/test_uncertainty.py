@@ -142,13 +142,13 @@ def test_of_a_linear_model_it_is_the_classical_one(transform: Any) -> None:
     inverse = torch.linalg.inv(design.mT @ design + held)
     freedom = torch.trace(inverse @ design.mT @ design)
     expected = residual.square().sum() / (len(residual) - freedom) * inverse
-    found = laplace(result, fixed, moving, objective, noise="independent")
+    found = laplace(fixed, moving, result, objective=objective, noise="independent")
     assert_close(found.covariance, expected, rtol=1e-5, atol=1e-5 * float(expected.amax()))
     assert_close(found.bias, torch.zeros_like(flat), atol=1e-12, rtol=0)
     assert float(found.freedom) == pytest.approx(float(freedom), rel=1e-5)
     assert not found.free.any()
     # Without the prior the penalty only holds: (X^T X + K)^-1 X^T X (X^T X + K)^-1.
-    alone = laplace(result, fixed, moving, objective, noise="independent", prior=False)
+    alone = laplace(fixed, moving, result, objective=objective, noise="independent", prior=False)
     sampled = expected @ design.mT @ design @ inverse
     assert_close(alone.covariance, sampled, rtol=1e-5, atol=1e-5 * float(expected.amax()))
     assert torch.linalg.eigvalsh(found.covariance - alone.covariance).amin() >= -1e-9 * expected.amax()
@@ -157,7 +157,7 @@ def test_of_a_linear_model_it_is_the_classical_one(transform: Any) -> None:
 def test_correlation_that_is_not_there_is_not_found() -> None:
     fixed, moving = ramps((60, 50))
     result = register(fixed, moving, Affine(), levels=1, steps=0)
-    known, read = (laplace(result, fixed, moving, noise=kind) for kind in ("independent", "correlated"))
+    known, read = (laplace(fixed, moving, result, noise=kind) for kind in ("independent", "correlated"))
     assert float(read.deviation / known.deviation) == pytest.approx(1, rel=1e-3)
     ratio = torch.linalg.eigvalsh(torch.linalg.solve(known.covariance, read.covariance))
     # 49 products of 2800 residuals each have a standard deviation of 0.02
@@ -175,7 +175,7 @@ def test_it_is_what_fresh_noise_does() -> None:
     away = result.map_points(POINTS) - one[2].map_points(POINTS[None])
     seen = torch.einsum("bni,bnj->nij", away, away) / count
     for kind in ("independent", "correlated"):
-        told = laplace(result, *noisy, noise=kind, prior=False).points(POINTS).mean(0)
+        told = laplace(*noisy, result, noise=kind, prior=False).point_covariance(POINTS).mean(0)
         ratio = torch.linalg.eigvals(torch.linalg.solve(told, seen)).real
         # Of 300 a variance varies by 8 %; what interpolation misfits of the scene is taken for correlated noise.
         low = 0.55 if kind == "independent" else 0.45
@@ -189,7 +189,7 @@ def test_it_is_what_fresh_noise_does() -> None:
 def test_the_truth_is_in_its_ellipse_as_often_as_told(kind: Any) -> None:
     fixed, moving, truth = rigid_pairs(200, 0)
     result = register(fixed, moving, Rigid(), **NEWTON)
-    square = distances(errors(result, truth), laplace(result, fixed, moving, noise=kind).points(POINTS))
+    square = distances(errors(result, truth), laplace(fixed, moving, result, noise=kind).point_covariance(POINTS))
     share = (square <= LIMIT).double().mean(0)
     assert bool(((share > 0.90) & (share < 0.99)).all()), share  # 0.95 and three standard deviations of 200
     assert float(square.mean()) == pytest.approx(2, abs=0.45)
@@ -204,7 +204,8 @@ def test_it_is_as_sure_of_volumes_on_oblique_grids(kind: Any) -> None:
     result = register(fixed, moving, Rigid(), levels=1, solver=GaussNewton())
     points = (grid.center + torch.tensor([[0.0, 0.0, 0.0], [5.0, -4.0, 3.0]])).expand(40, -1, -1)
     square = distances(
-        result.map_points(points) - truth.map_points(points), laplace(result, fixed, moving, noise=kind).points(points)
+        result.map_points(points) - truth.map_points(points),
+        laplace(fixed, moving, result, noise=kind).point_covariance(points),
     )
     assert float(square.mean()) == pytest.approx(3, abs=1.1)  # of three coordinates; 40 pairs vary by 0.4
     assert float((square <= 7.815).double().mean()) > 0.85
@@ -215,7 +216,7 @@ def test_correlated_noise_is_told_from_independent_noise() -> None:
     result = register(fixed, moving, Rigid(), **NEWTON)
     share = {}
     for kind in ("independent", "correlated"):
-        square = distances(errors(result, truth), laplace(result, fixed, moving, noise=kind).points(POINTS))
+        square = distances(errors(result, truth), laplace(fixed, moving, result, noise=kind).point_covariance(POINTS))
         share[kind] = float((square <= LIMIT).double().mean())
     assert share["independent"] < 0.75  # who counts voxels is too sure
     assert 0.88 < share["correlated"] < 0.99
@@ -239,10 +240,10 @@ def test_a_spline_from_its_prior_is_in_its_ellipse_as_often_as_told() -> None:
     result = register(
         fixed, moving, transform, objective=objective, levels=2, steps=(60, 250), optimizer=adam(0.1, decay=0.01)
     )
-    found = laplace(result, fixed, moving, objective, noise="independent")
+    found = laplace(fixed, moving, result, objective=objective, noise="independent")
     assert float(found.left.mean()) < 0.4
     assert 20 < float(found.freedom.mean()) < len(flat)
-    square = distances(errors(result, truth), found.points(POINTS))
+    square = distances(errors(result, truth), found.point_covariance(POINTS))
     share = float((square <= LIMIT).double().mean())
     assert 0.89 < share < 0.99  # 180 points, not all of them independent
     assert float(square.mean()) == pytest.approx(2, abs=0.5)
@@ -262,26 +263,26 @@ def test_a_pair_alone_is_as_in_a_batch() -> None:
     objective = mse + 0.5 * bending
     options: dict[str, Any] = {"levels": 1, "steps": 12, "stop": None}
     batch = register(fixed, moving, FFD(8), objective=objective, **options)
-    together = laplace(batch, fixed, moving, objective)
+    together = laplace(fixed, moving, batch, objective=objective)
     points = fixed.grid.center.unsqueeze(1) + torch.tensor([[0.0, 1.0], [3.0, -2.0]], dtype=torch.float64)
-    many = together.points(points)
+    many = together.point_covariance(points)
     for n, pair in enumerate(noisy):
-        alone = laplace(register(*pair, FFD(8), objective=objective, **options), *pair, objective)
+        alone = laplace(*pair, register(*pair, FFD(8), objective=objective, **options), objective=objective)
         size = float(alone.covariance.amax())
         assert_close(together.covariance[n], alone.covariance, atol=1e-7 * size, rtol=1e-7)  # what is hardly known
         assert_close(together.left[n], alone.left, atol=1e-6, rtol=1e-6)
-        assert_close(many[n], alone.points(points[n]), atol=1e-9, rtol=1e-5)
-        assert_close(together.pair(n).points(points[n]), many[n], atol=1e-12, rtol=1e-9)
+        assert_close(many[n], alone.point_covariance(points[n]), atol=1e-9, rtol=1e-5)
+        assert_close(together.pair(n).point_covariance(points[n]), many[n], atol=1e-12, rtol=1e-9)
 
 
 def test_it_does_not_depend_on_how_scans_are_stored() -> None:
     fixed, moving, _ = rigid_pairs(1, 7)
     pair = [Image(image.data[0], image.grid) for image in (fixed, moving)]
     result = register(*pair, Rigid(), **NEWTON)
-    known = laplace(result, *pair).points(POINTS)
+    known = laplace(*pair, result).point_covariance(POINTS)
     for order, flips in (((1, 0), (False, True)), ((0, 1), (True, True))):
         other = [stored(pair[0], order, flips), stored(pair[1], (0, 1), (True, False))]
-        told = laplace(register(*other, Rigid(), **NEWTON), *other).points(POINTS)
+        told = laplace(*other, register(*other, Rigid(), **NEWTON)).point_covariance(POINTS)
         assert_close(told, known, rtol=1e-3, atol=0)  # as near as the solutions are
 
 
@@ -293,9 +294,9 @@ def test_what_a_mask_hides_has_no_influence() -> None:
     found = []
     for image in (fixed, other):
         given = Subject(image, mask)
-        found.append(laplace(register(given, moving, Rigid(), **NEWTON), given, moving).points(POINTS))
+        found.append(laplace(given, moving, register(given, moving, Rigid(), **NEWTON)).point_covariance(POINTS))
     assert_close(*found, rtol=1e-9, atol=0)
-    whole = laplace(register(fixed, moving, Rigid(), **NEWTON), fixed, moving).points(POINTS)
+    whole = laplace(fixed, moving, register(fixed, moving, Rigid(), **NEWTON)).point_covariance(POINTS)
     assert bool((torch.linalg.det(found[0]) > torch.linalg.det(whole)).all())  # less is known
 
 
@@ -307,10 +308,10 @@ def test_it_runs_inside_vmap() -> None:
         images = Image(first, fixed.grid), Image(second, moving.grid)
         mapping = Mapping(params, fixed.grid, Rigid())
         alone = dataclasses.replace(result, mapping=mapping, status=torch.zeros((), dtype=torch.int64))
-        return laplace(alone, *images).points(POINTS)
+        return laplace(*images, alone).point_covariance(POINTS)
 
     found = vmap(one)(result.mapping.params, fixed.data, moving.data)
-    assert_close(found, laplace(result, fixed, moving).points(POINTS), rtol=1e-7, atol=0)
+    assert_close(found, laplace(fixed, moving, result).point_covariance(POINTS), rtol=1e-7, atol=0)
 
 
 # -- points and samples --------------------------------------------------------------------------------------------
@@ -326,23 +327,23 @@ def test_samples_spread_as_the_points_are_told_to(kind: str) -> None:
         objective = mse + 0.5 * bending
         options = {"levels": 2, "steps": 150, "optimizer": adam(0.1, decay=0.01)}
         result = register(fixed, moving, FFD(7), objective=objective, then=result.mapping, **options)
-    found = laplace(result, fixed, moving, objective)
+    found = laplace(fixed, moving, result, objective=objective)
     assert found.transform == (Rigid() if kind == "rigid" else FFD(7))
     drawn = found.samples(4000, generator=torch.Generator().manual_seed(0)).map_points(POINTS)
     mean = result.map_points(POINTS)
     away = drawn - mean
     seen = torch.einsum("bni,bnj->nij", away, away) / len(away)
-    ratio = torch.linalg.eigvals(torch.linalg.solve(found.points(POINTS), seen)).real
+    ratio = torch.linalg.eigvals(torch.linalg.solve(found.point_covariance(POINTS), seen)).real
     assert 0.9 < float(ratio.min()) <= float(ratio.max()) < 1.1
     assert_close(drawn.mean(0), mean, atol=4 * float(seen.amax() / 4000) ** 0.5, rtol=0)
 
 
 def test_ncc_is_as_sure_as_mse_of_images_of_one_contrast() -> None:
     fixed, moving, _ = rigid_pairs(20, 9)
-    known = laplace(register(fixed, moving, Rigid(), **NEWTON), fixed, moving).points(POINTS)
+    known = laplace(fixed, moving, register(fixed, moving, Rigid(), **NEWTON)).point_covariance(POINTS)
     brighter = Image(3 * fixed.data + 1, fixed.grid)
     result = register(brighter, moving, Rigid(), objective=ncc, **NEWTON)
-    ratio = laplace(result, brighter, moving, ncc).points(POINTS).det().log() - known.det().log()
+    ratio = laplace(brighter, moving, result, objective=ncc).point_covariance(POINTS).det().log() - known.det().log()
     assert float(ratio.mean()) == pytest.approx(0, abs=0.4)  # of two variances
 
 
@@ -352,7 +353,7 @@ def test_more_noise_makes_it_less_sure() -> None:
     for noise in (0.03, 0.06):
         fixed, moving, _ = rigid_pairs(10, 10, noise=noise)
         result = register(fixed, moving, Rigid(), **NEWTON)
-        variance.append(laplace(result, fixed, moving, noise="independent").covariance.diagonal(dim1=1, dim2=2).mean(0))
+        variance.append(laplace(fixed, moving, result, noise="independent").covariance.diagonal(dim1=1, dim2=2).mean(0))
     assert 3 < float((variance[1] / variance[0]).mean()) < 5.5
 
 
@@ -365,14 +366,14 @@ def test_the_rotation_of_a_disc_has_infinite_variance() -> None:
     clean = circle(grid, radius=9.0, blur=1.5, dtype=torch.float64).data
     fixed, moving = (with_noise(Image(clean, grid), 0.03, draw) for _ in "ab")
     result = register(fixed, moving, Rigid(), levels=1, solver=GaussNewton())
-    found = laplace(result, fixed, moving)
+    found = laplace(fixed, moving, result)
     assert_close(torch.linalg.eigvalsh(found.free), torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
-    away = found.points(torch.stack([grid.center, grid.center + torch.tensor([12.0, 0.0])]))
+    away = found.point_covariance(torch.stack([grid.center, grid.center + torch.tensor([12.0, 0.0])]))
     assert bool(torch.isfinite(away[0]).all()) and float(away[0].amax()) < 0.1  # the centre is known
     assert float(away[1, 1, 1]) == math.inf and math.isfinite(float(away[1, 0, 0]))  # it turns along y alone
     with pytest.raises(ValueError, match="variance is infinite: there is nothing to draw from; add a penalty"):
         found.samples(3)
-    known = laplace(register(fixed, moving, Translation(), **NEWTON), fixed, moving)
+    known = laplace(fixed, moving, register(fixed, moving, Translation(), **NEWTON))
     assert not known.free.any()
 
 
@@ -384,7 +385,9 @@ def test_a_spline_over_flat_parts_is_known_where_the_image_is() -> None:
     fixed, moving = (with_noise(Image(data.reshape(1, 40, 40), grid), 0.02, draw) for _ in "ab")
     result = register(fixed, moving, FFD(8), levels=1, steps=0)
     with fnreg.notes.hearing():
-        found = laplace(result, fixed, moving).points(torch.tensor([[8.0, 20.0], [34.0, 20.0]], dtype=torch.float64))
+        found = laplace(fixed, moving, result).point_covariance(
+            torch.tensor([[8.0, 20.0], [34.0, 20.0]], dtype=torch.float64)
+        )
     assert bool(torch.isfinite(found[0]).all()) and float(found[0].amax()) < 0.5
     assert float(found[1, 0, 0]) == float(found[1, 1, 1]) == math.inf
 
@@ -415,36 +418,36 @@ def registered() -> tuple[Image, Image, fnreg.Registration]:
 def test_it_says_what_it_cannot_do(registered: Any, options: dict[str, Any], words: str) -> None:
     fixed, moving, result = registered
     with pytest.raises(ValueError, match=words):
-        laplace(result, fixed, moving, **options)
+        laplace(fixed, moving, result, **options)
 
 
 def test_it_takes_the_images_that_were_registered(registered: Any) -> None:
     fixed, moving, result = registered
     with pytest.raises(ValueError, match=r"fixed has size \(20, 28\) but \(28, 28\) was registered"):
-        laplace(result, Image(fixed.data[..., :20]), moving)
+        laplace(Image(fixed.data[..., :20]), moving, result)
     with pytest.raises(ValueError, match="leading batch axes differ"):
         many = stack([fixed, fixed, fixed])
         two = stack([moving, moving])
-        laplace(result, many, two)
+        laplace(many, two, result)
 
 
 def test_transforms_that_it_refuses(registered: Any) -> None:
     fixed, moving, _ = registered
     result = register(fixed, moving, fnreg.Diffeomorphism(), levels=1, steps=1)
     with pytest.raises(ValueError, match=r"descends no single objective.*use SVFFD, or `ensemble`"):
-        laplace(result, fixed, moving)
+        laplace(fixed, moving, result)
 
 
 def test_a_failed_registration_is_told(registered: Any) -> None:
     fixed, moving, result = registered
     failed = dataclasses.replace(result, status=torch.tensor(int(fnreg.Status.DIVERGED)))
     with pytest.raises(ValueError, match=r"the registration failed: .*no solution to be unsure of"):
-        laplace(failed, fixed, moving)
+        laplace(fixed, moving, failed)
     constant = Image(torch.ones_like(fixed.data), fixed.grid)
     images = stack([fixed, constant]), stack([moving, moving])
-    found = laplace(register(*images, Rigid(), **NEWTON), *images)
-    assert bool(torch.isnan(found.covariance[1]).all()) and bool(torch.isnan(found.points(POINTS)[1]).all())
-    alone = laplace(register(fixed, moving, Rigid(), **NEWTON), fixed, moving)
+    found = laplace(*images, register(*images, Rigid(), **NEWTON))
+    assert bool(torch.isnan(found.covariance[1]).all()) and bool(torch.isnan(found.point_covariance(POINTS)[1]).all())
+    alone = laplace(fixed, moving, register(fixed, moving, Rigid(), **NEWTON))
     assert_close(found.covariance[0], alone.covariance, rtol=1e-7, atol=0)
     with pytest.raises(ValueError, match="this pair failed to register, so there is nothing to draw from"):
         found.pair(1).samples(2)
@@ -454,9 +457,9 @@ def test_a_failed_registration_is_told(registered: Any) -> None:
 
 def test_what_is_asked_of_it_must_fit(registered: Any) -> None:
     fixed, moving, result = registered
-    found = laplace(result, fixed, moving)
+    found = laplace(fixed, moving, result)
     with pytest.raises(ValueError, match=r"points have shape \(4, 3\): expected \(N, 2\) world points"):
-        found.points(torch.zeros(4, 3))
+        found.point_covariance(torch.zeros(4, 3))
     with pytest.raises(ValueError, match="count is 0: draw at least one"):
         found.samples(0)
 
@@ -465,9 +468,9 @@ def test_it_warns_far_from_the_minimum() -> None:
     fixed, moving, _ = waves(1, torch.tensor([[0.5, 0.3]], dtype=torch.float64), Translation(), 0, noise=0.02)
     result = register(fixed, moving, Translation(), levels=1, steps=0)
     with pytest.warns(UserWarning, match="1 of 1 registrations ended more than 3 standard deviations from their min"):
-        found = laplace(result, fixed, moving, noise="independent")
+        found = laplace(fixed, moving, result, noise="independent")
     assert float(found.left[0]) > 3
-    found = laplace(register(fixed, moving, Translation(), **NEWTON), fixed, moving, noise="independent")
+    found = laplace(fixed, moving, register(fixed, moving, Translation(), **NEWTON), noise="independent")
     assert float(found.left[0]) < 1
 
 
@@ -499,10 +502,10 @@ def test_a_bad_pair_leaves_its_neighbour_as_it_is(lost: str, dense: bool) -> Non
     options = {"objective": objective, "levels": 1, "steps": 30}
     result = fnreg.register(both, other, chosen, **options)
     points = fixed.grid.center.unsqueeze(0) + 3.0
-    found = fnreg.laplace(result, both, other, objective, dense=dense).points(points)
+    found = fnreg.laplace(both, other, result, objective=objective, dense=dense).point_covariance(points)
     subject = fnreg.Subject(fixed, mask[0])
     single = fnreg.register(subject, moving, chosen, **options)
-    alone = fnreg.laplace(single, subject, moving, objective, dense=dense).points(points)
+    alone = fnreg.laplace(subject, moving, single, objective=objective, dense=dense).point_covariance(points)
     assert_close(found[0], alone, rtol=1e-4, atol=1e-9)
     assert bool(torch.isfinite(found[1]).all()) == (lost == "identical")
 
@@ -511,7 +514,7 @@ def test_equal_images_are_known_without_error() -> None:
     fixed = circle((20, 20), blur=2.0)
     result = fnreg.register(fixed, fixed, fnreg.Translation(), solver=fnreg.GaussNewton())
     for noise in ("correlated", "independent"):
-        found = fnreg.laplace(result, fixed, fixed, noise=noise).points(fixed.grid.center.unsqueeze(0))  # type: ignore[arg-type]
+        found = fnreg.laplace(fixed, fixed, result, noise=noise).point_covariance(fixed.grid.center.unsqueeze(0))  # type: ignore[arg-type]
         assert float(found.abs().max()) < 1e-12
 
 
@@ -530,7 +533,7 @@ def test_channels_may_be_of_unequal_noise() -> None:
     fixed, moving = made(), made()
     result = fnreg.register(fixed, moving, fnreg.Translation(), solver=fnreg.GaussNewton(), levels=1)
     points = torch.tensor([[11.5, 11.5]], dtype=torch.float64)
-    covariance = fnreg.laplace(result, fixed, moving).points(points)[:, 0]
+    covariance = fnreg.laplace(fixed, moving, result).point_covariance(points)[:, 0]
     error = result.map_points(points)[:, 0] - points
     away = torch.einsum("ni,nij,nj->n", error, torch.linalg.inv(covariance), error)
     assert float((away < 5.99).double().mean()) > 0.9
@@ -556,7 +559,7 @@ def test_thin_stacks_have_their_correlation_too() -> None:
             for _ in range(2)
         ]
         result = fnreg.register(*volumes, fnreg.Translation(), solver=fnreg.GaussNewton(), levels=1)
-        plane = fnreg.laplace(result, *volumes).points(volumes[0].grid.center.unsqueeze(0))[0, :2, :2]
+        plane = fnreg.laplace(*volumes, result).point_covariance(volumes[0].grid.center.unsqueeze(0))[0, :2, :2]
         assert bool((torch.linalg.eigvalsh(plane) > 0).all())
 
 
@@ -564,8 +567,8 @@ def test_what_is_no_image_or_of_three_maps() -> None:
     fixed, moving = circle((20, 20), blur=2.0), circle((20, 20), radius=6.0, blur=2.0)
     result = fnreg.register(fixed, moving, fnreg.Rigid(), levels=1, steps=5)
     with pytest.raises(TypeError, match="expected an Image or a Subject, got list"):
-        fnreg.laplace(result, [fixed], moving)  # type: ignore[arg-type]
+        fnreg.laplace([fixed], moving, result)  # type: ignore[arg-type]
     three = dataclasses.replace(result, mapping=result.mapping @ result.mapping @ result.mapping)
     if isinstance(three.mapping.transform, fnreg.Sequential) and len(three.mapping.params) == 3:
         with pytest.raises(ValueError, match="made of 3 maps"):
-            fnreg.laplace(three, fixed, moving)
+            fnreg.laplace(fixed, moving, three)

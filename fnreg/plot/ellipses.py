@@ -35,7 +35,7 @@ def ellipses(
     """The ellipses that hold the truth with a probability, around points: p + a q, q^T S^-1 q = -2 log(1 - level).
 
     image : where the points lie: the moving one for mapped points, the fixed one for those whose map is meant
-    points, covariance : (N, D) and (N, D, D) in world units, as `Laplace.points` and `Ensemble.points` give it
+    points, covariance : (N, D) and (N, D, D) in world units, as `point_covariance` of `laplace` and `ensemble` gives it
     level : probability, of two coordinates together; those of a 3-D ellipse are those that the panel shows
     scale : a, how many times as large as they are the ellipses are drawn, which the title tells
     count : of copies that the covariance was estimated from, of an `Ensemble`: its ellipses are larger, see `limit`

@@ -28,7 +28,7 @@ from fnreg.pytree import (
     tree_map,
     tree_unflatten,
 )
-from fnreg.sampling import Mode, Padding, interpolate
+from fnreg.sampling import Interpolation, Padding, interpolate
 
 Params = Any
 Step = Any
@@ -545,7 +545,7 @@ def warp(
     mapping: Mapping,
     grid: Grid | None = None,
     *,
-    interpolation: Mode = "linear",
+    interpolation: Interpolation = "linear",
     padding: Padding = "zeros",
 ) -> Image: ...
 @overload
@@ -554,7 +554,7 @@ def warp(
     mapping: Mapping,
     grid: Grid | None = None,
     *,
-    interpolation: Mode = "linear",
+    interpolation: Interpolation = "linear",
     padding: Padding = "zeros",
 ) -> Subject: ...
 def warp(
@@ -562,7 +562,7 @@ def warp(
     mapping: Mapping,
     grid: Grid | None = None,
     *,
-    interpolation: Mode = "linear",
+    interpolation: Interpolation = "linear",
     padding: Padding = "zeros",
 ) -> Image | Subject:
     """The moving image seen through a mapping: value at p is image(T(p)), on `grid` (default: the domain).
@@ -576,7 +576,7 @@ def warp(
     if where.ndim != plain.grid.ndim:
         raise ValueError(f"image has {plain.grid.ndim} spatial axes but the mapping has {where.ndim}")
 
-    def through(data: Tensor, how: Mode, padding: Padding) -> Tensor:
+    def through(data: Tensor, how: Interpolation, padding: Padding) -> Tensor:
         return warp_data(data, plain.grid, mapping, where, interpolation=how, padding=padding)
 
     warped = Image(through(plain.data, interpolation, padding), where)
@@ -588,7 +588,7 @@ def warp(
 
 
 def warp_data(
-    data: Tensor, source: Grid, mapping: Mapping, grid: Grid, *, interpolation: Mode, padding: Padding
+    data: Tensor, source: Grid, mapping: Mapping, grid: Grid, *, interpolation: Interpolation, padding: Padding
 ) -> Tensor:
     """Data (C, [Z,] Y, X) of a source grid seen through a mapping at the voxels of `grid`; see `warp`.
 
