@@ -20,7 +20,7 @@ from fnreg.bspline import evaluate, lattice
 from fnreg.fields import compose_shift
 from fnreg.filters import gaussian
 from fnreg.inputs import prepare
-from fnreg.losses.terms import objective
+from fnreg.losses.objective import objective
 from fnreg.sampling import sample
 from fnreg.solvers.descent import Descent
 

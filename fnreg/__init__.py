@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from fnreg.losses import overlap as overlap
     from fnreg.losses import penalties as penalties
     from fnreg.losses import points as points
-    from fnreg.losses.terms import Objective as Objective
-    from fnreg.losses.terms import Term as Term
+    from fnreg.losses.objective import Objective as Objective
+    from fnreg.losses.objective import Term as Term
+    from fnreg.losses.objective import term as term
     from fnreg.losses.terms import bending as bending
     from fnreg.losses.terms import chamfer as chamfer
     from fnreg.losses.terms import charbonnier as charbonnier
@@ -66,7 +67,6 @@ if TYPE_CHECKING:
     from fnreg.losses.terms import ncc as ncc
     from fnreg.losses.terms import ngf as ngf
     from fnreg.losses.terms import nmi as nmi
-    from fnreg.losses.terms import term as term
     from fnreg.losses.terms import total_variation as total_variation
     from fnreg.losses.terms import tversky as tversky
     from fnreg.optim import adam as adam
@@ -90,14 +90,14 @@ if TYPE_CHECKING:
     from fnreg.stages import Stage as Stage
     from fnreg.sweeps import Sweep as Sweep
     from fnreg.sweeps import sweep as sweep
-    from fnreg.transforms.base import Held as Held
     from fnreg.transforms.base import Mapping as Mapping
     from fnreg.transforms.base import Sequential as Sequential
     from fnreg.transforms.base import Transform as Transform
-    from fnreg.transforms.base import warp as warp
     from fnreg.transforms.dense import SVF as SVF
     from fnreg.transforms.dense import Diffeomorphism as Diffeomorphism
     from fnreg.transforms.dense import Displacement as Displacement
+    from fnreg.transforms.factors import decompose as decompose
+    from fnreg.transforms.held import Held as Held
     from fnreg.transforms.linear import Affine as Affine
     from fnreg.transforms.linear import Homogeneous as Homogeneous
     from fnreg.transforms.linear import IsotropicScaling as IsotropicScaling
@@ -107,12 +107,12 @@ if TYPE_CHECKING:
     from fnreg.transforms.linear import Shearing as Shearing
     from fnreg.transforms.linear import Similarity as Similarity
     from fnreg.transforms.linear import Translation as Translation
-    from fnreg.transforms.linear import decompose as decompose
     from fnreg.transforms.linear import linear_mapping as linear_mapping
     from fnreg.transforms.spline import FFD as FFD
     from fnreg.transforms.spline import SVFFD as SVFFD
     from fnreg.transforms.tps import TPS as TPS
     from fnreg.transforms.tps import tps_mapping as tps_mapping
+    from fnreg.transforms.warping import warp as warp
     from fnreg.uncertainty import Laplace as Laplace
     from fnreg.uncertainty import laplace as laplace
     from fnreg.unrolled import Checkpointed as Checkpointed
@@ -126,9 +126,8 @@ _HOME = {
     "fnreg.image": ("Image", "Subject"),
     "fnreg.implicit": ("NoOptimumError",),
     "fnreg.linearised": ("Solves",),
+    "fnreg.losses.objective": ("Objective", "Term", "term"),
     "fnreg.losses.terms": (
-        "Objective",
-        "Term",
         "bending",
         "chamfer",
         "charbonnier",
@@ -154,7 +153,6 @@ _HOME = {
         "ncc",
         "ngf",
         "nmi",
-        "term",
         "total_variation",
         "tversky",
     ),
@@ -173,10 +171,13 @@ _HOME = {
     "fnreg.solvers.newton_cg": ("NewtonCG",),
     "fnreg.sweeps": ("Sweep", "sweep"),
     "fnreg.unrolled": ("Checkpointed", "Unrolled"),
-    "fnreg.transforms.base": ("Held", "Mapping", "Sequential", "Transform", "warp"),
+    "fnreg.transforms.base": ("Mapping", "Sequential", "Transform"),
+    "fnreg.transforms.held": ("Held",),
+    "fnreg.transforms.warping": ("warp",),
     "fnreg.transforms.dense": ("Diffeomorphism", "Displacement", "SVF"),
     "fnreg.transforms.spline": ("FFD", "SVFFD"),
     "fnreg.transforms.tps": ("TPS", "tps_mapping"),
+    "fnreg.transforms.factors": ("decompose",),
     "fnreg.transforms.linear": (
         "Affine",
         "Homogeneous",
@@ -187,7 +188,6 @@ _HOME = {
         "Shearing",
         "Similarity",
         "Translation",
-        "decompose",
         "linear_mapping",
     ),
 }

@@ -18,8 +18,9 @@ from fnreg import io
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.io.files import ImageReadError, PointReadError
-from fnreg.settings import SettingsError
-from fnreg.transforms.base import Mapping, warp
+from fnreg.specs import SettingsError
+from fnreg.transforms.base import Mapping
+from fnreg.transforms.warping import warp
 
 
 @dataclasses.dataclass(frozen=True)

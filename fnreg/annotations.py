@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnreg.gather import Padding
 from fnreg.image import Subject
-from fnreg.losses.terms import OF_LABELS, OF_POINTS, Objective
+from fnreg.losses.objective import OF_LABELS, OF_POINTS, Objective
 from fnreg.pytree import is_concrete, over_batch, pytree_dataclass, tree_flatten, tree_unflatten
-from fnreg.sampling import Padding, sample
+from fnreg.sampling import sample
 
 
 @pytree_dataclass

@@ -12,6 +12,7 @@ from torch import Tensor
 from fnreg import io
 from fnreg.agreement import landmarks
 from fnreg.chains import grid_of, read_chain, told
+from fnreg.gather import Padding
 from fnreg.grid import Grid
 from fnreg.image import Image
 from fnreg.io.files import ImageReadError
@@ -19,9 +20,10 @@ from fnreg.io.image import PICTURES, read_grid, suffix
 from fnreg.io.nifti import SUFFIXES
 from fnreg.io.points import Space
 from fnreg.results import window_of
-from fnreg.sampling import Padding, interpolate
-from fnreg.settings import SettingsError
-from fnreg.transforms.base import SLAB, Mapping, moving_coords, warp
+from fnreg.sampling import interpolate
+from fnreg.specs import SettingsError
+from fnreg.transforms.base import Mapping
+from fnreg.transforms.warping import SLAB, moving_coords, warp
 
 Interp = Literal["linear", "nearest", "cubic", "multilabel"]
 

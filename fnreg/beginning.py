@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from fnreg import io
+from fnreg.gather import Padding
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.io.files import TransformReadError
 from fnreg.io.itk import parts
 from fnreg.pytree import over_batch, tree_leaves, tree_map
 from fnreg.registration import evaluate
-from fnreg.sampling import Padding
 from fnreg.settings import SEARCHED, STARTS
 from fnreg.stages import Stage
 from fnreg.starts import STARTS as OF_REGISTER
-from fnreg.transforms.base import Mapping, Transform, first_domain
+from fnreg.transforms.base import Mapping, Transform
+from fnreg.transforms.domain import first_domain
 from fnreg.transforms.linear import linear_mapping
 
 

@@ -14,7 +14,8 @@ from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.inputs import Inputs, prepare
 from fnreg.losses import functional
-from fnreg.losses.terms import Objective, mse
+from fnreg.losses.objective import Objective
+from fnreg.losses.terms import mse
 from fnreg.noise import squared_weights
 from fnreg.pair import Pair, pair_coords, pair_seen
 from fnreg.pytree import pytree_dataclass, static, tree_map, tree_vmap
@@ -22,7 +23,8 @@ from fnreg.registration import Registration, register
 from fnreg.repeats import repeat, repeat_options, repeat_stages, repeated
 from fnreg.stages import Stage, first_transform, objectives_of
 from fnreg.starts import expand
-from fnreg.transforms.base import Mapping, Transform, domain_axes, single
+from fnreg.transforms.base import Mapping, Transform
+from fnreg.transforms.domain import domain_axes, single
 
 
 @pytree_dataclass

@@ -14,7 +14,8 @@ from fnreg.grid import Grid
 from fnreg.image import Image, Subject, subject
 from fnreg.inputs import prepare
 from fnreg.losses.features import Feature
-from fnreg.losses.terms import Objective, Term, mse
+from fnreg.losses.objective import Objective, Term
+from fnreg.losses.terms import mse
 from fnreg.pytree import forward_asked, is_differentiated, is_followed, is_transformed, tree_leaves, tree_map
 from fnreg.registration import Course, course
 from fnreg.stages import Stage, stages_of

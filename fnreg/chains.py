@@ -13,8 +13,9 @@ from fnreg.io.image import read_grid
 from fnreg.io.itk_parts import joined, parts
 from fnreg.io.nifti import SUFFIXES
 from fnreg.pytree import tree_leaves
-from fnreg.settings import SettingsError
-from fnreg.transforms.base import Mapping, first_domain
+from fnreg.specs import SettingsError
+from fnreg.transforms.base import Mapping
+from fnreg.transforms.domain import first_domain
 from fnreg.transforms.linear import linear_mapping
 
 DISPLACEMENTS = (*SUFFIXES, *VECTOR_SUFFIXES)

@@ -32,7 +32,8 @@ from fnreg.commands.base import Json as _Json
 from fnreg.commands.base import Verbose as _Verbose
 from fnreg.commands.base import option as _option
 from fnreg.process import prepare
-from fnreg.settings import SAVES, SettingsError, choose
+from fnreg.settings import SAVES
+from fnreg.specs import SettingsError, choose
 
 DEMOS = ("story", "circle-to-c")
 

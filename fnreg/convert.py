@@ -17,7 +17,7 @@ from fnreg.io.itk_parts import parts
 from fnreg.io.nifti import SUFFIXES
 from fnreg.output import OutputError, check_file
 from fnreg.results import residual
-from fnreg.settings import SettingsError
+from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
 
 ENDINGS = {"itk": ITK_SUFFIXES, "fnreg": (".safetensors",), "displacement": DISPLACEMENTS, "l2r": SUFFIXES}

@@ -27,10 +27,11 @@ from fnreg.progress import Bars
 from fnreg.registration import Registration, evaluate, register
 from fnreg.results import there_and_back
 from fnreg.stages import Stage
-from fnreg.transforms.base import Mapping, Transform, warp
+from fnreg.transforms.base import Mapping, Transform
 from fnreg.transforms.linear import Rigid, Rotation
 from fnreg.transforms.rotation import matrix_to_angle
 from fnreg.transforms.spline import FFD, SVFFD
+from fnreg.transforms.warping import warp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

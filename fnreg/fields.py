@@ -30,10 +30,11 @@ from fnreg.derivatives import (
     slope,
     statistics,
 )
+from fnreg.gather import Padding
 from fnreg.grid import Grid, index_points
 from fnreg.inverse import Inverse, after, invert_shift
 from fnreg.pytree import is_concrete
-from fnreg.sampling import Padding, interpolate
+from fnreg.sampling import interpolate
 
 __all__ = [
     "Consistency",

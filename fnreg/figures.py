@@ -17,8 +17,10 @@ from fnreg.io.image import NIFTI, PICTURES, suffix
 from fnreg.io.itk import ITK_SUFFIXES
 from fnreg.io.transform import LOSSLESS
 from fnreg.io.volume import VECTOR, read_nifti
-from fnreg.settings import SettingsError
-from fnreg.transforms.base import Mapping, first_domain, warp
+from fnreg.specs import SettingsError
+from fnreg.transforms.base import Mapping
+from fnreg.transforms.domain import first_domain
+from fnreg.transforms.warping import warp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

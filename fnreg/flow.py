@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fnreg import native
+from fnreg.gather import KNOT
 from fnreg.grid import index_points
 from fnreg.pytree import constant, fold, forward_asked, forward_levels, is_differentiated, is_stored, leading
-from fnreg.sampling import KNOT, _Linear, sample  # pyright: ignore[reportPrivateUsage]
+from fnreg.sampling import _Linear, sample  # pyright: ignore[reportPrivateUsage]
 
 Plain = Callable[[Tensor], Tensor]  # the same by compositions, for one field
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from fnreg.losses.terms import Objective
+from fnreg.gather import Padding
+from fnreg.losses.objective import Objective
 from fnreg.pair import Pair, pair_energy, pair_views
 from fnreg.pytree import is_concrete, tree_map
-from fnreg.sampling import Padding
 from fnreg.transforms.base import Transform
 
 SEEN = ("warped", "warped_labels", "mapped_points", "displacement", "field", "params")  # what a step changes

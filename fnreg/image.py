@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fnreg import filters
+from fnreg.gather import Interpolation, Padding
 from fnreg.grid import Grid, Scalars
 from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_map, tree_unflatten
-from fnreg.sampling import Interpolation, Padding, interpolate
+from fnreg.sampling import interpolate
 
 Unit = Literal["world", "voxel"]
 

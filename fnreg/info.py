@@ -15,8 +15,9 @@ from fnreg.io.image import NIFTI, PICTURES, suffix
 from fnreg.io.itk import ITK_SUFFIXES, parts
 from fnreg.io.volume import VECTOR, read_nifti
 from fnreg.pytree import batch_axes, tree_leaves
-from fnreg.transforms.base import Mapping, first_domain
-from fnreg.transforms.linear import decompose
+from fnreg.transforms.base import Mapping
+from fnreg.transforms.domain import first_domain
+from fnreg.transforms.factors import decompose
 from fnreg.transforms.rotation import matrix_to_angle
 
 UNIT_NAMES = ("not told, taken for mm", "m", "mm", "µm")  # of NIfTI's codes

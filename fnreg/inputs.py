@@ -12,16 +12,17 @@ from torch import Tensor
 
 from fnreg.annotations import Annotations, Classes, Points, bad_points, check, points_of
 from fnreg.filters import FWHM, gaussian, resize
+from fnreg.gather import INTERPOLATIONS, Interpolation, Padding
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject, subject
-from fnreg.losses.terms import OF_LABELS, OF_POINTS, Objective
+from fnreg.losses.objective import OF_LABELS, OF_POINTS, Objective
 from fnreg.notes import warn
 from fnreg.pair import Pair
 from fnreg.problem import Level
 from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach, tree_map
-from fnreg.sampling import INTERPOLATIONS, Interpolation, Padding
 from fnreg.solvers.base import Status
-from fnreg.transforms.base import Domain, Mapping, Transform, first_domain
+from fnreg.transforms.base import Mapping, Transform
+from fnreg.transforms.domain import Domain, first_domain
 
 Input = Image | Subject | Sequence[Image]
 

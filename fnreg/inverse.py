@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fnreg.derivatives import cross, dot
+from fnreg.gather import Sampled
 from fnreg.grid import index_points
 from fnreg.pytree import constant
-from fnreg.sampling import Sampled, sample
+from fnreg.sampling import sample
 
 BLOCK = 2**18  # voxels whose inverse is found at once
 TOGETHER = 8  # iterations after which voxels that have arrived are left out

@@ -12,12 +12,13 @@ from torch import Tensor
 from fnreg.fields import statistics
 from fnreg.grid import Grid, apply_matrix, index_points
 from fnreg.image import Subject
-from fnreg.losses.terms import OF_LABELS, OF_POINTS, mse
+from fnreg.losses.objective import OF_LABELS, OF_POINTS
+from fnreg.losses.terms import mse
 from fnreg.metrics import classes, dice, target_registration_error
 from fnreg.pytree import over_batch
 from fnreg.registration import Registration
 from fnreg.stages import objectives_of
-from fnreg.transforms.base import warp_data
+from fnreg.transforms.warping import warp_data
 
 Judge = Literal["labels", "points", "value"]
 JUDGES: dict[str, str] = {"labels": "mean Dice", "points": "mean landmark error", "value": "value of the objective"}

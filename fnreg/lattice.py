@@ -22,11 +22,11 @@ from torch.nn.functional import pad
 
 from fnreg import fields
 from fnreg.derivatives import Statistics
+from fnreg.gather import Padding
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.pytree import stack
 from fnreg.registration import Registration
-from fnreg.sampling import Padding
 from fnreg.settings import Settings
 from fnreg.starts import center_of_mass, family
 from fnreg.transforms.base import Mapping, Sequential, Transform

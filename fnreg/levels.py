@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from fnreg import optim
+from fnreg.gather import Padding
 from fnreg.grid import Grid
 from fnreg.inputs import Inputs
-from fnreg.losses.terms import OF_IMAGES, OF_LABELS, Objective
+from fnreg.losses.objective import OF_IMAGES, OF_LABELS, Objective
 from fnreg.problem import Level, refine
 from fnreg.pytree import in_parts, is_concrete, is_tracked, pytree_dataclass, static, tree_map, tree_take
-from fnreg.sampling import Padding
 from fnreg.solvers.base import Status, solver_of
 from fnreg.solvers.loop import run
 from fnreg.solvers.recorded import Recording, run_recorded
 from fnreg.stages import Stage
 from fnreg.starts import spread
 from fnreg.symmetric import BothWays
-from fnreg.transforms.base import Mapping, Params, Transform, domain_axes
+from fnreg.transforms.base import Mapping, Params, Transform
+from fnreg.transforms.domain import domain_axes
 
 
 class RegistrationError(ValueError):

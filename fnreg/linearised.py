@@ -21,7 +21,7 @@ from fnreg import noise as noises
 from fnreg.filters import gaussian
 from fnreg.hessian import transposed
 from fnreg.losses import functional
-from fnreg.losses.terms import OF_IMAGES
+from fnreg.losses.objective import OF_IMAGES
 from fnreg.modes import Diagonal, Modes, Scaling, modes
 from fnreg.pair import Pair, pair_coords
 from fnreg.problem import Level

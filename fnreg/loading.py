@@ -16,10 +16,11 @@ from torch import Tensor
 from fnreg import agreement, io, notes, presets
 from fnreg.image import Image, Subject
 from fnreg.io.files import ImageReadError
-from fnreg.losses.terms import objective as as_objective
+from fnreg.losses.objective import objective as as_objective
 from fnreg.placement import gap
 from fnreg.search import searched
-from fnreg.settings import Settings, SettingsError
+from fnreg.settings import Settings
+from fnreg.specs import SettingsError
 from fnreg.stages import Stage
 from fnreg.transforms.base import Transform
 

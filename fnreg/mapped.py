@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fnreg import native
+from fnreg.gather import KNOT, Padding
 from fnreg.grid import index_points
 from fnreg.native import CHUNK
-from fnreg.sampling import KNOT, Padding
 
 
 class Maps(NamedTuple):

@@ -20,7 +20,7 @@ from fnreg.filters import along
 from fnreg.problem import Level
 from fnreg.pytree import constant, tree_vmap
 from fnreg.stiffness import axes_of, axis_matrix, serves, stiffness
-from fnreg.transforms.base import first_domain, single
+from fnreg.transforms.domain import first_domain, single
 
 
 class Modes(NamedTuple):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from fnreg.sampling import Padding, sample
+from fnreg.gather import Padding
+from fnreg.sampling import sample
 
 Kind = Literal["independent", "correlated"]
 KINDS: tuple[str, ...] = get_args(Kind)

@@ -24,7 +24,8 @@ from fnreg.solvers.base import Status, largest
 from fnreg.stages import Stage
 from fnreg.starts import holds, initial_ranks, starts_ranks
 from fnreg.symmetric import BothWays
-from fnreg.transforms.base import Held, Mapping, Sequential, Transform
+from fnreg.transforms.base import Mapping, Sequential, Transform
+from fnreg.transforms.held import Held
 
 LOOSE = 0.1  # relative residual of the Newton step that tells how far the optimum is
 

@@ -12,19 +12,15 @@ from torch import Tensor
 from torch.func import grad_and_value, jacfwd, jvp, vjp, vmap
 
 from fnreg.annotations import Annotations
+from fnreg.gather import Interpolation, Padding, Sampled, within
 from fnreg.grid import Grid, apply_matrix, index_points
 from fnreg.image import Image
-from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
+from fnreg.losses.objective import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
 from fnreg.pytree import pytree_dataclass, static, tree_flatten, tree_leaves, tree_unflatten
-from fnreg.sampling import Interpolation, Padding, Sampled, interpolate, sample, within
-from fnreg.transforms.base import (
-    Domain,
-    Mapping,
-    Transform,
-    domain_ranks,
-    split_coords,
-    split_points,
-)
+from fnreg.sampling import interpolate, sample
+from fnreg.transforms.base import Mapping, Transform
+from fnreg.transforms.domain import Domain, domain_ranks
+from fnreg.transforms.split import split_coords, split_points
 
 
 @pytree_dataclass

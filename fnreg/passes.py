@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
+from fnreg.gather import Padding
 from fnreg.grid import Grid
 from fnreg.lengths import scale_
-from fnreg.losses.terms import OF_IMAGES, OF_THE_MAP, Objective
+from fnreg.losses.objective import OF_IMAGES, OF_THE_MAP, Objective
 from fnreg.mapped import ByMap, Maps, Squares, pull, serves, squares, warp
 from fnreg.optim import scale
 from fnreg.pair import Pair, cut, in_sight, pair_map, splits
@@ -34,8 +35,9 @@ from fnreg.pytree import (
     tree_unflatten,
     tree_vmap,
 )
-from fnreg.sampling import Padding
-from fnreg.transforms.base import Domain, Split, Transform, domain_axes, first_domain
+from fnreg.transforms.base import Transform
+from fnreg.transforms.domain import Domain, domain_axes, first_domain
+from fnreg.transforms.split import Split
 
 
 def _named(split: Split) -> dict[str, Tensor]:

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from fnreg.gather import Padding
 from fnreg.hessian import Product, gauss_newton, hessian
 from fnreg.pair import Pair, pair_energy, pair_gradient, pair_normal_equations, pair_overlap
 from fnreg.passes import Passes
 from fnreg.pytree import Axes, is_tracked, tree_map, tree_take, tree_vmap
-from fnreg.sampling import Padding
 from fnreg.stiffness import Stiffness, serves, share, stiffness
-from fnreg.transforms.base import Domain, Transform, domain_axes, first_domain, single
+from fnreg.transforms.base import Transform
+from fnreg.transforms.domain import Domain, domain_axes, first_domain, single
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,8 +15,9 @@ from fnreg.apply import Interp, read_labels, warp_labels
 from fnreg.chains import grid_of, read_chain
 from fnreg.grid import Grid
 from fnreg.io.points import Space
-from fnreg.settings import SettingsError
-from fnreg.transforms.base import Mapping, first_domain
+from fnreg.specs import SettingsError
+from fnreg.transforms.base import Mapping
+from fnreg.transforms.domain import first_domain
 from fnreg.transforms.linear import linear_mapping
 
 

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from fnreg import optim
 from fnreg.fields import determinant
+from fnreg.gather import Interpolation, Padding
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.inputs import Input, Inputs, check_dimension, prepare
 from fnreg.levels import Event, Failures, Levels, Solution, Trace
+from fnreg.losses.objective import objective as as_objective
 from fnreg.losses.terms import mse
-from fnreg.losses.terms import objective as as_objective
 from fnreg.notes import warn
 from fnreg.pytree import (
     batch_axes,
@@ -34,14 +35,15 @@ from fnreg.pytree import (
     tree_leaves,
     tree_map,
 )
-from fnreg.sampling import Interpolation, Padding
 from fnreg.search import Choice, search, search_levels
 from fnreg.solvers.base import Status, Stop
 from fnreg.solvers.recorded import Recording
 from fnreg.stages import Stage, stages_of
 from fnreg.starts import STARTS, Start, begin, expand, initial_ranks, starts_ranks
-from fnreg.transforms.base import Mapping, Params, Transform, same_place, warp
+from fnreg.transforms.base import Mapping, Params, Transform
+from fnreg.transforms.domain import same_place
 from fnreg.transforms.linear import Homogeneous
+from fnreg.transforms.warping import warp
 
 
 class SpeedWarning(UserWarning):
@@ -182,8 +184,8 @@ def register(
     fixed, moving : Image or Subject, or a pyramid of images, finest first; leaves with one rank more are a batch
     transform : what is optimised; a sequence of transforms or `Stage`s runs one after another: a linear one starts
         where the last ended if it can hold that map, else the last one's map acts after it
-    objective : a term, a sum of terms, or a callable on the names of `losses.terms.NAMES`; or a sequence of these, one
-        per level from coarse to fine, of which the last gives the value of the result
+    objective : a term, a sum of terms, or a callable on the names of `losses.objective.NAMES`; or a sequence of these,
+        one per level from coarse to fine, of which the last gives the value of the result
     optimizer : for the solver `Descent`, such as `adam(0.3)`
     solver : `Descent(...)` (default), `GaussNewton(...)` for few parameters, `NewtonCG(...)` or `LBFGS(...)`
     levels : images per pyramid, fewer where they become smaller than `min_size` voxels (a warning tells)

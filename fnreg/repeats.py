@@ -16,7 +16,7 @@ from torch import Tensor
 from fnreg import optim
 from fnreg.grid import Grid
 from fnreg.inputs import check_dimension
-from fnreg.losses.terms import Objective, Term
+from fnreg.losses.objective import Objective, Term
 from fnreg.pytree import Axes, batch_axes, tree_flatten, tree_leaves, tree_paths, tree_unflatten
 from fnreg.solvers.base import solver_of
 from fnreg.stages import Stage

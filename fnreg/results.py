@@ -20,8 +20,9 @@ from fnreg.io.itk import parts
 from fnreg.registration import Registration
 from fnreg.settings import Settings
 from fnreg.solvers.base import Status
-from fnreg.transforms.base import Mapping, first_domain
-from fnreg.transforms.linear import decompose
+from fnreg.transforms.base import Mapping
+from fnreg.transforms.domain import first_domain
+from fnreg.transforms.factors import decompose
 from fnreg.transforms.rotation import matrix_to_angle
 
 KNOWN = (

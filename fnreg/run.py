@@ -29,7 +29,8 @@ from fnreg.levels import Event
 from fnreg.loading import Files, device_of, read, stages_of, try_stage
 from fnreg.output import OutputFolder
 from fnreg.registration import SpeedWarning, register
-from fnreg.settings import Settings, SettingsError
+from fnreg.settings import Settings
+from fnreg.specs import SettingsError
 from fnreg.stages import Stage
 
 

@@ -14,11 +14,12 @@ from torch.func import grad, jacfwd, jvp, vmap
 
 from fnreg import fields
 from fnreg import noise as noises
+from fnreg.gather import Padding
 from fnreg.grid import Grid, index_points
-from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
+from fnreg.losses.objective import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
 from fnreg.pair import Pair, pair_coords, pair_found, pair_map, pair_seen
 from fnreg.pytree import tree_leaves
-from fnreg.sampling import Padding, sample
+from fnreg.sampling import sample
 from fnreg.solvers.base import parted
 from fnreg.transforms.base import Transform
 

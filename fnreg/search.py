@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnreg.gather import Padding
 from fnreg.grid import Grid, homogeneous
 from fnreg.image import Subject
 from fnreg.inputs import Inputs
-from fnreg.losses.terms import OF_IMAGES, Objective
+from fnreg.losses.objective import OF_IMAGES, Objective
 from fnreg.optim import adam
 from fnreg.problem import Level
 from fnreg.pytree import in_parts, over_batch, pytree_dataclass, static, tree_detach, tree_map, tree_take
-from fnreg.sampling import Padding
 from fnreg.solvers.descent import Descent
 from fnreg.solvers.loop import run
 from fnreg.starts import center_of_mass, masked, mass_of

@@ -7,18 +7,18 @@ Names are those of Python where they mean the same.  This module does not import
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import inspect
 import math
 import re
 import tomllib
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
+
+from fnreg.specs import Option, SettingsError, choose, make, parse_spec, try_term
 
 if TYPE_CHECKING:
-    from fnreg.losses.terms import Objective, Term
+    from fnreg.losses.objective import Objective, Term
     from fnreg.transforms.base import Transform
 
 TRANSFORMS = {
@@ -42,9 +42,9 @@ PENALTIES = (
     "bending", "diffusion", "curvature", "elasticity", "divergence", "total_variation", "folding", "log_jacobian",
     "inverse_consistency",
 )  # fmt: skip
-SIMILARITIES = ("mse", "mae", "huber", "charbonnier", "ncc", "lncc", "mi", "nmi", "cr", "ngf", "mind")
-OPTIMIZERS = ("adam", "sgd", "normalized", "gauss-newton", "gauss-newton-cg", "lbfgs")
-OBJECTIVE_NEEDED = {"gauss-newton-cg": "NewtonCG", "lbfgs": "LBFGS"}  # solvers whose transform descends an objective
+SIMILARITIES = ("mse", "mae", "huber", "charbonnier", "ncc", "lncc", "mi", "nmi", "correlation_ratio", "ngf", "mind")
+OPTIMIZERS = ("adam", "sgd", "normalized", "gauss-newton", "newton-cg", "lbfgs")
+OBJECTIVE_NEEDED = {"newton-cg": "NewtonCG", "lbfgs": "LBFGS"}  # solvers whose transform descends an objective
 STARTS = ("auto", "header", "center", "moments", "search")
 LATTICES = ("none", "auto")
 PADDINGS = ("none", "zeros", "border", "reflection")
@@ -56,51 +56,6 @@ PRESETS = {
 OF_PRESETS = ("transform", "similarity", "penalty", "symmetric", "optimizer", "levels", "steps", "padding")
 LISTS = {"steps": "x", "penalty": "+", "transform": "+", "save": "+"}  # what may be lists in files, and how they join
 SEARCHED = 36  # angles of the start "search"
-
-
-class SettingsError(ValueError):
-    """A setting is unknown, misspelt or out of range."""
-
-
-def choose(what: str, name: str, choices: Iterable[str]) -> str:
-    """The name if it is one of the choices; else SettingsError that lists them and guesses what was meant."""
-    known = list(choices)
-    if name in known:
-        return name
-    near = difflib.get_close_matches(name, known, 1, 0.7)
-    near = near or [one for one in known if len(name) > 2 and one.startswith(name)][:1]
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise SettingsError(f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}")
-
-
-Option = float | bool | str | tuple[float, ...]
-
-
-def parse_spec(what: str, text: str) -> tuple[str, dict[str, Option]]:
-    """A name with options: `ffd:stride=4x8` gives ("ffd", {"stride": (4.0, 8.0)}), one number or one per axis, and of
-    similarities words, `lncc:window=gaussian`."""
-    name, colon, rest = text.strip().partition(":")
-    options: dict[str, Option] = {}
-    for part in rest.split(",") if colon else ():
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        try:
-            options[key] = _option(value, words=what == "similarity")
-        except ValueError:
-            equals = ""
-        if not (key and equals):
-            raise SettingsError(
-                f"{what} {text!r}: expected NAME or NAME:option=value,option=value, such as adam:lr=0.3"
-            )
-    return name.strip(), options
-
-
-def _option(text: str, *, words: bool) -> Option:
-    if text in ("true", "false"):
-        return text == "true"
-    if words and text.isalpha() and text not in ("inf", "nan"):
-        return text
-    numbers = tuple(float(part) for part in text.split("x"))
-    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def parse_penalty(text: str) -> tuple[str, float, dict[str, Option]]:
@@ -115,56 +70,6 @@ def parse_penalty(text: str) -> tuple[str, float, dict[str, Option]]:
     if not (value >= 0 and math.isfinite(value)):
         raise SettingsError(f"penalty {text!r}: expected NAME=WEIGHT with a weight of 0 or more, such as bending=1e-3")
     return name, value, parse_spec("penalty", f"{name}:{rest}")[1] if colon else {}
-
-
-def _make(what: str, text: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    """factory(**options), with errors that name the setting."""
-    kinds = _kinds(factory)
-    for name in options:
-        if name not in kinds:
-            told = ", ".join(kinds) if kinds else "none"
-            raise SettingsError(f"{what} {text!r} has no option {name!r}: its options are {told}")
-    options = {name: _of_kind(f"{what} {text!r}: {name}", value, kinds[name]) for name, value in options.items()}
-    try:
-        return factory(**options)
-    except (TypeError, ValueError) as problem:
-        raise SettingsError(f"{what} {text!r}: {problem}") from None
-
-
-def _kinds(factory: Any) -> dict[str, str | tuple[str, ...]]:
-    """The options of a dataclass or a term, with what each takes: its annotation, or the words to choose from."""
-    if isinstance(factory, type):
-        return {field.name: str(field.type) for field in dataclasses.fields(factory)}
-    found: dict[str, str | tuple[str, ...]] = {}
-    parameters, hints = inspect.signature(factory.function).parameters, get_type_hints(factory.function)
-    for name in factory.known_options:
-        hint = hints.get(name)
-        if get_origin(hint) is Literal:
-            found[name] = get_args(hint)
-        else:
-            own = name in parameters  # else it is `channel`, one or several
-            found[name] = str(parameters[name].annotation) if own else "Stride"
-    return found
-
-
-def _of_kind(told: str, value: Option, kind: str | tuple[str, ...]) -> Any:
-    """The value of an option as its annotation wants it: numbers come as floats."""
-    if isinstance(kind, tuple):
-        if value not in kind:
-            raise SettingsError(f"{told} is {value}: choose from {', '.join(kind)}")
-        return value
-    kind = kind.removesuffix(" | None")
-    several, switch = isinstance(value, tuple), isinstance(value, bool)
-    if isinstance(value, str) or switch != (kind == "bool") or (several and kind != "Stride"):
-        expected = {"bool": "true or false", "Stride": "whole numbers", "int": "a whole number"}.get(kind, "a number")
-        raise SettingsError(f"{told} is {value}: expected {expected}")
-    if kind not in ("int", "Stride"):
-        return value
-    numbers = value if isinstance(value, tuple) else (value,)
-    if not all(number.is_integer() for number in map(float, numbers)):
-        raise SettingsError(f"{told} is {value}: expected {'whole numbers' if kind == 'Stride' else 'a whole number'}")
-    whole = tuple(int(number) for number in numbers)
-    return whole if several else whole[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +164,7 @@ class Settings:
         if optimizer == "gauss-newton" and dense:
             raise SettingsError(
                 f"optimizer gauss-newton goes with few parameters, not with {dense[0]}: choose adam, sgd, normalized, "
-                "gauss-newton-cg or lbfgs"
+                "newton-cg or lbfgs"
             )
         if optimizer in OBJECTIVE_NEEDED and "diffeomorphism" in names:
             raise SettingsError(
@@ -340,7 +245,7 @@ class Settings:
         made: list[Transform] = []
         for text in self.stages():
             name, options = parse_spec("transform", text)
-            made.append(_make("transform", text, getattr(fnreg, TRANSFORMS[name]), options))
+            made.append(make("transform", text, getattr(fnreg, TRANSFORMS[name]), options))
         first: Any = made[0]
         if self.start == "search" and "rotation" not in getattr(first, "parts", ()):
             raise SettingsError(f"start search turns the images, but {self.transform!r} does not begin with a rotation")
@@ -357,8 +262,8 @@ class Settings:
         name, options = parse_spec("similarity", self.similarity)
         term = terms.SIMILARITIES[name]
         if options:
-            term = _make("similarity", self.similarity, term, options)
-            _try(f"similarity {self.similarity!r}", term)
+            term = make("similarity", self.similarity, term, options)
+            try_term(f"similarity {self.similarity!r}", term)
         return term
 
     def penalties(self) -> list[Term]:
@@ -369,12 +274,12 @@ class Settings:
         for text in self.penalty_texts():
             name, weight, options = parse_penalty(text)
             term = terms.PENALTIES[name]
-            made.append(weight * (_make("penalty", text, term, options) if options else term))
+            made.append(weight * (make("penalty", text, term, options) if options else term))
         return made
 
     def objective(self, transform: Transform) -> Objective:
         """What a stage minimises: linear maps have no field to penalise."""
-        from fnreg.losses.terms import Objective
+        from fnreg.losses.objective import Objective
 
         return Objective((self.measure(), *(() if transform.linear else self.penalties())))
 
@@ -387,22 +292,11 @@ class Settings:
             if self.measure().residuals is None:
                 told = f"optimizer gauss-newton minimises squares, {self.similarity} has none: choose mse or ncc"
                 raise SettingsError(told)
-            return _make("optimizer", self.optimizer, fnreg.GaussNewton, options)
+            return make("optimizer", self.optimizer, fnreg.GaussNewton, options)
         if name in OBJECTIVE_NEEDED:
-            return _make("optimizer", self.optimizer, getattr(fnreg, OBJECTIVE_NEEDED[name]), options)
+            return make("optimizer", self.optimizer, getattr(fnreg, OBJECTIVE_NEEDED[name]), options)
         factory = {"adam": fnreg.adam, "sgd": fnreg.sgd, "normalized": fnreg.normalized}[name]
-        return fnreg.Descent(_make("optimizer", self.optimizer, factory, options))
-
-
-def _try(told: str, term: Term) -> None:
-    """SettingsError for options that a similarity refuses, which it does when it is called."""
-    import torch
-
-    ramp = torch.arange(16.0).reshape(1, 4, 4)
-    try:
-        term.function(ramp, ramp, **{name: value for name, value in term.options if name in term.own_options})
-    except (TypeError, ValueError) as problem:
-        raise SettingsError(f"{told}: {problem}") from None
+        return fnreg.Descent(make("optimizer", self.optimizer, factory, options))
 
 
 def _steps(text: str) -> list[int]:

@@ -42,7 +42,8 @@ from fnreg.sandwich import Options, noise_deviation, pair_drawn, typical_varianc
 from fnreg.solvers.base import parted
 from fnreg.solvers.conjugate import dot
 from fnreg.starts import expand
-from fnreg.transforms.base import Domain, Mapping, Sequential, Transform, first_domain
+from fnreg.transforms.base import Mapping, Sequential, Transform
+from fnreg.transforms.domain import Domain, first_domain
 
 
 def is_then(mapping: Mapping) -> bool:

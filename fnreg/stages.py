@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from fnreg import optim
-from fnreg.losses.terms import Objective
-from fnreg.losses.terms import objective as as_objective
+from fnreg.losses.objective import Objective
+from fnreg.losses.objective import objective as as_objective
 from fnreg.solvers.base import Stop
 from fnreg.solvers.descent import Descent
 from fnreg.solvers.gauss_newton import GaussNewton

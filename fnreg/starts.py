@@ -11,7 +11,9 @@ from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.inputs import Inputs, check_dimension
 from fnreg.pytree import over_batch, tree_detach, tree_flatten, tree_leaves, tree_map, tree_paths
-from fnreg.transforms.base import Held, Mapping, Params, Transform, single
+from fnreg.transforms.base import Mapping, Params, Transform
+from fnreg.transforms.domain import single
+from fnreg.transforms.held import Held
 from fnreg.transforms.linear import Linear, Translation
 
 Start = Literal["header", "center", "moments", "auto"]

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from fnreg import bspline
+from fnreg.gather import Padding
 from fnreg.grid import Grid
 from fnreg.losses import penalties
 from fnreg.losses.penalties import DenseField, SplineField
 from fnreg.pair import Pair
 from fnreg.pytree import constant
-from fnreg.sampling import Padding
-from fnreg.transforms.base import Transform, first_domain
+from fnreg.transforms.base import Transform
 from fnreg.transforms.dense import OneField
+from fnreg.transforms.domain import first_domain
 
 ORDERS = {penalties.diffusion: 1, penalties.bending: 2, penalties.curvature: 2}
 Along = Callable[[int, int, int, torch.device], Tensor]

@@ -19,7 +19,7 @@ from fnreg.pair import Pair, pair_seen
 from fnreg.problem import Level
 from fnreg.pytree import Axes, batch_axes, over_batch, tree_map
 from fnreg.stiffness import Stiffness
-from fnreg.transforms.base import Split, split_coords
+from fnreg.transforms.split import Split, split_coords
 
 T = TypeVar("T")
 

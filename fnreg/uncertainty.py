@@ -28,12 +28,14 @@ from torch import Tensor
 from torch.func import jacfwd, vmap
 
 from fnreg import noise as noises
+from fnreg.gather import Interpolation, Padding
 from fnreg.image import Image, Subject, subject
 from fnreg.inputs import prepare
 from fnreg.linearised import Solves
 from fnreg.losses import functional
-from fnreg.losses.terms import OF_IMAGES, OF_LABELS, OF_POINTS, Objective, mse
-from fnreg.losses.terms import objective as as_objective
+from fnreg.losses.objective import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
+from fnreg.losses.objective import objective as as_objective
+from fnreg.losses.terms import mse
 from fnreg.notes import warn
 from fnreg.pair import Pair
 from fnreg.pytree import (
@@ -51,12 +53,12 @@ from fnreg.pytree import (
     tree_vmap,
 )
 from fnreg.registration import Registration
-from fnreg.sampling import Interpolation, Padding
 from fnreg.sandwich import Found, Options, pair_covariance
 from fnreg.solved import SolvedLaplace, Told, first_map, is_then, linearised, mapped_by_step, tell
 from fnreg.solvers.base import Status, parted
 from fnreg.starts import expand
-from fnreg.transforms.base import Mapping, Transform, first_domain, single
+from fnreg.transforms.base import Mapping, Transform
+from fnreg.transforms.domain import first_domain, single
 
 FAR = 3.0  # standard deviations
 UNSEEN = 0.05  # of what moves a point

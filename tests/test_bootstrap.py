@@ -30,7 +30,7 @@ from fnreg import (
 )
 from fnreg.bootstrap import _noise_of
 from fnreg.inputs import prepare
-from fnreg.losses.terms import objective
+from fnreg.losses.objective import objective
 
 
 def draw(seed: int = 0) -> torch.Generator:

@@ -17,7 +17,8 @@ import fnreg
 from fnreg import cli, extras, io
 from fnreg.output import OutputError, OutputFolder
 from fnreg.progress import Bars, fraction
-from fnreg.settings import Settings, SettingsError
+from fnreg.settings import Settings
+from fnreg.specs import SettingsError
 
 pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")
@@ -447,7 +448,7 @@ USAGE = {
         ["--transform", "diffeomorphism", "--optimizer", "lbfgs"],
         "optimizer lbfgs needs a stated objective, which diffeomorphism does not descend: choose svffd",
     ),
-    "iterations": (["--transform", "ffd", "--optimizer", "gauss-newton-cg:iterations=0"], "expected iterations"),
+    "iterations": (["--transform", "ffd", "--optimizer", "newton-cg:iterations=0"], "expected iterations"),
     "memory": (["--transform", "ffd", "--optimizer", "lbfgs:memory=0"], "expected memory"),
     "center of a field": (["--transform", "ffd", "--start", "center"], "does not begin with a shift"),
     "search of a field": (["--transform", "svf", "--start", "search"], "does not begin with a rotation"),
@@ -469,8 +470,8 @@ USAGE = {
         ["--transform", "ffd", "--penalty", "inverse_consistency=1"],
         "FFD",
     ),
-    "too few bins": (["--similarity", "cr:bins=3"], "bins is 3: expected a whole number of at least 4"),
-    "optimizer": (["--optimizer", "newton"], "choose from adam, sgd, normalized, gauss-newton, gauss-newton-cg, lbfgs"),
+    "too few bins": (["--similarity", "correlation_ratio:bins=3"], "bins is 3: expected a whole number of at least 4"),
+    "optimizer": (["--optimizer", "newton"], "choose from adam, sgd, normalized, gauss-newton, newton-cg, lbfgs"),
     "option of an optimizer": (["--optimizer", "adam:rate=1"], "no option 'rate': its options are lr"),
     "rate": (["--optimizer", "adam:lr=-1"], "it must be positive"),
     "specification": (["--optimizer", "adam:lr"], "expected NAME or NAME:option=value,option=value"),

@@ -21,7 +21,7 @@ from fnreg.cohort import ClusterError, engine
 from fnreg.cohort.ledger import read_attempts, read_records
 from fnreg.cohort.manifest import Row, write_manifest
 from fnreg.extras import MissingExtraError
-from fnreg.settings import SettingsError
+from fnreg.specs import SettingsError
 
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 OWN = ("--engine", "ray")

@@ -23,7 +23,8 @@ from fnreg.cohort.load import Asked, Loaded, load
 from fnreg.cohort.manifest import ManifestError, Row
 from fnreg.cohort.memory import Peak, free, is_lack
 from fnreg.cohort.study import COLUMNS, StudyError
-from fnreg.settings import Settings, SettingsError
+from fnreg.settings import Settings
+from fnreg.specs import SettingsError
 
 # -- what comes out ------------------------------------------------------------------------------------------------
 

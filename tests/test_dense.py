@@ -70,7 +70,7 @@ from fnreg import (
 )
 from fnreg.filters import gaussian
 from fnreg.inputs import prepare
-from fnreg.losses.terms import objective as as_objective
+from fnreg.losses.objective import objective as as_objective
 from fnreg.pair import pair_gradient
 from fnreg.problem import Level
 from fnreg.pytree import tree_leaves, tree_map

@@ -43,7 +43,7 @@ from fnreg import (
     sgd,
 )
 from fnreg.inputs import prepare
-from fnreg.losses.terms import objective as as_objective
+from fnreg.losses.objective import objective as as_objective
 from fnreg.problem import Level
 from fnreg.pytree import tree_flatten, tree_map, tree_unflatten
 

@@ -26,11 +26,13 @@ from torch.testing import assert_close
 
 import fnreg
 from fnreg import Affine, Grid, Image, Mapping, Rigid, Rotation, Scaling, Subject, Translation, evaluate, register
+from fnreg.gather import Padding
 from fnreg.inputs import prepare
 from fnreg.lattice import Lattice, own, own_mapping, padded, statistics
-from fnreg.losses.terms import objective as as_objective
-from fnreg.sampling import Padding, interpolate
-from fnreg.settings import Settings, SettingsError
+from fnreg.losses.objective import objective as as_objective
+from fnreg.sampling import interpolate
+from fnreg.settings import Settings
+from fnreg.specs import SettingsError
 from fnreg.transforms.base import Transform
 
 PADDINGS: tuple[Padding | None, ...] = (None, "zeros", "border", "reflection", 0.7)

@@ -31,6 +31,7 @@ from torch.testing import assert_close
 from fnreg import Grid, Mapping, Transform, decompose, linear_mapping, stack, warp
 from fnreg.grid import homogeneous
 from fnreg.pytree import tree_flatten, tree_map, tree_unflatten, tree_vmap
+from fnreg.transforms.factors import nearest_rotation
 from fnreg.transforms.linear import (
     Affine,
     Homogeneous,
@@ -42,7 +43,6 @@ from fnreg.transforms.linear import (
     Shearing,
     Similarity,
     Translation,
-    nearest_rotation,
 )
 from fnreg.transforms.rotation import angle_to_matrix, quaternion_to_matrix, rotation_vector_to_quaternion
 

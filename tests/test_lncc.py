@@ -315,7 +315,7 @@ def test_a_registration_finds_a_known_shift(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("hidden", [False, True])
 def test_the_passes_give_the_gradient_of_the_composition(transform: Any, hidden: bool) -> None:
     from fnreg.inputs import prepare
-    from fnreg.losses.terms import objective
+    from fnreg.losses.objective import objective
     from fnreg.pair import pair_gradient
     from fnreg.pytree import tree_map
 

@@ -30,7 +30,7 @@ from fnreg import (
 )
 from fnreg.grid import index_points
 from fnreg.inputs import prepare
-from fnreg.losses.terms import objective
+from fnreg.losses.objective import objective
 from fnreg.mapped import ByMap, Maps, Squares, pull, squares, warp
 from fnreg.pair import pair_energy, pair_gradient
 from fnreg.problem import Level

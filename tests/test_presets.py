@@ -14,7 +14,8 @@ from scenes import equal_bits
 import fnreg
 from fnreg import cli, presets
 from fnreg.filters import gaussian
-from fnreg.settings import OF_PRESETS, PRESETS, Settings, SettingsError
+from fnreg.settings import OF_PRESETS, PRESETS, Settings
+from fnreg.specs import SettingsError
 
 every_preset = pytest.mark.parametrize("name", presets.PRESETS)
 

@@ -55,7 +55,7 @@ from fnreg import (
     stack,
     warp,
 )
-from fnreg.losses.terms import objective as as_objective
+from fnreg.losses.objective import objective as as_objective
 
 # -- known maps ----------------------------------------------------------------------------------------------------
 

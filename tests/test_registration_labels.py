@@ -56,7 +56,7 @@ from fnreg import (
 from fnreg.filters import resize
 from fnreg.inputs import prepare
 from fnreg.losses import overlap, points
-from fnreg.losses.terms import objective as as_objective
+from fnreg.losses.objective import objective as as_objective
 from fnreg.problem import Level
 from fnreg.symmetric import BothWays
 

@@ -23,7 +23,8 @@ from torch.nn.functional import grid_sample
 from torch.testing import assert_close
 
 from fnreg import native, sampling
-from fnreg.sampling import KNOT, Padding, Sampled, gather, interpolate, sample
+from fnreg.gather import KNOT, Padding, Sampled, gather
+from fnreg.sampling import interpolate, sample
 
 PADDINGS: tuple[Padding, ...] = ("border", "zeros", "reflection", -3.5)
 SHAPES = {1: (7,), 2: (5, 6), 3: (4, 5, 6)}

@@ -37,7 +37,7 @@ from fnreg import (
     register,
 )
 from fnreg.inputs import prepare
-from fnreg.losses.terms import objective as as_objective
+from fnreg.losses.objective import objective as as_objective
 from fnreg.problem import Level
 from fnreg.pytree import tree_map
 from fnreg.solvers.base import joined, parted

@@ -15,7 +15,7 @@ from fnreg import Diffeomorphism, Grid, Image, Subject, native, stack
 from fnreg.filters import gaussian
 from fnreg.inputs import prepare
 from fnreg.losses import terms
-from fnreg.losses.terms import objective
+from fnreg.losses.objective import STATISTICS, objective
 from fnreg.problem import Level
 from fnreg.pytree import tree_map
 
@@ -67,7 +67,7 @@ def test_values_and_gradients_are_those_without(term: Any, shared: bool, masks: 
     found = level.gradient(params), level.value(params)
     some = torch.tensor([2, 0])
     taken = level.take(some).gradient(tree_map(lambda leaf: leaf[some], params))
-    with mock.patch.dict(terms.STATISTICS, clear=True):
+    with mock.patch.dict(STATISTICS, clear=True):
         expected = level_of(term, shared, masks)
         close(found, (expected.gradient(params), expected.value(params)), atol=1e-13)
     close(taken, tree_map(lambda leaf: leaf[some], found[0]), atol=1e-13)
@@ -81,8 +81,8 @@ def counted(level: Level) -> int:
         made.append(given)
         return original.of_fixed(*given, **options)
 
-    original = terms.STATISTICS[terms.mind.function]
-    with mock.patch.dict(terms.STATISTICS, {terms.mind.function: original._replace(of_fixed=of_fixed)}):
+    original = STATISTICS[terms.mind.function]
+    with mock.patch.dict(STATISTICS, {terms.mind.function: original._replace(of_fixed=of_fixed)}):
         for _ in range(3):
             level.gradient(params_of(level))
     return len(made)

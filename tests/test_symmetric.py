@@ -30,7 +30,7 @@ from fnreg import (
     stack,
 )
 from fnreg.inputs import prepare
-from fnreg.losses.terms import objective
+from fnreg.losses.objective import objective
 from fnreg.pytree import tree_leaves, tree_map
 from fnreg.symmetric import BothWays
 

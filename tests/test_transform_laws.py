@@ -35,8 +35,8 @@ from torch.testing import assert_close
 from fnreg import Displacement, Grid, Held, Image, Mapping, Sequential, Subject, Transform, stack, warp
 from fnreg.pytree import tree_flatten, tree_map, tree_vmap
 from fnreg.transforms import base
-from fnreg.transforms.base import moving_coords
 from fnreg.transforms.linear import Affine, Linear, Rigid, Rotation, Scaling, Shearing, Similarity, Translation
+from fnreg.transforms.warping import moving_coords
 
 Params = Any
 WORLD = 1e-10  # world units; the grids reach some hundreds of units from the origin

@@ -20,7 +20,7 @@ import torch
 
 from fnreg.cohort.load import Loaded
 from fnreg.cohort.memory import Peak, free
-from fnreg.settings import SettingsError
+from fnreg.specs import SettingsError
 
 SHARE = 0.5  # of the free memory that a batch may take
 LEAST = 100  # bytes per voxel that a registration takes at least, whatever was measured

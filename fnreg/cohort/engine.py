@@ -33,7 +33,8 @@ from fnreg.cohort.worker import Order
 from fnreg.extras import require
 from fnreg.io.files import PathLike, TransformReadError
 from fnreg.settings import SAVES as EACH
-from fnreg.settings import STARTS, Settings, SettingsError, choose
+from fnreg.settings import STARTS, Settings
+from fnreg.specs import SettingsError, choose
 
 SAVES = tuple(name for name in EACH if name != "figures")  # those are of the report
 ENGINES = ("local", "ray")

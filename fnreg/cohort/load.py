@@ -29,8 +29,9 @@ from fnreg.lattice import Lattice, own, own_mapping
 from fnreg.loading import Files, device_of, read, stages_of, try_stage
 from fnreg.pytree import tree_flatten
 from fnreg.registration import Registration
-from fnreg.settings import Settings, SettingsError
+from fnreg.settings import Settings
 from fnreg.solvers.descent import Descent
+from fnreg.specs import SettingsError
 from fnreg.stages import Stage
 from fnreg.transforms.base import Mapping
 

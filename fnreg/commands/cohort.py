@@ -18,7 +18,8 @@ import cyclopts
 from fnreg.commands import options
 from fnreg.commands.base import FAILED, INTERRUPTED, OK, Json, Verbose, app, option, print_table
 from fnreg.commands.report import Figures, drawn
-from fnreg.settings import DRAWN, SettingsError, choose
+from fnreg.settings import DRAWN
+from fnreg.specs import SettingsError, choose
 
 if TYPE_CHECKING:
     from fnreg.cohort.manifest import Row

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fnreg.commands.base import OK, File, Json, Overwrite, Verbose, app, option, print_table
-from fnreg.settings import SettingsError, choose
+from fnreg.specs import SettingsError, choose
 
 # Images first, then maps; `fnreg.figures` says which fits what.
 KINDS = ("slices", "checkerboard", "overlay", "difference", "overview", "grid", "quiver", "flow", "jacobian")

@@ -10,7 +10,8 @@ import cyclopts
 
 from fnreg.commands.base import OK, Json, Verbose, app, option, print_table
 from fnreg.commands.transforms import SPACES
-from fnreg.settings import PRESETS, choose
+from fnreg.settings import PRESETS
+from fnreg.specs import choose
 
 if TYPE_CHECKING:
     from fnreg.io.points import Space

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 from fnreg.commands.base import OK, Json, Verbose, app, option
-from fnreg.settings import DRAWN, choose
+from fnreg.settings import DRAWN
+from fnreg.specs import choose
 
 Figures = Annotated[
     str,

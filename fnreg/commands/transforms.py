@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from fnreg.commands.base import OK, File, Json, Like, Overwrite, Verbose, app, option, print_table
-from fnreg.settings import PADDINGS, SettingsError, choose
+from fnreg.settings import PADDINGS
+from fnreg.specs import SettingsError, choose
 
 INTERPS = ("linear", "nearest", "cubic", "multilabel")
 FORMS = ("itk", "ants", "elastix", "fnreg", "displacement", "l2r")

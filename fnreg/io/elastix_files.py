@@ -14,7 +14,9 @@ import numpy as np
 from fnreg.grid import Grid
 from fnreg.io.files import PathLike, write_bytes
 from fnreg.io.itk_parts import Part, parts, stored
-from fnreg.transforms.base import Held, Mapping, first_domain
+from fnreg.transforms.base import Mapping
+from fnreg.transforms.domain import first_domain
+from fnreg.transforms.held import Held
 from fnreg.transforms.spline import FFD
 
 

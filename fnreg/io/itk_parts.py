@@ -15,8 +15,10 @@ import torch
 
 from fnreg.grid import Grid
 from fnreg.io.files import PathLike, TransformReadError
-from fnreg.transforms.base import Held, Mapping, Sequential, first_domain
+from fnreg.transforms.base import Mapping, Sequential
 from fnreg.transforms.dense import Displacement
+from fnreg.transforms.domain import first_domain
+from fnreg.transforms.held import Held
 from fnreg.transforms.linear import linear_mapping
 from fnreg.transforms.spline import FFD
 

@@ -23,7 +23,8 @@ from fnreg import transforms
 from fnreg.grid import Grid
 from fnreg.io.files import PathLike, TransformReadError, read_bytes, write_bytes
 from fnreg.pytree import tree_flatten, tree_map, tree_paths, tree_unflatten
-from fnreg.transforms.base import Domain, Mapping, Transform, single
+from fnreg.transforms.base import Mapping, Transform
+from fnreg.transforms.domain import Domain, single
 
 VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9_]+")

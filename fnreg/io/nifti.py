@@ -13,7 +13,8 @@ from fnreg.grid import Grid
 from fnreg.image import Image
 from fnreg.io.files import PathLike
 from fnreg.io.volume import VECTOR, write_nifti
-from fnreg.transforms.base import Mapping, first_domain
+from fnreg.transforms.base import Mapping
+from fnreg.transforms.domain import first_domain
 
 SUFFIXES = (".nii", ".nii.gz")
 

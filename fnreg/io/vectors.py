@@ -12,7 +12,8 @@ from fnreg.extras import require
 from fnreg.grid import Grid
 from fnreg.io.files import PathLike, WriteError, write_bytes
 from fnreg.io.nifti import finite_displacement
-from fnreg.transforms.base import Mapping, first_domain
+from fnreg.transforms.base import Mapping
+from fnreg.transforms.domain import first_domain
 
 
 def write_vectors(

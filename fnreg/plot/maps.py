@@ -28,7 +28,8 @@ from fnreg.plot.canvas import (
 )
 from fnreg.pytree import batch_axes
 from fnreg.registration import Registration
-from fnreg.transforms.base import Mapping, first_domain
+from fnreg.transforms.base import Mapping
+from fnreg.transforms.domain import first_domain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

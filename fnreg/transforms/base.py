@@ -1,4 +1,4 @@
-"""Transforms, mappings and warping.
+"""Transforms and mappings.
 
 A transform is a frozen value of hyper-parameters with pure methods of (params, domain, ...); it maps world
 points of the fixed image to world points of the moving image.  A `Mapping` is a transform closed over its
@@ -9,41 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fnreg.grid import Grid, apply_matrix, index_points
-from fnreg.image import Image, Subject
+from fnreg.grid import Grid
 from fnreg.pytree import (
-    Axes,
-    batch_axes,
-    first_pair,
     over_batch,
     pytree_dataclass,
     static,
     tree_flatten,
-    tree_leaves,
     tree_map,
     tree_unflatten,
 )
-from fnreg.sampling import Interpolation, Padding, interpolate
+from fnreg.transforms.domain import Domain, domain_ranks, first_domain, same_place, single
+from fnreg.transforms.split import Split, split_points
 
 Params = Any
 Step = Any
-Domain = Any  # a Grid; for Sequential also a tuple with the domain of each part
-
-
-SLAB = 2**21  # voxels that are warped at once: coordinates of all of a large grid would take far more than its image
-
-
-class Split(NamedTuple):
-    """A map of a grid's voxels i: to i + frame shift(i) along its axes, from there to world, then by the matrix."""
-
-    shift: Tensor | None  # (D, [Z,] Y, X)
-    matrix: Tensor | None  # (D + 1, D + 1) world, float64; None for the identity
-    frame: Tensor | None = None  # (D, D) from the shift's units to voxels, float64; None where it is in voxels
 
 
 class Transform:
@@ -211,26 +195,6 @@ def _lively(value: Any) -> Any:
     if isinstance(value, dict) and "type" in value:
         return Transform.from_dict(value)
     return tuple(_lively(item) for item in value) if isinstance(value, list) else value
-
-
-def first_domain(domain: Domain) -> Grid:
-    """The grid itself, or the first of the parts' domains."""
-    return domain if isinstance(domain, Grid) else first_domain(domain[0])
-
-
-def domain_ranks(domain: Domain) -> Any:
-    """The rank that each leaf of a domain has for one pair."""
-    return domain.ranks() if isinstance(domain, Grid) else tuple(domain_ranks(part) for part in domain)
-
-
-def domain_axes(domain: Domain) -> Axes:
-    """Per leaf of a domain, 0 where it has a batch axis and None where it is shared."""
-    return batch_axes("domain", domain, domain_ranks(domain))[0]
-
-
-def single(domain: Domain) -> Domain:
-    """One pair's domain of a batch: its structure and shapes matter here, not its values."""
-    return first_pair(domain, domain_ranks(domain))
 
 
 @pytree_dataclass
@@ -401,217 +365,3 @@ class Sequential(Transform):
             tuple(part.domain for part in parts),
             Sequential(tuple(part.transform for part in parts)),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Held(Transform):
-    """A transform some of whose parameters stay as they are: they take no step.
-
-    transform : whose parameters are a dict, such as `Rigid()`
-    names : the parameters to hold, such as ("rotation",)
-    """
-
-    transform: Transform
-    names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        names = (self.names,) if isinstance(self.names, str) else tuple(self.names)
-        object.__setattr__(self, "names", names)
-
-    def init(self, domain: Domain) -> Params:
-        return self.transform.init(domain)
-
-    def zero_step(self, domain: Domain) -> Step:
-        zero = self.transform.zero_step(domain)
-        if not isinstance(zero, dict):
-            raise ValueError(f"{self.transform} has no parameters of its own: hold those of its parts")
-        unknown = [name for name in self.names if name not in zero]
-        if unknown:
-            raise ValueError(f"{self.transform} has no parameter {unknown}: hold some of {sorted(zero)}")
-        free = {name: leaf for name, leaf in zero.items() if name not in self.names}
-        if not free:
-            raise ValueError(f"all parameters of {self.transform} are held: nothing is left to optimise")
-        return free
-
-    def _whole(self, step: Step, domain: Domain) -> Step:
-        return self.transform.zero_step(domain) | step
-
-    def retract(self, params: Params, step: Step, domain: Domain) -> Params:
-        return self.transform.retract(params, self._whole(step, domain), domain)
-
-    def perturb(self, params: Params, step: Step, domain: Domain) -> Params:
-        return self.transform.perturb(params, self._whole(step, domain), domain)
-
-    def precondition(self, gradient: Step, domain: Domain) -> Step:
-        whole = self.transform.precondition(self._whole(gradient, domain), domain)
-        return {name: leaf for name, leaf in whole.items() if name not in self.names}
-
-    def project(self, params: Params, domain: Domain) -> Params:
-        return self.transform.project(params, domain)
-
-    @property
-    def descends(self) -> bool:
-        return self.transform.descends
-
-    @property
-    def splits(self) -> bool:
-        return self.transform.splits
-
-    def split(self, params: Params, domain: Domain) -> Split:
-        return self.transform.split(params, domain)
-
-    def split_after(self, params: Params, step: Step, domain: Domain) -> Split:
-        return self.transform.split_after(params, self._whole(step, domain), domain)
-
-    def first_step(self, params: Params, domain: Domain) -> Tensor | None:
-        return self.transform.first_step(params, domain)
-
-    def field(self, params: Params, domain: Domain) -> Any:
-        return self.transform.field(params, domain)
-
-    def there_and_back(self, params: Params, domain: Domain) -> Tensor:
-        return self.transform.there_and_back(params, domain)
-
-    def cast(self, params: Any, dtype: torch.dtype) -> Any:
-        return self.transform.cast(params, dtype)
-
-    def points(self, params: Params, domain: Domain, points: Tensor) -> Tensor:
-        return self.transform.points(params, domain, points)
-
-    def displacement(self, params: Params, domain: Domain, grid: Grid | None = None) -> Tensor:
-        return self.transform.displacement(params, domain, grid)
-
-    def refine(self, params: Params, domain: Domain, finer: Domain) -> Params:
-        return self.transform.refine(params, domain, finer)
-
-    @property
-    def linear(self) -> bool:
-        return self.transform.linear
-
-    def matrix(self, params: Params, domain: Domain) -> Tensor:
-        return self.transform.matrix(params, domain)
-
-    def inverse(self, params: Params, domain: Domain) -> Mapping:
-        return self.transform.inverse(params, domain)
-
-
-def split_coords(
-    found: Split, to_moving: Tensor, from_fixed: Tensor, size: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """Voxel indices (D, N) in the moving image of what the voxels of a grid of `size` map to.
-
-    from_fixed : (D + 1, D + 1) from voxel index of that grid to world; to_moving : from world to moving voxel index
-
-    Matrices are composed in float64 from index to index and cast at the end, so large world coordinates cost no
-    precision.
-    """
-    world = to_moving if found.matrix is None else to_moving @ found.matrix
-    matrix = (world @ from_fixed)[:-1].to(dtype)
-    index = index_points(size, dtype, matrix.device)
-    if found.shift is None:
-        return matrix @ index
-    shift = found.shift.flatten(1).to(dtype)
-    shift = shift if found.frame is None else found.frame.to(dtype) @ shift
-    return matrix[:, :-1] @ (index[:-1] + shift) + matrix[:, -1:]
-
-
-def split_points(found: Split, grid: Grid) -> Tensor:
-    """World points (N, D) that the voxels of a map's own grid map to, float64."""
-    world = torch.eye(grid.ndim + 1, dtype=torch.float64, device=grid.center.device)
-    return split_coords(found, world, grid.affine, grid.size, torch.float64).mT
-
-
-def same_place(a: Grid, b: Grid) -> bool:
-    """Whether two grids are one: values are not compared, so that this can be asked under vmap."""
-    return a is b or (a.size == b.size and all(x is y for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True)))
-
-
-def moving_coords(mapping: Mapping, grid: Grid, moving: Grid, dtype: torch.dtype, *, own: bool = False) -> Tensor:
-    """Voxel indices (D, N) in the moving grid of what the voxels of `grid` map to.
-
-    own : whether `grid` is the mapping's own, its domain
-    """
-    transform, to_moving = mapping.transform, moving.matrix("world", "index")
-    if transform.linear or (transform.splits and own):
-        found = transform.split(mapping.params, mapping.domain)
-        return split_coords(found, to_moving, grid.affine, grid.size, dtype)
-    points = transform.points(mapping.params, mapping.domain, grid.points())
-    return apply_matrix(to_moving, points).mT.to(dtype)
-
-
-@overload
-def warp(
-    image: Image,
-    mapping: Mapping,
-    grid: Grid | None = None,
-    *,
-    interpolation: Interpolation = "linear",
-    padding: Padding = "zeros",
-) -> Image: ...
-@overload
-def warp(
-    image: Subject,
-    mapping: Mapping,
-    grid: Grid | None = None,
-    *,
-    interpolation: Interpolation = "linear",
-    padding: Padding = "zeros",
-) -> Subject: ...
-def warp(
-    image: Image | Subject,
-    mapping: Mapping,
-    grid: Grid | None = None,
-    *,
-    interpolation: Interpolation = "linear",
-    padding: Padding = "zeros",
-) -> Image | Subject:
-    """The moving image seen through a mapping: value at p is image(T(p)), on `grid` (default: the domain).
-
-    Batches of images, mappings and grids go through together, by the rank rule.  Of a `Subject` the mask is warped
-    along by linear interpolation and the labels by nearest neighbours, both 0 outside; labels stay the integers that
-    they are.  Points are left out: they move the other way, by the inverse mapping.
-    """
-    where = first_domain(mapping.domain) if grid is None else grid
-    plain = image.image if isinstance(image, Subject) else image
-    if where.ndim != plain.grid.ndim:
-        raise ValueError(f"image has {plain.grid.ndim} spatial axes but the mapping has {where.ndim}")
-
-    def through(data: Tensor, how: Interpolation, padding: Padding) -> Tensor:
-        return warp_data(data, plain.grid, mapping, where, interpolation=how, padding=padding)
-
-    warped = Image(through(plain.data, interpolation, padding), where)
-    if not isinstance(image, Subject):
-        return warped
-    mask = None if image.mask is None else through(image.mask, "linear", "zeros")
-    labels = None if image.labels is None else through(image.labels, "nearest", "zeros")
-    return Subject(warped, mask, labels)
-
-
-def warp_data(
-    data: Tensor, source: Grid, mapping: Mapping, grid: Grid, *, interpolation: Interpolation, padding: Padding
-) -> Tensor:
-    """Data (C, [Z,] Y, X) of a source grid seen through a mapping at the voxels of `grid`; see `warp`.
-
-    Integers stay integers by nearest neighbours.
-    """
-    own = same_place(grid, first_domain(mapping.domain))
-
-    def one(values: Tensor, source: Grid, by: Mapping, target: Grid) -> Tensor:
-        dtype = values.dtype if values.is_floating_point() else torch.float64
-        whole = own and by.transform.splits and not by.transform.linear  # its field is read where it lies
-        parts = [target] if whole else target.slabs(SLAB)
-        warped: list[Tensor] = []
-        for part in parts:
-            coords = moving_coords(by, part, source, dtype, own=own)
-            warped.append(
-                interpolate(values, coords, interpolation=interpolation, padding=padding).reshape(-1, *part.shape)
-            )
-        return warped[0] if len(parts) == 1 else torch.cat(warped, 1)
-
-    return over_batch(
-        one,
-        data=(data, source.ndim + 1),
-        grid=(source, source.ranks()),
-        mapping=(mapping, mapping.ranks()),
-        target=(grid, grid.ranks()),
-    )

@@ -19,7 +19,9 @@ from fnreg.lengths import longest
 from fnreg.losses.penalties import DenseField
 from fnreg.pytree import is_concrete, tree_map
 from fnreg.sampling import sample
-from fnreg.transforms.base import Domain, Mapping, Params, Split, Step, Transform, first_domain
+from fnreg.transforms.base import Mapping, Params, Step, Transform
+from fnreg.transforms.domain import Domain, first_domain
+from fnreg.transforms.split import Split
 
 ITERATIONS = 200  # of the search for an inverse; few voxels need more than ten
 SMALLEST = 0.1  # voxels: the residual that an inverse may have

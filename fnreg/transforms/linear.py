@@ -15,14 +15,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fnreg.grid import Grid, apply_matrix, homogeneous, index_points
 from fnreg.pytree import constant, is_concrete
-from fnreg.transforms.base import Domain, Mapping, Params, Step, Transform, first_domain, single
+from fnreg.transforms.base import Mapping, Params, Step, Transform
+from fnreg.transforms.domain import Domain, first_domain, single
+from fnreg.transforms.factors import factors, nearest_rotation
 from fnreg.transforms.rotation import (
     angle_to_matrix,
     matrix_to_angle,
@@ -237,7 +239,7 @@ class Linear(Transform, abstract=True):
         if "matrix" in self.parts:
             params["matrix"] = linear
         else:
-            found = _factors(grid.direction.mT @ linear @ grid.direction)
+            found = factors(grid.direction.mT @ linear @ grid.direction)
             if "rotation" in self.parts:
                 turn = nearest_rotation(linear)
                 params["rotation"] = matrix_to_angle(turn) if dimension == 2 else matrix_to_quaternion(turn)
@@ -382,56 +384,3 @@ def linear_mapping(matrix: Tensor, domain: Grid) -> Mapping:
         if not bool(torch.isfinite(matrix).all()) or bool(last.abs().max() > 1e-9):
             raise ValueError(f"matrix is {matrix.tolist()}: expected finite numbers and (0, ..., 0, 1) in the last row")
     return Mapping({"matrix": matrix}, domain, Homogeneous())
-
-
-# -- decomposition ----------------------------------------------------------------------------------------------
-
-
-class Factors(NamedTuple):
-    """A linear map as rotation, shear and scale: A = R (I + U) diag(s), U strictly upper triangular."""
-
-    rotation: Tensor  # (D, D)
-    shear: Tensor  # (D (D - 1) / 2,) entries of U row by row
-    scale: Tensor  # (D,) positive but for the first, which is negative where A mirrors
-
-
-def _factors(linear: Tensor) -> Factors:
-    orthogonal, upper = torch.linalg.qr(linear)
-    diagonal = torch.diagonal(upper)
-    sign = torch.where(diagonal < 0, -1.0, 1.0).to(linear.dtype)
-    orthogonal, upper = orthogonal * sign, sign[:, None] * upper  # positive diagonal
-    mirror = torch.linalg.det(orthogonal) < 0
-    flip = torch.ones_like(sign)
-    flip = torch.cat([torch.where(mirror, -flip[:1], flip[:1]), flip[1:]])
-    orthogonal, upper = orthogonal * flip, flip[:, None] * upper
-    scale = torch.diagonal(upper)
-    sheared = upper / scale
-    rows, columns = torch.triu_indices(linear.shape[-1], linear.shape[-1], 1)
-    return Factors(orthogonal, sheared[rows, columns], scale)
-
-
-def decompose(matrix: Tensor) -> tuple[Tensor, Factors]:
-    """Translation (D,) and factors of a homogeneous matrix (D + 1, D + 1): A = R (I + U) diag(s).
-
-    The product of the factors is the matrix again; the rotation is proper.  By QR.
-    """
-    dimension = matrix.shape[-1] - 1
-    return matrix[:dimension, dimension], _factors(matrix[:dimension, :dimension])
-
-
-def nearest_rotation(linear: Tensor) -> Tensor:
-    """The proper rotation nearest to a matrix (D, D) in the Frobenius norm; no derivative where that mirrors.
-
-    Kabsch 1976, doi 10.1107/S0567739476001873.
-    """
-    left, _, right = torch.linalg.svd(linear.detach())
-    last = torch.ones_like(linear[0].detach())
-    last = torch.cat([last[:-1], torch.sign(torch.linalg.det(left @ right)).reshape(1)])
-    # The derivative of singular vectors does not exist at a rotation, where all singular values are one; Newton's
-    # iteration to the polar factor has one.  Higham 1986, doi 10.1137/0907079.
-    rotation = linear
-    for _ in range(12):
-        rotation = (rotation + torch.linalg.inv_ex(rotation).inverse.mT) / 2
-    exact = (left * last) @ right
-    reached = (rotation.detach() - exact).abs().amax() < 1e-6
-    return torch.where(reached, rotation, exact)

@@ -21,8 +21,9 @@ from fnreg.bspline import Lattice
 from fnreg.fields import in_voxels
 from fnreg.grid import Grid
 from fnreg.losses.penalties import SplineField
-from fnreg.transforms.base import Domain, Params, first_domain
+from fnreg.transforms.base import Params
 from fnreg.transforms.dense import OneField, Velocity, along, zeros
+from fnreg.transforms.domain import Domain, first_domain
 
 BLOCK = 2**15  # points at a time
 Stride = int | tuple[int, ...]

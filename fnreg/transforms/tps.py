@@ -19,8 +19,9 @@ from torch import Tensor
 from fnreg.fields import in_voxels
 from fnreg.losses.penalties import DenseField
 from fnreg.pytree import constant, is_concrete
-from fnreg.transforms.base import Domain, Mapping, Params, Step, first_domain
+from fnreg.transforms.base import Mapping, Params, Step
 from fnreg.transforms.dense import Dense, along
+from fnreg.transforms.domain import Domain, first_domain
 
 BLOCK = 2**22  # distances that are held at once
 COINCIDE = 1e-9  # share of L
