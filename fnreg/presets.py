@@ -34,7 +34,7 @@ def _brain(*steps: int) -> dict[str, Any]:
 
 
 # Brains without skull, of one or of similar contrasts: an affine map to half resolution, then correlation in windows.
-# Tuned on two pairs of NIREP, see benchmarks/brain_race.py; the fast one takes half of the time.
+# Tuned on two pairs of NIREP, see benchmarks/brain_race.py; the fast one takes six tenths of the time.
 brain = _brain(100, 100, 20)
 brain_fast = _brain(100, 50, 10)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from scenes import uniform
 from torch.testing import assert_close
 
-from fnreg import SVFFD, Affine, Grid, Image, Mapping, Sequential, io, warp
+from fnreg import SVFFD, Affine, Grid, Image, Mapping, Sequential, cli, io, warp
+from fnreg.commands.base import ENVIRONMENT, FAILED, INTERRUPTED, OK, REFUSED, USAGE
+from fnreg.settings import Settings
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -68,3 +71,20 @@ def test_simpleitk_resamples_with_our_file_as_we_do(tmp_path: Path, monkeypatch:
     assert_close(mapping.map_points(landmark)[0], torch.tensor(there).double(), atol=1e-3, rtol=0)
     assert float((mapping.map_points(landmark) - landmark).norm()) > 1
     assert sitk.Version.MajorVersion() >= 2
+
+
+def test_the_page_on_the_command_line_has_every_command_and_default() -> None:
+    text = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) ?\|", text, re.M)
+    first = [name for row, _ in rows for name in re.findall(r"`([a-z]+)`", row)]
+    commands = {name for name in cli.app if not name.startswith("-")}
+    assert commands <= set(first)
+    told = {
+        name: default.strip("`")
+        for row, defaults in rows
+        for name, default in zip(re.findall(r"`([a-z]+)`", row), defaults.split(", "), strict=False)
+    }
+    for field in dataclasses.fields(Settings):
+        assert told[field.name] == str(field.default).lower(), field.name
+    for code in (OK, FAILED, USAGE, REFUSED, ENVIRONMENT, INTERRUPTED):
+        assert f"\n| {code} | " in text
