@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pickle
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ from scenes import known_pair, random_mapping
 import fnreg
 from fnreg import Rigid, Transform, register
 from fnreg.pytree import tree_flatten, tree_unflatten
+from fnreg.settings import PENALTIES, SIMILARITIES, TRANSFORMS, Settings
+
+ROOT = Path(__file__).parents[1]
 
 NAMES = [name for name in fnreg.__all__ if name != "__version__"]
 VALUES = [name for name in NAMES if not isinstance(getattr(fnreg, name), ModuleType)]
@@ -190,6 +194,36 @@ def test_everything_public_is_annotated(module: ModuleType) -> None:
                 if parameter.name not in ("self", "cls"):
                     assert parameter.annotation is not parameter.empty, f"{module.__name__}.{told}: {parameter.name}"
             assert inspect.signature(function).return_annotation is not inspect.Signature.empty, told
+
+
+TEXTS = {
+    place: "\n".join(path.read_text(encoding="utf-8") for pattern in patterns for path in ROOT.glob(pattern))
+    for place, patterns in {"tests": ("tests/*.py",), "pages": ("docs/*.md", "docs/how-to/*.md", "README.md")}.items()
+}
+
+
+@pytest.mark.parametrize("place", TEXTS)
+def test_no_public_name_is_left_out(place: str) -> None:
+    """Of tests, and of pages: neither untested nor told nowhere."""
+    found = set(re.findall(r"\w+", TEXTS[place]))
+    assert sorted(set(NAMES) - found) == []
+
+
+def test_settings_have_the_names_of_python() -> None:
+    """What is no argument of `register` by its own name is a part of one, or belongs to files and machines."""
+    parts = {"preset", "similarity", "penalty", "lattice", "save", "seed", "threads", "device"}
+    names = {field.name for field in dataclasses.fields(Settings)}
+    assert names - parts <= set(inspect.signature(register).parameters)
+    assert set(SIMILARITIES + PENALTIES) <= set(fnreg.__all__)
+    assert set(TRANSFORMS.values()) <= set(fnreg.__all__)
+
+
+@pytest.mark.parametrize("name", ["register", "evaluate", "laplace", "ensemble", "sweep"])
+def test_images_come_first(name: str) -> None:
+    """One order everywhere: the fixed image, the moving one, then what is done with them; options by keyword."""
+    parameters = list(inspect.signature(getattr(fnreg, name)).parameters.values())
+    assert [parameter.name for parameter in parameters[:2]] == ["fixed", "moving"]
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters if parameter.name == "objective")
 
 
 # -- values --------------------------------------------------------------------------------------------------------

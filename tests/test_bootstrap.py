@@ -60,6 +60,7 @@ def test_copies_spread_as_laplace_says(pair: Any) -> None:
 def test_the_noise_is_read_off_the_residuals() -> None:
     fixed, moving, _ = rigid_pairs(4, 22, noise=0.05)
     copies = ensemble(fixed, moving, Rigid(), count=3, generator=draw(), levels=1, steps=0, initial=None)
+    assert isinstance(copies, fnreg.Ensemble) and isinstance(copies.registration, fnreg.Registration)
     assert copies.registration.status.shape == (12,)
     result = register(fixed, moving, Rigid(), **NEWTON)
     whole = prepare(fixed, moving, None, levels=1, min_size=1)

@@ -61,7 +61,7 @@ def test_any_rotation_and_shift_is_found(dimension: int, turn: tuple[float, ...]
     moving, rotation = displaced(moving_scene(dimension, grow=6), turn)
     result = register(fixed, moving, Rigid(), start="auto", **QUICK)
     assert error(result, fixed, rotation) < 0.2
-    assert result.choice is not None
+    assert isinstance(result.choice, fnreg.Choice)
     assert result.choice.name() != "header"
     with pytest.raises(fnreg.RegistrationError, match="do not overlap"):
         register(fixed, moving, Rigid(), **QUICK)

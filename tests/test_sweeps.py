@@ -93,6 +93,7 @@ def test_every_registration_is_as_by_itself() -> None:
 def test_a_pair_alone_is_without_the_axis_of_pairs() -> None:
     fixed, moving = labelled(2)
     batch = sweep(fixed, moving, FFD(stride=7), weighed, over={"weight": WEIGHTS}, **SHORT)
+    assert isinstance(batch, fnreg.Sweep) and isinstance(batch.best, fnreg.Registration)
     one, other = take(fixed.image.data, 1), take(moving.image.data, 1)
     a = Subject(Image(one), labels=fixed.labels[1])
     b = Subject(Image(other), labels=moving.labels[1])
