@@ -49,6 +49,7 @@ NAMES = (
     "early_stopping",
     "ragged",
     "second_order",
+    "house",
     "soak",
     "uncertainty",
 )
