@@ -72,7 +72,7 @@ def _padded(image: Image, labels: Image, size: tuple[int, ...]) -> Subject:
     widths = list(itertools.chain.from_iterable(zip(low, high, strict=True)))
     mask, known = (pad(t, widths) for t in (torch.ones_like(image.data), labels.data))
     data = pad(image.data[None], widths, mode="replicate")[0]
-    return Subject(Image(data, image.grid.pad(low, high)), mask, known.round().to(torch.int64))
+    return Subject(Image(data, image.grid.pad(low, high)), mask, labels=known.round().to(torch.int64))
 
 
 def pairs(known: list[Subject]) -> tuple[Subject, Subject]:

@@ -54,7 +54,7 @@ class Known:
         device = image.data.device
         points = None if self.points is None else self.points[side]
         mask, labels, points = (None if t is None else t.to(device) for t in (mask, self.labels[side], points))
-        return Subject(image, mask, labels, points)
+        return Subject(image, mask, labels=labels, points=points)
 
 
 def read(paths: Paths, files: tuple[Path, Path], images: tuple[Image, Image]) -> Known:

@@ -90,6 +90,5 @@ def _plain(given: Any) -> Subject:
 
     image = Image(like(known.image.data, rank), Grid(size, device=known.image.data.device))
     points = {name: like(getattr(known, name), 2) for name in ("points", "normals")}
-    return Subject(
-        image, like(known.mask, rank), like(known.labels, rank), point_weights=like(known.point_weights, 1), **points
-    )
+    points["point_weights"] = like(known.point_weights, 1)
+    return Subject(image, like(known.mask, rank), labels=like(known.labels, rank), **points)

@@ -12,7 +12,7 @@ which may carry a leading batch axis under `torch.func.vmap`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Literal
 
@@ -109,7 +109,7 @@ class Grid:
             raise ValueError("give either size, in (x, y[, z]) order, or shape, in tensor order ([z,] y, x)")
         if origin is not None and center is not None:
             raise ValueError("give either origin, the first voxel's position, or center, not both")
-        count = _whole("size", size if size is not None else reversed(list(shape or ())))
+        count = _whole("size", size) if size is not None else _whole("shape", shape)[::-1]
         dimension = len(count)
         if not 1 <= dimension <= 3 or min(count) < 1:
             raise ValueError(f"size is {count}: expected one to three axes of at least one voxel")
@@ -425,8 +425,11 @@ def _float64(value: Any, device: torch.device | str | None) -> Tensor:
     return make(value, dtype=torch.float64, device=device)
 
 
-def _whole(name: str, values: Iterable[Any]) -> tuple[int, ...]:
-    given = tuple(values)
+def _whole(name: str, values: Any) -> tuple[int, ...]:
+    try:
+        given = tuple(values)
+    except TypeError:
+        raise TypeError(f"{name} is {values!r}: expected a number of voxels for each axis, such as (64, 64)") from None
     whole = tuple(int(n) for n in given)
     if whole != given:
         raise ValueError(f"{name} is {given}: expected whole numbers")

@@ -30,7 +30,8 @@ class Image:
         float64 where float32 would round them (labels that are to stay integers belong in `Subject.labels`)
     grid : its geometry; without one a grid of spacing 1 at origin 0, or what `spacing` and the others say
 
-    Raises ValueError where the shapes of data and grid differ, TypeError for complex data.
+    Raises ValueError where data and grid differ in shape or device, or where a grid and one of the others are given,
+    TypeError for complex data.
 
     >>> import torch
     >>> from fnreg import Image
@@ -47,7 +48,7 @@ class Image:
         data: Tensor,
         grid: Grid | None = None,
         *,
-        spacing: Scalars = 1.0,
+        spacing: Scalars | None = None,
         origin: Scalars | None = None,
         center: Scalars | None = None,
         direction: Any = None,
@@ -60,20 +61,22 @@ class Image:
             exact = data.to(torch.float64) if data.element_size() > 2 and is_concrete(data) else None
             large = exact is not None and exact.numel() > 0 and float(exact.abs().max()) > 2**24
             data = exact if exact is not None and large else data.to(torch.float32)
+        place = {"spacing": spacing, "origin": origin, "center": center, "direction": direction}
+        options: dict[str, Any] = {name: value for name, value in place.items() if value is not None}
         if grid is None:
             if not 2 <= data.ndim <= 4:
                 raise ValueError(f"data has shape {tuple(data.shape)}: expected (C, [Z,] Y, X) with a channel axis")
-            options: dict[str, Any] = {
-                "spacing": spacing,
-                "origin": origin,
-                "center": center,
-                "direction": direction,
-            }
             grid = Grid(shape=data.shape[1:], device=data.device, **options)
+        elif options:
+            raise ValueError(f"a grid and {', '.join(options)} are given: the grid has its own, give one of the two")
         if data.ndim not in (grid.ndim + 1, grid.ndim + 2) or tuple(data.shape[-grid.ndim :]) != grid.shape:
             raise ValueError(
                 f"data has shape {tuple(data.shape)} but the grid has shape {grid.shape}: "
                 f"expected (C, {', '.join(str(n) for n in grid.shape)}), with a leading batch axis or without"
+            )
+        if data.device != grid.center.device:
+            raise ValueError(
+                f"data are on {data.device} but the grid on {grid.center.device}: give grid.to(data.device)"
             )
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "grid", grid)
@@ -258,6 +261,7 @@ class Subject:
         self,
         image: Image,
         mask: Tensor | None = None,
+        *,
         labels: Tensor | None = None,
         points: Tensor | None = None,
         point_weights: Tensor | None = None,

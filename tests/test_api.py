@@ -57,7 +57,8 @@ def functions(name: str, value: Any) -> Iterator[tuple[str, Callable[..., Any]]]
     for key, made in vars(value).items():
         function = made.__func__ if isinstance(made, (staticmethod, classmethod)) else made
         function = function.fget if isinstance(function, property) else function
-        if not key.startswith("_") and inspect.isfunction(function):
+        own = key == "__init__" and made.__code__.co_filename != "<string>"  # of a dataclass, which writes one itself
+        if (own or not key.startswith("_")) and inspect.isfunction(function):
             yield f"{name}.{key}", function
 
 

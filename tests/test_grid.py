@@ -446,6 +446,13 @@ def test_errors_name_what_was_given(arguments: dict[str, Any], message: str) -> 
         Grid(**arguments)
 
 
+@pytest.mark.parametrize("name", ["size", "shape"])
+def test_one_number_is_no_size(name: str) -> None:
+    options: Any = {name: 64}
+    with pytest.raises(TypeError, match=rf"{name} is 64: expected a number of voxels for each axis, such"):
+        Grid(**options)
+
+
 def test_one_bad_item_of_a_batch_is_an_error() -> None:
     spacing = tensor([[1.0, 2.0], [0.0, 3.0]])
     with pytest.raises(ValueError, match="it must be positive"):

@@ -559,7 +559,7 @@ def test_a_subject_keeps_what_is_known() -> None:
     image = random_image(2, dtype=torch.float32)
     mask, labels = torch.ones(1, 7, 9, dtype=torch.bool), torch.full((1, 7, 9), 2**24 + 1)
     points = uniform(5, 2)
-    found = Subject(image, mask, labels, points)
+    found = Subject(image, mask, labels=labels, points=points)
     assert found.image is image and found.points is points
     assert found.mask is not None and found.mask.dtype == torch.float32 and bool((found.mask == 1).all())
     assert found.labels is labels
@@ -569,7 +569,9 @@ def test_a_subject_keeps_what_is_known() -> None:
 
 def test_a_subject_of_a_batch() -> None:
     batch = stack([random_image(2, seed=k) for k in range(3)])
-    found = Subject(batch, torch.ones(3, 1, 7, 9), torch.zeros(1, 7, 9, dtype=torch.int64), torch.zeros(3, 4, 2))
+    found = Subject(
+        batch, torch.ones(3, 1, 7, 9), labels=torch.zeros(1, 7, 9, dtype=torch.int64), points=torch.zeros(3, 4, 2)
+    )
     together = stack([Subject(random_image(2, seed=k), torch.ones(1, 7, 9)) for k in range(3)])
     assert found.mask is not None and together.mask is not None
     assert found.mask.shape == together.mask.shape == (3, 1, 7, 9)
@@ -588,6 +590,17 @@ def test_a_subject_of_a_batch() -> None:
 def test_errors_of_a_subject(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Subject(random_image(2), **options)
+
+
+def test_what_an_image_is_given_twice_or_elsewhere_is_refused() -> None:
+    data, grid = torch.zeros(1, 4, 6), Grid((6, 4))
+    with pytest.raises(ValueError, match="a grid and spacing, center are given: the grid has its own, give one"):
+        Image(data, grid, spacing=2.0, center=(0.0, 0.0))
+    with pytest.raises(ValueError, match=r"data are on meta but the grid on cpu: give grid.to\(data.device\)"):
+        Image(data.to("meta"), grid)
+    assert Image(data.to("meta")).grid.center.is_meta
+    with pytest.raises(TypeError, match="positional"):
+        Subject(Image(data), data, torch.zeros(1, 4, 6, dtype=torch.int64))  # type: ignore[misc]
 
 
 def test_an_image_is_a_subject_of_its_own() -> None:

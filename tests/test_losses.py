@@ -349,6 +349,15 @@ def test_terms_subtract_negate_and_divide() -> None:
     assert_close(total(fnreg.huber(delta=0.2) / 4 - fnreg.mse), functional.huber(WARPED, FIXED, delta=0.2) / 4 - mse)
 
 
+def test_sums_subtract_negate_and_divide() -> None:
+    mse, mae, ncc = (f(WARPED, FIXED) for f in (functional.mse, functional.mae, functional.ncc))
+    both = fnreg.mse + fnreg.mae
+    assert_close(total(both - fnreg.ncc), mse + mae - ncc, atol=1e-15, rtol=0)
+    assert_close(total(fnreg.ncc - both), ncc - mse - mae, atol=1e-15, rtol=0)
+    assert_close(total(both - (fnreg.ncc - both)), 2 * (mse + mae) - ncc, atol=1e-15, rtol=0)
+    assert_close(total(-both / 4), -(mse + mae) / 4, atol=1e-15, rtol=0)
+
+
 def test_each_term_reports_its_own_value_by_name() -> None:
     made = 3 * fnreg.mse + fnreg.huber(delta=0.2) + fnreg.huber(delta=0.4)
     _, values = made.value(FOUND)

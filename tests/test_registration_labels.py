@@ -193,7 +193,7 @@ def test_terms_see_labels_and_points_under_the_map(dimension: int, padding: Any)
     fixed, moving, _ = pair_of(dimension)
     mapping = random_mapping(Affine(), fixed.image.grid, 3, 1.0)
     masked = Subject(fixed.image, inner_mask(fixed.image), fixed.labels, fixed.points, torch.arange(1.0, 10.0))
-    normal = Subject(moving.image, None, moving.labels, moving.points, normals=uniform(9, dimension))
+    normal = Subject(moving.image, labels=moving.labels, points=moving.points, normals=uniform(9, dimension))
     seen: dict[str, Any] = {}
 
     def everything(
@@ -244,7 +244,7 @@ def test_labels_are_as_smooth_as_the_image() -> None:
     assert fixed.labels is not None
     numbers = tensor([3, 7]).reshape(2, 1, 1)
     for mask in (None, inner_mask(fixed.image)):
-        side = Subject(fixed.image, mask, fixed.labels)
+        side = Subject(fixed.image, mask, labels=fixed.labels)
         made = prepare(side, moving, None, levels=2, min_size=4, objectives=[as_objective(fnreg.dice)])
         channels = Subject(Image((fixed.labels == numbers).double(), fixed.image.grid), mask)
         plain = prepare(channels, channels, None, levels=2, min_size=4)
@@ -342,7 +342,7 @@ def test_masked_equals_cropped(seed: int, objective: Any) -> None:
     )
     assert fixed.labels is not None
     cropped = Subject(Image(fixed.image.data[cut], grid), labels=fixed.labels[cut])
-    found = evaluate(Subject(fixed.image, mask, fixed.labels), moving, mapping, objective=objective)[0]
+    found = evaluate(Subject(fixed.image, mask, labels=fixed.labels), moving, mapping, objective=objective)[0]
     assert_close(found, evaluate(cropped, moving, mapping, objective=objective)[0], atol=1e-12, rtol=0)
 
 
@@ -380,7 +380,7 @@ def test_a_registration_by_landmarks_is_a_function_of_them() -> None:
     fixed, moving, _ = pair_of()
 
     def found(places: Tensor, weight: Tensor) -> Tensor:
-        known = Subject(moving.image, None, moving.labels, places)
+        known = Subject(moving.image, labels=moving.labels, points=places)
         objective = 0.1 * fnreg.mse + weight * fnreg.landmarks
         result = register(
             fixed, known, Translation(), objective=objective, levels=1, steps=3, stop=None,
@@ -551,8 +551,9 @@ def test_bad_labels_and_points_of_a_batch_are_statuses_and_touch_no_neighbour() 
     ones = torch.ones(9).double()
 
     def made(side: Subject, labels: Any = None, points: Any = None, weights: Any = None) -> Subject:
-        known = (side.labels if labels is None else labels, side.points if points is None else points)
-        return Subject(side.image, None, *known, ones if weights is None else weights)
+        known: dict[str, Any] = {"labels": side.labels if labels is None else labels}
+        known |= {"points": side.points if points is None else points}
+        return Subject(side.image, **known, point_weights=ones if weights is None else weights)
 
     assert fixed.labels is not None and moving.labels is not None and fixed.points is not None
     lost = torch.where(torch.arange(9).unsqueeze(1) == 4, torch.nan, fixed.points)

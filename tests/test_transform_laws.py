@@ -613,6 +613,16 @@ def test_linear_transforms_are_a_family_of_their_own() -> None:
     assert "Linear" not in Transform.types
 
 
+def test_a_penalty_of_two_fields_is_refused() -> None:
+    """One of them would be left out of it."""
+    grid = Grid((12, 10))
+    both = Sequential((FFD(4), Affine(), FFD(2)))
+    with pytest.raises(ValueError, match="has 2 fields, of which a penalty would see one: register them as stages"):
+        both.field(both.init(grid), grid)
+    one = Sequential((FFD(4), Affine()))
+    assert torch.equal(one.field(one.init(grid), grid).coefficients, FFD(4).init(grid)["coefficients"])
+
+
 @pytest.mark.parametrize("transform", [Affine(), Held(Affine(), ("matrix",)), Sequential((Rigid(), Affine()))], ids=str)
 def test_linear_maps_have_no_field_to_smooth(transform: Transform) -> None:
     grid = Grid((4, 3))

@@ -211,6 +211,15 @@ class Objective:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, factor: float | Tensor) -> Objective:
+        return self * (1 / factor)
+
+    def __neg__(self) -> Objective:
+        return self * -1.0
+
+    def __sub__(self, other: Any) -> Objective:
+        return self + -objective(other)
+
     @property
     def needs(self) -> frozenset[str]:
         """All names that its terms ask for."""
@@ -312,8 +321,21 @@ def objective(value: Any) -> Objective:
     raise TypeError(f"an objective is a Term, a sum of terms or a callable, not {type(value).__name__}")
 
 
-def term(function: Callable[..., Any], residuals: Callable[..., Any] | None = None) -> Term:
-    """A term of weight one from an equation; raises TypeError where it asks for an unknown name."""
+def term(function: Callable[..., Any], *, residuals: Callable[..., Any] | None = None) -> Term:
+    """A term of weight one from an equation, with which it scales, adds and takes options.
+
+    function : of some of `NAMES`, which it gets by name, and of options, which have defaults; gives a scalar
+    residuals : of the same arguments; gives (R,), the sum of whose squares is the function's value.  With it the term
+        serves `GaussNewton`
+
+    Raises TypeError where the function asks for an unknown name.
+
+    >>> import torch, fnreg
+    >>> def above(warped, fixed, *, level=0.5):
+    ...     return (warped - fixed).square()[fixed > level].mean()
+    >>> 2 * fnreg.term(above)(level=0.3) + fnreg.bending
+    2 * above(level=0.3) + bending
+    """
     _needs(function)
     return Term(torch.ones((), dtype=torch.float64), function, (), residuals)
 

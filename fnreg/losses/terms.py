@@ -10,10 +10,10 @@ from fnreg.losses import consistency, descriptors, functional, information, loca
 from fnreg.losses.features import Feature
 from fnreg.losses.objective import Term, term
 
-mse = term(functional.mse, functional.mse_residuals)
+mse = term(functional.mse, residuals=functional.mse_residuals)
 mae = term(functional.mae)
 huber = term(functional.huber)
-ncc = term(functional.ncc, functional.ncc_residuals)
+ncc = term(functional.ncc, residuals=functional.ncc_residuals)
 lncc = term(local.lncc)
 
 mi = term(information.mi)

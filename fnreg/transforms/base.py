@@ -338,10 +338,13 @@ class Sequential(Transform):
         return first.there_and_back(begin, of_first)  # what acts after it has an exact inverse
 
     def field(self, params: Params, domain: Domain) -> Any:
-        for t, d, p in self._parts(domain, params):
-            if not t.linear:
-                return t.field(p, d)
-        return super().field(params, domain)
+        bent = [(t, d, p) for t, d, p in self._parts(domain, params) if not t.linear]
+        if len(bent) > 1:
+            raise ValueError(
+                f"{self} has {len(bent)} fields, of which a penalty would see one: register them as stages, each with "
+                "an objective of its own, or leave the penalty out"
+            )
+        return bent[0][0].field(bent[0][2], bent[0][1]) if bent else super().field(params, domain)
 
     def cast(self, params: Any, dtype: torch.dtype) -> Any:
         return tuple(t.cast(p, dtype) for t, p in zip(self.transforms, params, strict=True))

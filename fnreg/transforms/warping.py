@@ -77,7 +77,7 @@ def warp(
         return warped
     mask = None if image.mask is None else through(image.mask, "linear", "zeros")
     labels = None if image.labels is None else through(image.labels, "nearest", "zeros")
-    return Subject(warped, mask, labels)
+    return Subject(warped, mask, labels=labels)
 
 
 def warp_data(
