@@ -26,7 +26,7 @@ from fnreg.modes import Diagonal, Modes, Scaling, modes
 from fnreg.pair import Pair, pair_coords
 from fnreg.problem import Level
 from fnreg.pytree import in_parts, tree_vmap
-from fnreg.sandwich import Options, Seen, pair_at, pair_noise, pair_penalty, pair_residuals
+from fnreg.sandwich import Options, Seen, eigen, pair_at, pair_noise, pair_penalty, pair_residuals
 from fnreg.solvers.base import joined, parted
 from fnreg.solvers.conjugate import conjugate_gradients, dot
 from fnreg.solvers.scaled import Scaled
@@ -331,10 +331,10 @@ def clear(slopes: Tensor, others: Tensor, idle: Tensor, shape: tuple[int, ...], 
         unit = root[:, part].mT.unsqueeze(2)  # (n, D, 1)
         each = torch.where(positive, own[:, part], mixed[:, part])
         mean, each = (t[place.to(root.device)].movedim(2, 0) / (unit * unit.mT) for t in (means[:, part], each))
-        values, vectors = torch.linalg.eigh(mean)
+        values, vectors = eigen(mean)
         share = torch.where(positive, (values / (values + 1).clamp(min=1)).clamp(min=0).sqrt(), 1)
         kept = (vectors * torch.where(values > least, share, 0).unsqueeze(1)) @ vectors.mT
-        values, vectors = torch.linalg.eigh(kept @ each @ kept)
+        values, vectors = eigen(kept @ each @ kept)
         return unit * vectors * values.abs().sqrt().unsqueeze(1), values.sign()
 
     rows_of, signs = in_parts(some, count, EIGEN)

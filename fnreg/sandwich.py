@@ -220,28 +220,29 @@ def _known(cross: Tensor, idle: Tensor, count: Tensor) -> Tensor:
     Of noise alone the symmetric part of `cross`, in units of `idle`, has no eigenvalue beyond sqrt(2 P / N): Wigner's
     law, doi 10.2307/1970079.  Directions with less are not told from those without information.
     """
-    values, vectors = _eigen(idle)
+    values, vectors = eigen(idle)
     # Images without noise, such as equal ones, have none that could be a unit: then all is known.
     least = 1e-12 * torch.maximum(values.amax(), cross.abs().amax()).clamp(min=1e-200)
     values = values.clamp(min=least)
     root, back = vectors * values.sqrt(), vectors / values.sqrt()
-    ratio, turned = _eigen(back.mT @ cross @ back)
+    ratio, turned = eigen(back.mT @ cross @ back)
     kept = torch.where(ratio > (2 * len(cross) / count.clamp(min=1)).sqrt(), ratio, 0)
     basis = root @ turned
     return (basis * kept) @ basis.mT
 
 
-def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and vectors of the symmetric part; NaN of what is not finite, where LAPACK ends the whole batch."""
-    finite = torch.isfinite(matrix).all()
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., P) and vectors (..., P, P) of the symmetric part; NaN of a matrix that is not finite, where
+    LAPACK ends the whole batch."""
+    finite = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     values, vectors = torch.linalg.eigh(torch.where(finite, (matrix + matrix.mT) / 2, eye))
-    return torch.where(finite, values, torch.nan), torch.where(finite, vectors, torch.nan)
+    return torch.where(finite[..., 0], values, torch.nan), torch.where(finite, vectors, torch.nan)
 
 
 def inverse_within(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse within the directions of positive eigenvalues, and the projection on the others."""
-    values, vectors = _eigen(matrix)
+    values, vectors = eigen(matrix)
     good = values > 1e-10 * values.amax().clamp(min=0)
     inverse = (vectors * torch.where(good, 1 / torch.where(good, values, 1), 0)) @ vectors.mT
     return inverse, (vectors * (~good).to(vectors.dtype)) @ vectors.mT
@@ -249,7 +250,7 @@ def inverse_within(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _within(covariance: Tensor, most: float) -> tuple[Tensor, Tensor]:
     """The covariance without directions whose variance is beyond `most`, and the projection on these."""
-    values, vectors = _eigen(covariance)
+    values, vectors = eigen(covariance)
     good = values <= most
     kept = (vectors * torch.where(good, values.clamp(min=0), 0)) @ vectors.mT
     return kept, (vectors * (~good).to(vectors.dtype)) @ vectors.mT

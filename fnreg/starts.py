@@ -130,8 +130,9 @@ def center_of_mass(known: Subject) -> Tensor:
 
 
 def mass_of(known: Subject) -> Tensor:
-    """Intensities above their minimum times the mask (N,), float64."""
-    mass = torch.nan_to_num(known.image.data.to(torch.float64).sum(0).reshape(-1))
+    """Intensities above their minimum times the mask (N,), float64; what is not finite counts as 0."""
+    # Very large numbers in its place would add up to infinity, whose moments have no eigenvectors.
+    mass = torch.nan_to_num(known.image.data.to(torch.float64).sum(0).reshape(-1), nan=0.0, posinf=0.0, neginf=0.0)
     mass = mass - mass.min()
     return mass if known.mask is None else mass * known.mask.reshape(-1)
 
