@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -363,6 +364,25 @@ def test_a_trial_that_is_no_number_is_undone(name: str) -> None:
     solved = run(toy, toy.start(), SOLVERS[name], steps=60, stop=Stop())
     assert solved.status.tolist() == [Status.CONVERGED, Status.DIVERGED]
     assert_close(solved.params["x"], tensor([[1.0], [0.0]]), atol=1e-3, rtol=0)
+
+
+def test_what_is_tried_after_an_undone_step_is_shorter_also_where_the_limit_bound_it() -> None:
+    """Newton's step is 100 voxels long, 4 are let, and beyond 3 there is no number."""
+    tried: list[float] = []
+
+    class Watched(Bent):
+        def retract(self, params: Any, step: Any) -> Any:
+            tried.append(float(params["x"] + step["x"]))
+            return super().retract(params, step)
+
+    toy, solver = Watched(broken, tensor([[100.0, 3.0]]), 1), LBFGS()
+    params = toy.start()
+    carry = solver.init(toy, params)
+    for _ in range(12):
+        params, carry = solver.step(toy, params, carry, 0.0, None)[:2]
+    assert tried[:2] == [0.5, 4.5]  # half a voxel at first, then as far as is let
+    assert all(after < before for before, after in itertools.pairwise(tried) if before > 3)
+    assert 2 < float(params["x"]) <= 3
 
 
 @every_solver

@@ -83,10 +83,10 @@ class LBFGS(PerPair):
         downhill = known & (dot(ahead, before.slope) < 0) & torch.isfinite(ahead).all(1)
         ahead = torch.where(downhill.unsqueeze(1), ahead, steepest)
         size = ahead.abs().amax(1).to(carry.length.dtype)
-        first = FIRST / torch.where(size > 0, size, 1)
-        length = torch.where(downhill, carry.length, carry.length * first)
-        length = torch.minimum(length, self.limit / torch.where(size > 0, size, 1))
-        y = length.to(ahead.dtype).unsqueeze(1) * ahead
+        size = torch.where(size > 0, size, 1)
+        unit = torch.where(downhill, 1, FIRST / size)
+        tried = torch.minimum(carry.length, self.limit / (size * unit))
+        y = (tried * unit).to(ahead.dtype).unsqueeze(1) * ahead
         step = scaled.step(y)
         trial = problem.retract(params, step)
         look = scaled.look(trial)
@@ -100,7 +100,7 @@ class LBFGS(PerPair):
         # the lowest point of the parabola through both values and the slope
         below = 2 * (change - slope)
         least = (-slope / torch.where(below > 0, below, 1)).nan_to_num(nan=0.1).clamp(0.1, 0.5)
-        shorter = carry.length * least.to(carry.length.dtype)
+        shorter = tried * least.to(tried.dtype)
         kept = tree_choose(better, self._remember(carry, look, y), carry._replace(length=shorter))
         moved = torch.where(better, largest(step), torch.inf)
         found = tree_choose(better, trial, params)
