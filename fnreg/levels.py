@@ -247,5 +247,4 @@ def _looks(objective: Objective) -> bool:
 def is_pure(solver: Any) -> bool:
     """Whether a solver's steps are operations of torch alone, through which its transforms go."""
     optimizer = getattr(solver, "optimizer", None)
-    parts = optimizer.parts if isinstance(optimizer, optim.Chain) else (optimizer,)
-    return all(part is None or isinstance(part, optim.Clip) or getattr(part, "pure", False) for part in parts)
+    return optimizer is None or optim.is_pure(optimizer)

@@ -52,8 +52,11 @@ class Solves:
     iterations: int = 1000
 
     def __post_init__(self) -> None:
-        if self.probes < 2 or not 0 < self.tolerance < 1 or self.iterations < 1:
-            raise ValueError(f"{self!r}: expected probes >= 2, tolerance in (0, 1) and iterations >= 1")
+        whole = isinstance(self.probes, int) and isinstance(self.iterations, int)
+        if not whole or self.probes < 2 or not 0 < self.tolerance < 1 or self.iterations < 1:
+            raise ValueError(
+                f"{self!r}: expected probes >= 2 and iterations >= 1, whole numbers, and tolerance in (0, 1)"
+            )
 
 
 class Spread(NamedTuple):

@@ -203,7 +203,7 @@ def register(
         "border", "zeros", "reflection" or a number
     symmetric : the mean of the losses of moving onto fixed and of fixed onto moving, in the stages of SVF and SVFFD
     stop : when a pair is done; None takes all steps, which a run inside vmap or grad needs
-    progress : called with an `Event` now and then
+    progress : called with an `Event` now and then; not inside vmap
 
     Returns a `Registration`, without the history of its inputs: to differentiate through it by `loss.backward()`, use
     `fnreg.differentiable`.  A single pair that fails raises RegistrationError; in a batch its status names the

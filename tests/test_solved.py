@@ -331,9 +331,10 @@ def test_it_says_what_it_cannot_do(registered: Any, options: dict[str, Any], wor
 
 
 def test_solves_are_checked() -> None:
-    for wrong in ({"probes": 1}, {"tolerance": 0.0}, {"tolerance": 1.0}, {"iterations": 0}):
-        with pytest.raises(ValueError, match=r"expected probes >= 2, tolerance in \(0, 1\) and iterations >= 1"):
-            Solves(**wrong)
+    wrong: list[dict[str, Any]] = [{"probes": 1}, {"probes": 2.5}, {"tolerance": 0.0}, {"tolerance": 1.0}]
+    for options in [*wrong, {"iterations": 0}, {"iterations": 10.5}]:
+        with pytest.raises(ValueError, match=r"expected probes >= 2 and iterations >= 1, whole numbers, and tolerance"):
+            Solves(**options)
 
 
 def test_what_nothing_tells_about_is_told() -> None:

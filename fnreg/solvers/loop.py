@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fnreg import lengths
-from fnreg.pytree import tree_choose, tree_leaves, tree_map, tree_take
+from fnreg.pytree import is_concrete, tree_choose, tree_leaves, tree_map, tree_take
 from fnreg.solvers.base import Solved, Solver, Status, Stop, Taken, solver_of
 
 Progress = Callable[[int, int, int, float], None]  # step, steps, active pairs, mean value
@@ -41,7 +41,7 @@ def run(
     now : where the part before ended; then `params` and `frozen` do not count
     stop : None takes all of them, and then nothing depends on values: the loop may itself run inside vmap or grad
     frozen : (B,) pairs that stay as they are
-    progress : told now and then
+    progress : told now and then; ValueError inside vmap, where values cannot be looked at
     """
     device = tree_leaves(params)[0].device
     total, end = problem.size, steps if end is None else end
@@ -74,6 +74,8 @@ def run(
         lost, going = slots.running & ~finite, slots.running & finite
         after = tree_choose(going, taken.params, tree_choose(lost, slots.previous, slots.params))
         row = torch.where(going, taken.value, torch.nan)
+        if progress is not None and not is_concrete(row):
+            raise ValueError("progress cannot be told inside vmap: leave it out")
         course.add(slots, row, taken.terms)
         counts = _add(counts, slots.places, slots.running.to(torch.int64))
         ended, marks = torch.where(lost, Status.DIVERGED.value, -1), slots.marks
@@ -87,7 +89,7 @@ def run(
         full = slots.oldest == end
         look = full or (stop is not None and looked % stop.every == 0)
         if progress is not None and (look or stop is None):
-            found = row[torch.isfinite(row)]
+            found = row[torch.isfinite(row)].detach()
             shown = float(found.mean()) if len(found) else shown
             reached = slots.oldest if first is None else slots.reached(steps, total, len(waiting))
             progress(reached, steps, int(slots.running.sum()), shown)
