@@ -40,7 +40,8 @@ from fnreg.solvers.base import Status, Stop
 from fnreg.solvers.recorded import Recording
 from fnreg.stages import Stage, stages_of
 from fnreg.starts import STARTS, Start, begin, expand, initial_ranks, starts_ranks
-from fnreg.transforms.base import Mapping, Params, Transform
+from fnreg.symmetric import BothWays
+from fnreg.transforms.base import Mapping, Params, Transform, apart
 from fnreg.transforms.domain import same_place
 from fnreg.transforms.linear import Homogeneous
 from fnreg.transforms.warping import warp
@@ -331,22 +332,40 @@ def evaluate(
     objective: Any = mse,
     interpolation: Interpolation = "linear",
     padding: Padding | None = None,
+    symmetric: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Value of an objective under a mapping, and each term's: a search is `evaluate` on a batch of mappings.
 
-    Returns scalars, or (B,) where a leaf of images, mapping or weights has a batch axis.
+    fixed, moving : as they are, on no coarser level; leaves with one rank more are a batch
+    mapping : from fixed to moving world points, as `Registration.mapping` or made by hand
+    objective, interpolation, padding : as of `register`
+    symmetric : the mean of both ways, as of `register`; of a velocity alone or with a linear map after it
+
+    Returns the value and the unweighted value of each term by name: scalars, or (B,) where a leaf of images, mapping
+    or weights has a batch axis.  Infinite where no voxel of one image meets one of the other.  Raises ValueError where
+    the arguments do not fit together.
+
+    >>> import torch, fnreg
+    >>> fixed, moving = fnreg.data.digits(9, count=2)
+    >>> shifts = {"translation": torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]], dtype=torch.float64)}
+    >>> value, terms = fnreg.evaluate(fixed, moving, fnreg.Mapping(shifts, fixed.grid, fnreg.Translation()))
+    >>> value.shape, list(terms)
+    (torch.Size([3]), ['mse'])
     """
     total = as_objective(objective)
     options: dict[str, Any] = {"detach": False, "objectives": (total,), "interpolation": interpolation}
     whole = prepare(fixed, moving, None, levels=1, min_size=1, **options)
     check_dimension("mapping", mapping, whole.domain)
-    ranks = mapping.ranks()
-    sizes = batch_axes("mapping", mapping, ranks)[1] | batch_axes("objective", total, total.ranks())[1]
+    sizes = batch_axes("mapping", mapping, mapping.ranks())[1] | batch_axes("objective", total, total.ranks())[1]
     size = batch_size(whole.sizes | sizes)
-    own = isinstance(mapping.domain, Grid) and same_place(mapping.domain, whole.domain)
-    domain = None if own else mapping.domain
-    level = whole.level(0, mapping.transform, total, size or 1, padding, domain=domain)
-    found = level.value(expand(mapping.params, ranks.params, size or 1))
+    first, then = apart(mapping) if symmetric else (mapping, None)
+    if symmetric and not first.transform.negates:
+        raise ValueError(f"{first.transform} has no cheap inverse: symmetric goes with SVF and SVFFD")
+    own = isinstance(first.domain, Grid) and same_place(first.domain, whole.domain)
+    domain = None if own else first.domain
+    level = whole.level(0, first.transform, total, size or 1, padding, then, domain)
+    params = expand(first.params, first.ranks().params, size or 1)
+    found = (BothWays.of(level) if symmetric else level).value(params)
     return tree_map(lambda leaf: leaf[0], found) if size is None else found
 
 

@@ -129,7 +129,8 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
     how |= {} if initial is None else {"initial": initial, "start": "header"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        start, value, terms = before(fixed, moving, begun, plan.stages, plan.options.get("padding"))
+        looks = {name: plan.options[name] for name in ("padding", "symmetric") if name in plan.options}
+        start, value, terms = before(fixed, moving, begun, plan.stages, **looks)
         result = register(fixed, moving, plan.stages, **how, progress=progress, **plan.options)
     if plan.lattice is not None:
         start, result = own_mapping(start, grid), own(result, grid, plan.moving.image.grid)

@@ -54,10 +54,10 @@ from fnreg.pytree import (
 )
 from fnreg.registration import Registration
 from fnreg.sandwich import Found, Options, pair_covariance
-from fnreg.solved import SolvedLaplace, Told, first_map, is_then, linearised, mapped_by_step, tell
+from fnreg.solved import SolvedLaplace, Told, first_map, linearised, mapped_by_step, tell
 from fnreg.solvers.base import Status, parted
 from fnreg.starts import expand
-from fnreg.transforms.base import Mapping, Transform
+from fnreg.transforms.base import Mapping, Transform, apart
 from fnreg.transforms.domain import first_domain, single
 
 FAR = 3.0  # standard deviations
@@ -131,7 +131,7 @@ class Laplace:
         transform, domain, params = first_map(self.mapping)
         zero = transform.zero_step(domain)
         found = vmap(lambda flat: transform.retract(params, parted(flat, zero), domain))(noise @ root.mT)
-        if is_then(self.mapping):
+        if apart(self.mapping)[1] is not None:
             rest = tree_map(lambda leaf: leaf.expand(count, *leaf.shape), self.mapping.params[1:])
             found = (found, *rest)
         return Mapping(found, self.mapping.domain, self.mapping.transform)
@@ -228,7 +228,7 @@ def laplace(
     mapping = registration.mapping
     transform, domain, params = first_map(mapping)
     size = _check(transform, total, noise, reach, registration, fixed, interpolation, dense)
-    then = Mapping(mapping.params[1], mapping.domain[1], mapping.transform.transforms[1]) if is_then(mapping) else None  # type: ignore[attr-defined]
+    then = apart(mapping)[1]
     exact = [tree_map(lambda leaf: leaf.to(torch.float64), subject(image).image) for image in (fixed, moving)]
     whole = prepare(
         _with_image(fixed, exact[0]), _with_image(moving, exact[1]), then, levels=1, min_size=1, objectives=(total,)

@@ -25,13 +25,14 @@ from fnreg import (
     Transform,
     adam,
     bending,
+    evaluate,
     mse,
     register,
     stack,
 )
 from fnreg.inputs import prepare
 from fnreg.losses.objective import objective
-from fnreg.pytree import tree_leaves, tree_map
+from fnreg.pytree import batch_axes, first_pair, tree_leaves, tree_map, tree_take
 from fnreg.symmetric import BothWays
 
 GRID = Grid((20, 18), spacing=(1.0, 1.5), direction=[[0.6, -0.8], [0.8, 0.6]])
@@ -89,6 +90,25 @@ def test_masks_and_a_map_after_it_count_on_both_sides() -> None:
     assert_close(found.mapping.displacement(), clean.mapping.displacement(), rtol=0, atol=1e-9)
     result = register(fixed, moving, [Stage(Rigid(), objective=mse), SVFFD(stride=4)], **few())
     assert float(result.value) < float(register(fixed, moving, Rigid(), levels=2, steps=20).value)
+
+
+def test_evaluate_goes_both_ways_as_the_registration() -> None:
+    fixeds, movings = stack([blobs(n) for n in range(2)]), stack([blobs(n) for n in (5, 6)])
+    for stages in (SVFFD(stride=4), [Stage(Rigid(), objective=mse), SVF()]):
+        result = register(fixeds, movings, stages, **few(steps=3))
+        found = evaluate(fixeds, movings, result.mapping, objective=mse + 1e-3 * bending, symmetric=True)
+        close(found, (result.value, result.terms), atol=1e-12)
+        one_way = evaluate(fixeds, movings, result.mapping, objective=mse + 1e-3 * bending)
+        assert float((one_way[0] - found[0]).abs().min()) > 1e-6
+        one = first_pair(
+            tree_take(result.mapping, [1, 0], batch_axes("m", result.mapping, result.mapping.ranks())[0]),
+            result.mapping.ranks(),
+        )
+        alone = evaluate(blobs(1), blobs(6), one, objective=mse, symmetric=True)
+        assert_close(alone[0], result.terms["mse"][1], rtol=1e-12, atol=0)
+    result = register(blobs(0), blobs(5), FFD(8), levels=1, steps=1)
+    with pytest.raises(ValueError, match=r"FFD\(stride=8\) has no cheap inverse: symmetric goes with SVF and SVFFD"):
+        evaluate(blobs(0), blobs(5), result.mapping, symmetric=True)
 
 
 def test_a_pair_alone_equals_the_pair_in_a_batch() -> None:

@@ -81,12 +81,13 @@ def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]
         tree_map(lambda leaf: leaf.to(asked.device), stack(items))
         for items in zip(*(pair.ready() for pair in batch), strict=True)
     )
-    grid, stages, padding = fixed.image.grid, asked.stages, asked.options.get("padding")
+    grid, stages = fixed.image.grid, asked.stages
+    looks = {name: asked.options[name] for name in ("padding", "symmetric") if name in asked.options}
     known = batch[0].start if batch[0].start in STARTS else "header"
     torch.manual_seed(asked.settings.seed)
 
     def start_of(part: slice) -> Before:
-        return before(*tree_take((fixed, moving, begun), part), stages, padding)
+        return before(*tree_take((fixed, moving, begun), part), stages, **looks)
 
     with notes.hearing() as heard:
         begin = in_parts(start_of, len(batch), width)

@@ -365,3 +365,18 @@ class Sequential(Transform):
             tuple(part.domain for part in parts),
             Sequential(tuple(part.transform for part in parts)),
         )
+
+
+def apart(mapping: Mapping) -> tuple[Mapping, Mapping | None]:
+    """Of maps that `@` has composed, so with domains of their own, the one that acts first and what acts after it."""
+    transform, params, domain = mapping.transform, mapping.params, mapping.domain
+    if not isinstance(transform, Sequential) or isinstance(domain, Grid):
+        return mapping, None
+    first = Mapping(params[0], domain[0], transform.transforms[0])
+    match transform.transforms[1:]:
+        case ():
+            return first, None
+        case (one,):
+            return first, Mapping(params[1], domain[1], one)
+        case several:
+            return first, Mapping(params[1:], domain[1:], Sequential(several))
