@@ -19,7 +19,7 @@ from fnreg.fields import determinant
 from fnreg.gather import Interpolation, Padding
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
-from fnreg.inputs import Input, Inputs, check_dimension, prepare
+from fnreg.inputs import Input, Inputs, check_device, check_dimension, prepare
 from fnreg.levels import Event, Failures, Levels, Solution, Trace
 from fnreg.losses.objective import objective as as_objective
 from fnreg.losses.terms import mse
@@ -42,6 +42,7 @@ from fnreg.stages import Stage, stages_of
 from fnreg.starts import STARTS, Start, begin, expand, initial_ranks, starts_ranks
 from fnreg.symmetric import BothWays
 from fnreg.transforms.base import Mapping, Params, Transform, apart
+from fnreg.transforms.dense import Velocity
 from fnreg.transforms.domain import same_place
 from fnreg.transforms.linear import Homogeneous
 from fnreg.transforms.warping import warp
@@ -356,6 +357,7 @@ def evaluate(
     options: dict[str, Any] = {"detach": False, "objectives": (total,), "interpolation": interpolation}
     whole = prepare(fixed, moving, None, levels=1, min_size=1, **options)
     check_dimension("mapping", mapping, whole.domain)
+    check_device("mapping", mapping, whole.domain)
     sizes = batch_axes("mapping", mapping, mapping.ranks())[1] | batch_axes("objective", total, total.ranks())[1]
     size = batch_size(whole.sizes | sizes)
     first, then = apart(mapping) if symmetric else (mapping, None)
@@ -386,17 +388,20 @@ def _warn_of_gradients(**given: Any) -> None:
 
 def _warn_of_speed(found: Solution, domain: Grid) -> None:
     """Squaring a flow is inaccurate where its first step is longer than a voxel: say so."""
-    mapping = found.map(domain)
-
-    def one(mapping: Mapping) -> Any:
-        return mapping.transform.first_step(mapping.params, mapping.domain)
-
-    step = over_batch(one, mapping=(mapping, mapping.ranks()))
+    step = found.map(domain).first_step()
     if step is not None and is_concrete(step) and bool((step > 1).any()):
-        more = math.ceil(math.log2(float(step[torch.isfinite(step)].max())))
         warn(
             f"velocities of {found.transform} are too fast for its squarings in {int((step > 1).sum())} of {len(step)} "
-            f"pairs, so its inverse is inaccurate there: use {more} steps more, or a stronger penalty",
+            f"pairs, so its inverse is inaccurate there: {slower(found.transform, step)}",
             SpeedWarning,
             stacklevel=4,
         )
+
+
+def slower(transform: Transform, step: Tensor) -> str:
+    """What to do about first steps that are longer than a voxel."""
+    fast, flow = step[(step > 1) & torch.isfinite(step)], transform.flow
+    if not len(fast) or not isinstance(flow, Velocity):
+        return "use more squarings, or a stronger penalty"
+    enough = flow.steps + math.ceil(math.log2(float(fast.max())))
+    return f"use {type(flow).__name__}(steps={enough}), or a stronger penalty"

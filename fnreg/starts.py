@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
-from fnreg.inputs import Inputs, check_dimension
+from fnreg.inputs import Inputs, check_device, check_dimension
 from fnreg.pytree import over_batch, tree_detach, tree_flatten, tree_leaves, tree_map, tree_paths
 from fnreg.transforms.base import Mapping, Params, Transform
 from fnreg.transforms.domain import single
@@ -30,6 +30,7 @@ def initial_ranks(initial: Any, transform: Transform, domain: Grid) -> Any:
         check_dimension("initial", initial, domain)
         if family(transform) is None:
             raise ValueError(f"initial is a Mapping but {transform} is not linear: pass it as then, or give parameters")
+        check_device("initial", initial, domain)
         return initial.ranks()
     check_shapes("initial", initial, transform, domain)
     return transform.ranks(domain)
@@ -49,6 +50,7 @@ def check_shapes(name: str, params: Any, transform: Transform, domain: Grid) -> 
         shape = tuple(getattr(leaf, "shape", ()))
         if not isinstance(leaf, Tensor) or shape[len(shape) - like.ndim :] != tuple(like.shape):
             raise ValueError(f"{name}: {path} has shape {shape}, expected {tuple(like.shape)} at its end")
+    check_device(name, params, domain)
 
 
 def starts_ranks(starts: Any, transform: Transform, domain: Grid) -> Any:

@@ -33,6 +33,7 @@ from fnreg import (
 from fnreg.inputs import prepare
 from fnreg.losses.objective import objective
 from fnreg.pytree import batch_axes, first_pair, tree_leaves, tree_map, tree_take
+from fnreg.registration import SpeedWarning
 from fnreg.symmetric import BothWays
 
 GRID = Grid((20, 18), spacing=(1.0, 1.5), direction=[[0.6, -0.8], [0.8, 0.6]])
@@ -140,12 +141,24 @@ def test_velocities_too_fast_for_their_squarings_are_told() -> None:
     fixed, moving = blobs(0), blobs(1)
     fast = {"coefficients": 8 * torch.ones(2, *SVFFD(stride=4).lattice(GRID).shape, dtype=torch.float64)}
     options: dict[str, Any] = {"levels": 1, "steps": 0, "initial": fast, "padding": "border"}
-    with pytest.warns(UserWarning, match="too fast for its squarings in 1 of 1 pairs.*use 3 steps more"):
+    with pytest.warns(UserWarning, match=r"too fast for its squarings in 1 of 1 pairs.*use SVFFD\(steps=4\), or"):
         register(fixed, moving, SVFFD(stride=4, steps=1), **options)
     register(fixed, moving, SVFFD(stride=4, steps=4), **options)
     both = Sequential((SVFFD(stride=4, steps=1), Affine()))
-    with pytest.warns(UserWarning, match="too fast"):
-        register(fixed, moving, both, **options | {"initial": (fast, Affine().init(GRID))})
+    with pytest.warns(UserWarning, match=r"too fast.*use SVFFD\(steps=4\), or"):
+        result = register(fixed, moving, both, **options | {"initial": (fast, Affine().init(GRID))})
+    step = result.mapping.first_step()
+    assert step is not None and 4 < float(step) <= 8  # so it takes three squarings more
+    assert register(fixed, moving, Affine(), levels=1, steps=0).mapping.first_step() is None
+
+
+def test_a_velocity_that_is_infinite_is_told_too() -> None:
+    """Its pair has failed, and where no other is too fast there is no longest step to tell the squarings from."""
+    two = stack([blobs(0)] * 2), stack([blobs(1)] * 2)
+    zero = torch.zeros(2, *GRID.shape, dtype=torch.float64)
+    lost = {"velocity": torch.stack([zero, zero + 1e300])}
+    with pytest.warns(SpeedWarning, match="in 1 of 2 pairs.*use more squarings, or a stronger penalty"):
+        register(*two, SVF(steps=1), initial=lost, levels=1, steps=0)
 
 
 def test_velocities_under_vmap_are_not_looked_at() -> None:

@@ -114,6 +114,11 @@ class Transform:
             "Diffeomorphism; a linear stage gets an objective of its own, Stage(Affine(), objective=mse)"
         )
 
+    @property
+    def flow(self) -> Transform | None:
+        """The transform, or the part of it, whose map is the flow of a velocity by squaring."""
+        return None
+
     def first_step(self, params: Params, domain: Domain) -> Tensor | None:
         """Where the map is the flow of a velocity: the length in voxels of the longest step that is then squared."""
         return None
@@ -246,6 +251,13 @@ class Mapping:
 
         return self._each(lambda mapping: mapping.transform.matrix(mapping.params, mapping.domain))
 
+    def first_step(self) -> Tensor | None:
+        """Of the flow of a velocity the length in voxels of the longest step that is then squared, () or (B,).
+
+        Where it is longer than a voxel squaring is inaccurate.  None for any other map.
+        """
+        return self._each(lambda mapping: mapping.transform.first_step(mapping.params, mapping.domain))
+
     def inverse(self) -> Mapping:
         """The map from moving to fixed world points."""
         return self._each(lambda mapping: mapping.transform.inverse(mapping.params, mapping.domain))
@@ -326,6 +338,10 @@ class Sequential(Transform):
         matrices = matrices if begun.matrix is None else [begun.matrix, *matrices]
         whole = functools.reduce(lambda total, matrix: matrix @ total, matrices) if matrices else None
         return begun._replace(matrix=whole)
+
+    @property
+    def flow(self) -> Transform | None:
+        return next((t.flow for t in self.transforms if t.flow is not None), None)
 
     def first_step(self, params: Params, domain: Domain) -> Tensor | None:
         found = (t.first_step(p, d) for t, d, p in self._parts(domain, params))
