@@ -38,7 +38,7 @@ class Begin(NamedTuple):
         return begun if self.then is None else self.then @ begun
 
 
-def begin(start: str, first: Transform, grid: Grid) -> Begin | None:
+def begin_from_file(start: str, first: Transform, grid: Grid) -> Begin | None:
     """The start that a file gives: a linear map, or what an earlier run of the same transform has written; None where
     `start` is none of a file.
 

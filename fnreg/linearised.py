@@ -21,7 +21,6 @@ from fnreg import noise as noises
 from fnreg.filters import gaussian
 from fnreg.hessian import transposed
 from fnreg.losses import functional
-from fnreg.losses.objective import OF_IMAGES
 from fnreg.modes import Diagonal, Modes, Scaling, modes
 from fnreg.pair import Pair, pair_coords
 from fnreg.problem import Level
@@ -111,7 +110,7 @@ class Linearised:
     @functools.cached_property
     def _to_residuals(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Pull-back and push of the residuals (B, R) by what the moving images show (B, C, N)."""
-        (term,) = self.level.pairs.objective.divided(OF_IMAGES)[0].terms
+        (term,) = self.level.pairs.objective.similarities.terms
         if term.function is functional.mse and term.channels is None:  # the scale alone, which spares passes
 
             def scaled(values: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def _mask(path: Path | None, of: Path, image: Image, read: Callable[[Path], Imag
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def stages_of(settings: Settings) -> tuple[list[Stage], dict[str, Any]]:
+def settings_stages(settings: Settings) -> tuple[list[Stage], dict[str, Any]]:
     """The stages, and the options of `register` that hold for all.  Raises SettingsError."""
     transforms = settings.transforms()
     if settings.preset:

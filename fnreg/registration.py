@@ -39,7 +39,7 @@ from fnreg.search import Choice, search, search_levels
 from fnreg.solvers.base import Status, Stop
 from fnreg.solvers.recorded import Recording
 from fnreg.stages import Stage, stages_of
-from fnreg.starts import STARTS, Start, begin, expand, initial_ranks, starts_ranks
+from fnreg.starts import STARTS, Start, begin, expand, start_trees
 from fnreg.symmetric import BothWays
 from fnreg.transforms.base import Mapping, Params, Transform, apart
 from fnreg.transforms.dense import Velocity
@@ -291,11 +291,8 @@ def course(
         sizes = dict(whole.sizes)
         for part in objectives:
             sizes |= batch_axes("objective", part, part.ranks())[1]
-        if initial is not None:
-            sizes |= batch_axes("initial", initial, initial_ranks(initial, stages[0].transform, whole.domain))[1]
-        if starts is not None:
-            ranks = starts_ranks(starts, stages[0].transform, whole.domain)
-            sizes |= batch_axes("starts", starts, ranks)[1]
+        for name, tree, ranks in start_trees(initial, starts, stages[0].transform, whole.domain):
+            sizes |= batch_axes(name, tree, ranks)[1]
         given_starts = [name for name, value in (("initial", initial), ("starts", starts)) if value is not None]
         given_starts += [f"start={start!r}"] if start != "header" else []
         if len(given_starts) > 1:

@@ -16,7 +16,6 @@ from fnreg import fields
 from fnreg import noise as noises
 from fnreg.gather import Padding
 from fnreg.grid import Grid, index_points
-from fnreg.losses.objective import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
 from fnreg.pair import Pair, pair_coords, pair_found, pair_map, pair_seen
 from fnreg.pytree import tree_leaves
 from fnreg.sampling import sample
@@ -68,7 +67,7 @@ def pair_at(options: Options, params: Any, pair: Pair, coords: Tensor) -> Seen:
     seen, weights = pair_seen(pair, coords, options.padding)
     every = torch.ones_like(coords[:1]) if weights is None else weights
     residuals = pair_residuals(options, params, pair, seen.value, pair.fixed.data, every)
-    term = _similar(pair).terms[0]
+    term = pair.objective.similarities.terms[0]
     channels = len(_channels(pair))
     scale = (term.weight.to(every.dtype) * every / (channels * every.sum().clamp(min=1e-30))).sqrt()
     others = _slope_of_fixed(pair, coords)
@@ -78,7 +77,7 @@ def pair_at(options: Options, params: Any, pair: Pair, coords: Tensor) -> Seen:
 
 def pair_residuals(options: Options, params: Any, pair: Pair, warped: Tensor, fixed: Tensor, weights: Tensor) -> Tensor:
     """The residuals (R,) of the similarity of images (C, N) with weights (1, N)."""
-    similar = _similar(pair)
+    similar = pair.objective.similarities
     found = pair_found(options.transform, params, pair, warped, weights, similar.needs)
     return similar.residuals(found | {"fixed": fixed.reshape(pair.fixed.data.shape)})
 
@@ -113,17 +112,13 @@ def noise_deviation(factor: Tensor, variance: Tensor, weights: Tensor) -> Tensor
     return (factor * (variance * weights).sum() / weights.sum() / len(variance)).sqrt()
 
 
-def _similar(pair: Pair) -> Objective:
-    return pair.objective.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[0]
-
-
 def _channels(pair: Pair) -> Sequence[int]:
-    return _similar(pair).terms[0].channels or range(pair.moving.data.shape[0])
+    return pair.objective.similarities.terms[0].channels or range(pair.moving.data.shape[0])
 
 
 def pair_penalty(transform: Transform, params: Any, pair: Pair) -> Tensor:
     """The penalties, scalar."""
-    penalties = pair.objective.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[1]
+    penalties = pair.objective.penalties
     found = pair_map(transform, params, pair.domain, pair.fixed.grid, penalties.needs)
     return penalties.value(found)[0].to(torch.float64)
 
@@ -164,7 +159,7 @@ def pair_covariance(options: Options, params: Any, pair: Pair) -> Found:
     information = torch.einsum("pcn,qcn->pq", jacobian, jacobian)
     slope = torch.einsum("pcn,cn->p", jacobian, residuals)
     held = torch.zeros_like(information)
-    if pair.objective.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[1].terms:
+    if pair.objective.penalties.terms:
         held = jacfwd(grad(penalty))(start) / 2
         held = (held + held.mT) / 2
         slope = slope + grad(penalty)(start) / 2

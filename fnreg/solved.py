@@ -33,6 +33,7 @@ from fnreg.pytree import (
     pytree_dataclass,
     static,
     tree_flatten,
+    tree_known,
     tree_leaves,
     tree_take,
     tree_unflatten,
@@ -276,8 +277,7 @@ def tell(lin: Linearised, solves: Solves, alone: bool) -> Told:
         typical_error = typical_error + factor * typical * (slope.shape[1] - free)
     left = (dot(slope, newton) / typical_error).clamp(min=0).sqrt()
     told = (factor, typical, pull, bias, deviation, deviation * error / mean / 2, free, free_error, left)
-    told = [torch.where(ok.reshape(-1, *(1,) * (x.ndim - 1)), x, torch.nan) for x in told]
-    return Told(*told, positive)
+    return Told(*tree_known(ok, told), positive)
 
 
 def _negative(lin: Linearised, factor: Tensor, rows: Tensor, solves: Solves) -> Tensor:

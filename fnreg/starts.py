@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -61,6 +62,14 @@ def starts_ranks(starts: Any, transform: Transform, domain: Grid) -> Any:
         if leaf.ndim not in (rank + 1, rank + 2):
             raise ValueError(f"starts have shape {tuple(leaf.shape)}: expected an axis of starts before {rank} axes")
     return tree_map(lambda rank: rank + 1, ranks)
+
+
+def start_trees(initial: Any, starts: Any, transform: Transform, domain: Grid) -> Iterator[tuple[str, Any, Any]]:
+    """Of what says where to begin, as far as it is given, the name, the tree and the rank of each leaf for one pair."""
+    if initial is not None:
+        yield "initial", initial, initial_ranks(initial, transform, domain)
+    if starts is not None:
+        yield "starts", starts, starts_ranks(starts, transform, domain)
 
 
 def begin(

@@ -33,7 +33,7 @@ from fnreg.image import Image, Subject, subject
 from fnreg.inputs import prepare
 from fnreg.linearised import Solves
 from fnreg.losses import functional
-from fnreg.losses.objective import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
+from fnreg.losses.objective import OF_LABELS, OF_POINTS, Objective
 from fnreg.losses.objective import objective as as_objective
 from fnreg.losses.terms import mse
 from fnreg.notes import warn
@@ -46,6 +46,7 @@ from fnreg.pytree import (
     pytree_dataclass,
     static,
     tree_flatten,
+    tree_known,
     tree_leaves,
     tree_map,
     tree_take,
@@ -249,7 +250,7 @@ def laplace(
     if not (size <= LARGEST if dense is None else dense):
         return _solved(options, solves, mapping, level.pairs, failed, batch)
     found = Found(*tree_vmap(functools.partial(pair_covariance, options), (None, level.axes), params, level.pairs))
-    found = Found(*(torch.where(failed.reshape(-1, *(1,) * (x.ndim - 1)), torch.nan, x) for x in found))
+    found = tree_known(~failed, found)
     _warn_far(found.left, batch or 1)
     found = found if batch is not None else Found(*(x[0] for x in found))
     return Laplace(mapping, *found, transform)
@@ -258,13 +259,7 @@ def laplace(
 def _solved(
     options: Options, solves: Solves, mapping: Mapping, pairs: Pair, failed: Tensor, batch: int | None
 ) -> SolvedLaplace:
-    told = tell(linearised(options, mapping, pairs, batch or 1), solves, batch is None)
-    told = Told(
-        *(
-            torch.where(failed.reshape(-1, *(1,) * (x.ndim - 1)), torch.nan if x.is_floating_point() else False, x)
-            for x in told
-        )
-    )
+    told = tree_known(~failed, tell(linearised(options, mapping, pairs, batch or 1), solves, batch is None))
     _warn_far(told.left, batch or 1)
     told = told if batch is not None else Told(*(x[0] for x in told))
     return SolvedLaplace(mapping, **told._asdict(), pairs=pairs, options=options, solves=solves)
@@ -314,7 +309,7 @@ def _check(
         )
     if reach < 1:
         raise ValueError(f"reach is {reach}: expected at least 1 voxel")
-    similar = total.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[0]
+    similar = total.similarities
     for term in similar.terms:
         if term.residuals is None or not set(term.needs).isdisjoint((*OF_LABELS, *OF_POINTS)):
             raise ValueError(
