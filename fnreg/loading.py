@@ -125,7 +125,7 @@ def settings_stages(settings: Settings) -> tuple[list[Stage], dict[str, Any]]:
     counts = settings.counts()
     options = {"solver": settings.solver(), "levels": settings.levels, "padding": settings.outside()}
     options |= {"steps": counts[0] if len(counts) == 1 else counts, "symmetric": settings.symmetric}
-    return [Stage(transform, settings.objective(transform)) for transform in transforms], options
+    return [Stage(transform, objective=settings.objective(transform)) for transform in transforms], options
 
 
 def try_stage(stage: Stage, fixed: Image) -> None:

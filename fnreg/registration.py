@@ -269,7 +269,8 @@ def course(
 
     recording : how derivatives go through the loops of steps; None records nothing but where torch.func is around
     """
-    stages = stages_of(transform, objective, solver, optimizer, levels, steps, stop)
+    own = {"objective": objective, "optimizer": optimizer, "solver": solver}
+    stages = stages_of(transform, **own, levels=levels, steps=steps, stop=stop)
     if symmetric and not any(stage.transform.negates for stage in stages):
         raise ValueError(f"{stages[-1].transform} has no cheap inverse: symmetric registration goes with SVF and SVFFD")
     objectives = [part for stage in stages for part in stage.objective]

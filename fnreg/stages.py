@@ -17,15 +17,29 @@ from fnreg.transforms.base import Transform
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-    """One registration of a sequence; what is None is taken from the call of `register`.
+    """One registration of a sequence: a transform, and what it has of its own in place of what `register` was given.
 
-    objective, steps : for all levels, or a sequence from coarse to fine
+    transform : what is optimised
+    objective : for all levels, or a sequence from coarse to fine; None is the call's
+    optimizer : for the solver `Descent`, with the limit of the call's; None is the call's, unless there is a solver
+    solver : None is the call's, unless there is an optimizer
+    levels : None is the call's
+    steps : per level, or a sequence from coarse to fine; None is the call's
+    stop : when a pair is done; None takes all steps, "inherit" is the call's
+
+    >>> import fnreg
+    >>> rigid = fnreg.Stage(fnreg.Rigid(), solver=fnreg.GaussNewton(), levels=1, steps=10)
+    >>> bent = fnreg.Stage(fnreg.FFD(stride=4), objective=fnreg.mse + 0.1 * fnreg.bending)
+    >>> fixed, moving = fnreg.data.digits(9)
+    >>> fnreg.register(fixed, moving, [rigid, bent], levels=2, steps=20).steps.shape  # of three levels
+    torch.Size([3])
     """
 
     transform: Transform
+    _: dataclasses.KW_ONLY
     objective: Any = None
-    solver: Any = None
     optimizer: Any = None
+    solver: Any = None
     levels: int | None = None
     steps: int | Sequence[int] | None = None
     stop: Stop | Literal["inherit"] | None = "inherit"
@@ -42,10 +56,18 @@ class Stage:
 
 
 def stages_of(
-    transform: Any, objective: Any, solver: Any, optimizer: Any, levels: int, steps: Any, stop: Any
+    transform: Any, *, objective: Any, optimizer: Any, solver: Any, levels: int, steps: Any, stop: Any
 ) -> list[Stage]:
     """The stages of a call of `register`, with nothing left open."""
-    default = Stage(Transform(), objective, solver, optimizer, levels, steps, stop)
+    default = Stage(
+        Transform(),
+        objective=objective,
+        optimizer=optimizer,
+        solver=solver,
+        levels=levels,
+        steps=steps,
+        stop=stop,
+    )
     return [_resolve(stage, default) for stage in given(transform)]
 
 
@@ -97,8 +119,8 @@ def _resolve(asked: Stage | Transform, default: Stage) -> Stage:
         )
     return Stage(
         stage.transform,
-        several,
-        Descent() if solver is None else solver,
+        objective=several,
+        solver=Descent() if solver is None else solver,
         levels=levels,
         steps=default.steps if stage.steps is None else stage.steps,
         stop=stop,

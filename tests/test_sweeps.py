@@ -294,7 +294,7 @@ def test_labels_that_are_held_out_may_judge_what_saw_others() -> None:
 
     with pytest.raises(ValueError, match=r"dice.* sees the labels that are to judge it: judge by others"):
         sweep(fixed, moving, Rigid(), using, over={"weight": WEIGHTS}, **SHORT)
-    stages = [fnreg.Stage(Rigid(), fnreg.dice)]
+    stages = [fnreg.Stage(Rigid(), objective=fnreg.dice)]
     with pytest.raises(ValueError, match="sees the labels"):
         sweep(fixed, moving, stages, weighed, over={"weight": WEIGHTS}, **SHORT)
     others = tuple(dataclasses.replace(s, labels=(s.image.data > 0.8).long()) for s in (fixed, moving))
