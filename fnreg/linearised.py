@@ -42,7 +42,7 @@ class Solves:
 
     probes : random vectors of signs for the traces, which fix the strength of the noise; their number is the same for
         all pairs, and so are they
-    tolerance : of conjugate gradients, the relative residual; 1e-3 leaves about 0.3 % of a variance
+    tolerance : of conjugate gradients, the relative residual |A x - b| / |b|; 1e-3 leaves about 0.3 % of a variance
     iterations : at most, of each system; inside vmap exactly
     """
 

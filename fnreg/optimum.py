@@ -42,7 +42,7 @@ class Implicit:
     the number of steps.  Higher derivatives and forward mode are taken likewise.
 
     ridge : added to the Hessian, in units of the objective per squared voxel: a shorter derivative that always exists
-    tolerance : relative residual of the linear systems
+    tolerance : relative residual of the linear systems, |H x - b| / |b|; that of solvers is of the gradient
     iterations : of conjugate gradients at most
     check : voxels that a Newton step may still move a parameter by where the registration ended, which it is asked if
         a derivative is; None does not ask

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fnreg.pytree import tree_choose
-from fnreg.solvers.base import PerPair, Taken, largest, lowers
+from fnreg.solvers.base import PerPair, Problem, Taken, largest, lowers
 from fnreg.solvers.conjugate import dot
 from fnreg.solvers.scaled import Look, Scaled
 
@@ -42,7 +42,8 @@ class LBFGS(PerPair):
 
     memory : steps that are remembered
     limit : voxels; a longer step is shortened
-    tolerance : a pair has converged once no entry of its gradient by the step exceeds this
+    tolerance : a pair has converged once no entry of its gradient by the step exceeds this, in units of the objective
+        per voxel
     """
 
     memory: int = 10
@@ -57,7 +58,7 @@ class LBFGS(PerPair):
         if not (self.limit > 0 and self.tolerance >= 0):
             raise ValueError(f"{self!r}: expected limit > 0 and tolerance >= 0")
 
-    def init(self, problem: Any, params: Any) -> _Carry:
+    def init(self, problem: Problem, params: Any) -> _Carry:
         """Value and gradient where the level starts, and what a shift bends there."""
         scaled = Scaled(problem)
         look = scaled.look(params)
@@ -74,7 +75,9 @@ class LBFGS(PerPair):
         length = torch.ones(slope.shape[0], dtype=torch.float64, device=slope.device)
         return _Carry(look, length, history, history, history[:, :, 0], diagonal)
 
-    def step(self, problem: Any, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None) -> Taken:
+    def step(
+        self, problem: Problem, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None
+    ) -> Taken:
         """One trial step of every pair; the value is that after it."""
         scaled, before = Scaled(problem), carry.look
         steepest = -before.slope / carry.diagonal

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fnreg import lengths
 from fnreg.pytree import is_concrete, tree_choose, tree_leaves, tree_map, tree_take
-from fnreg.solvers.base import Solved, Solver, Status, Stop, Taken, solver_of
+from fnreg.solvers.base import Problem, Solved, Solver, Status, Stop, Taken, solver_of
 
 Progress = Callable[[int, int, int, float], None]  # step, steps, active pairs, mean value
 
@@ -22,7 +22,7 @@ ROOM = 8  # waiting pairs come in once this part of the slots is free: to move t
 
 
 def run(
-    problem: Any,
+    problem: Problem,
     params: Any,
     solver: Solver,
     *,
@@ -132,7 +132,7 @@ class _Slots(NamedTuple):
     """Pairs that run side by side, those at `places` of all; None for all in their order."""
 
     places: Tensor | None
-    problem: Any
+    problem: Any  # a `Problem`, or None of `_states`
     params: Any
     previous: Any  # one step before: known to have a finite value
     carry: Any
@@ -142,7 +142,7 @@ class _Slots(NamedTuple):
 
     @staticmethod
     def start(
-        problem: Any, params: Any, solver: Solver, index: Tensor | None, running: Tensor, stop: Stop | None
+        problem: Problem, params: Any, solver: Solver, index: Tensor | None, running: Tensor, stop: Stop | None
     ) -> _Slots:
         if index is not None:
             problem, params, running = problem.take(index), tree_take(params, index), running[index]
@@ -191,7 +191,7 @@ class _Slots(NamedTuple):
         age = self.age if isinstance(self.age, int) else self.age[keep.cpu()]
         return _Slots(index, None, params, previous, carry, running, marks, age)
 
-    def join(self, keep: Tensor, fresh: _Slots, problem: Any) -> _Slots:
+    def join(self, keep: Tensor, fresh: _Slots, problem: Problem) -> _Slots:
         """Some of them, and beside them others that begin; problem : that of all pairs."""
         old = self._states(keep)
         counts = len(old.running), len(fresh.running)
