@@ -36,7 +36,7 @@ def registered(steps: tuple[int, int, int]) -> tuple[Registration, float, float]
     begin = time.perf_counter()
     affine = register(fixed, moving, Affine(), objective=ncc, solver=GaussNewton(), levels=4, steps=(20, 10, 5, 0))
     middle = time.perf_counter()
-    both = Stage(Sequential((Diffeomorphism(), Affine())), mse, optimizer=adam(0.5), levels=3, steps=steps)
+    both = Stage(Sequential((Diffeomorphism(), Affine())), objective=mse, optimizer=adam(0.5), levels=3, steps=steps)
     result = register(fixed, moving, [both], then=affine.mapping, stop=None)
     return result, middle - begin, time.perf_counter() - middle
 

@@ -82,8 +82,8 @@ def run(options: Options) -> list[Table]:
         table.notes = (f"without hippocampi: {missing}",)
         return [table]
     steps = (5, 3, 1) if options.quick else (60, 60, 20)
-    affine = Stage(Affine(), BOTH, steps=steps)
-    field = Stage(FFD(stride=6), lncc(radius=3) + bending, steps=steps)
+    affine = Stage(Affine(), objective=BOTH, steps=steps)
+    field = Stage(FFD(stride=6), objective=lncc(radius=3) + bending, steps=steps)
     for name, stages in {"affine, MI + LNCC": [affine], "affine and free-form, LNCC": [affine, field]}.items():
 
         def of_crops(stop: Stop | None, stages: list[Stage] = stages) -> Registration:

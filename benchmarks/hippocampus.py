@@ -97,10 +97,10 @@ def registered(
     fixed: Subject, moving: Subject, method: tuple[Transform, Any] | None, steps: tuple[tuple[int, ...], ...]
 ) -> Registration:
     """All pairs in one call: an affine map, then a field where a method asks for one."""
-    stages = [Stage(Affine(), BOTH, steps=steps[0])]
+    stages = [Stage(Affine(), objective=BOTH, steps=steps[0])]
     if method is not None:
         transform, objective = method
-        stages.append(Stage(transform, objective, optimizer=OPTIMIZER, steps=steps[1]))
+        stages.append(Stage(transform, objective=objective, optimizer=OPTIMIZER, steps=steps[1]))
     # A moving mask would be differentiated, which takes long: what is repeated beyond the crop is let in instead.
     return register(fixed, moving.image, stages, start="center", stop=None)
 

@@ -37,9 +37,9 @@ def ours(weight: float, steps: tuple[int, ...]) -> Flow:
     """A shift, then a field with little total variation."""
 
     def flow(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        field = Stage(Displacement(), charbonnier + weight * total_variation, stop=None)
+        field = Stage(Displacement(), objective=charbonnier + weight * total_variation, stop=None)
         fixed, moving = Image.from_array(left), Image.from_array(right)
-        shift = Stage(Translation(), ncc)
+        shift = Stage(Translation(), objective=ncc)
         options: dict[str, Any] = {"levels": LEVELS, "steps": steps, "padding": "border"}
         return register(fixed, moving, [shift, field], **options).mapping.displacement(fixed.grid).numpy()
 

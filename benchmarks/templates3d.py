@@ -79,7 +79,7 @@ def deformable(
 ) -> Registration:
     """A field before the affine map."""
     transform, objective = method
-    stage = Stage(transform, objective, optimizer=adam(0.25, decay=1.0), steps=steps)
+    stage = Stage(transform, objective=objective, optimizer=adam(0.25, decay=1.0), steps=steps)
     return register(fixed, moving, stage, then=then, stop=None)
 
 

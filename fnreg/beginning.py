@@ -38,7 +38,7 @@ class Begin(NamedTuple):
         return begun if self.then is None else self.then @ begun
 
 
-def begin(start: str, first: Transform, grid: Grid) -> Begin | None:
+def begin_from_file(start: str, first: Transform, grid: Grid) -> Begin | None:
     """The start that a file gives: a linear map, or what an earlier run of the same transform has written; None where
     `start` is none of a file.
 
@@ -86,13 +86,25 @@ class Before(NamedTuple):
     terms: dict[str, Tensor]
 
 
-def before(fixed: Subject, moving: Subject, begun: Begin, stages: Sequence[Stage], padding: Padding | None) -> Before:
-    """How good the start is by the last objective: a stage that can be penalised does not move at the start."""
+def before(
+    fixed: Subject,
+    moving: Subject,
+    begun: Begin,
+    stages: Sequence[Stage],
+    *,
+    padding: Padding | None = None,
+    symmetric: bool = False,
+) -> Before:
+    """How good the start is by what the last stage lowers: one that can be penalised does not move at the start.
+
+    padding, symmetric : as of `register`
+    """
     first, last, grid = stages[0].transform, stages[-1], fixed.image.grid
     start = begun.mapping(first, grid)
     if first.linear and not last.transform.linear:
         start = start @ _identity(last.transform, grid)
-    value, terms = evaluate(fixed, moving, start, objective=last.objective, padding=padding)
+    both = symmetric and last.transform.negates
+    value, terms = evaluate(fixed, moving, start, objective=last.objective, padding=padding, symmetric=both)
     meets = _meet(start, grid, moving.image)
     value, terms = tree_map(lambda found: torch.where(meets, found, torch.nan), (value, terms))
     return Before(start, value, terms)

@@ -168,7 +168,7 @@ class Story:
             ("svffd", "SVFFD, 0.01 bending", SVFFD(stride=2), 0.01),
         ):
             objective = mse + penalty * bending
-            stages = [Rigid(), Stage(transform, objective)]
+            stages = [Rigid(), Stage(transform, objective=objective)]
             result = self._register(part, what, fixed, moving, stages, **shared)
             title = f"Two nines, rigid then {what}"
             self.figures[f"bent-{name}"] = plot.overview(fixed, moving, result.warp(moving), unit="pixels", title=title)

@@ -11,6 +11,7 @@ whole.  Weights of voxels count as constants.  Schraudolph 2002, doi 10.1162/089
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from fnreg.gather import Padding
-from fnreg.losses.objective import Objective
+from fnreg.losses.objective import Objective, Term
 from fnreg.pair import Pair, pair_energy, pair_views
 from fnreg.pytree import is_concrete, tree_map
 from fnreg.transforms.base import Transform
@@ -36,10 +37,8 @@ def gauss_newton(over: Over, objective: Objective, params: Any, zero: Any, *, re
     recorded : whether the products themselves are differentiated, by parameters or images
     """
 
-    def squares(leaf: Any) -> bool:
-        return leaf.residuals is not None and not (is_concrete(leaf.weight) and bool((leaf.weight < 0).any()))
-
-    which = tuple(squares(term) for term in objective.terms)
+    kinds = [_kind(term) for term in objective.terms]
+    which = tuple(squares for squares, _ in kinds)
 
     def residuals(transform: Transform, padding: Padding | None, seen: Any, rest: Any, pair: Pair) -> list[Tensor]:
         found = _together(transform, seen, rest, pair)
@@ -47,14 +46,22 @@ def gauss_newton(over: Over, objective: Objective, params: Any, zero: Any, *, re
         return [term.residuals(**term.arguments(found)) for term in terms]  # type: ignore[misc]
 
     def weighed(transform: Transform, padding: Padding | None, pushed: list[Tensor], pair: Pair) -> list[Tensor]:
-        weights = [term.weight for term, yes in zip(pair.objective.terms, which, strict=True) if yes]
+        weights = [
+            _part(term.weight, negative=False) if whole else term.weight
+            for term, (squares, whole) in zip(pair.objective.terms, kinds, strict=True)
+            if squares
+        ]
         return [2 * weight.to(leaf.dtype) * leaf for weight, leaf in zip(weights, pushed, strict=True)]
 
     def slope(transform: Transform, padding: Padding | None, seen: Any, rest: Any, pair: Pair) -> Any:
-        others = Objective(tuple(term for term, yes in zip(pair.objective.terms, which, strict=True) if not yes))
+        others = [
+            dataclasses.replace(term, weight=_part(term.weight, negative=True)) if squares else term
+            for term, (squares, whole) in zip(pair.objective.terms, kinds, strict=True)
+            if whole
+        ]
 
         def value(seen: Any) -> Tensor:
-            return others.value(_together(transform, seen, rest, pair))[0]
+            return Objective(tuple(others)).value(_together(transform, seen, rest, pair))[0]
 
         return grad(value)(seen)
 
@@ -67,7 +74,7 @@ def gauss_newton(over: Over, objective: Objective, params: Any, zero: Any, *, re
         found, back = of_residuals
         forth = transposed(back, found)
         parts.append(lambda along: back(over(weighed, forth(along)))[0])
-    if not all(which):
+    if any(whole for _, whole in kinds):
         curved = vjp(lambda z: over(slope, z, rest), seen)[1]  # a Hessian is its own transpose
         parts.append(lambda along: curved(along)[0])
 
@@ -77,6 +84,22 @@ def gauss_newton(over: Over, objective: Objective, params: Any, zero: Any, *, re
         return pull(tree_map(lambda *leaves: sum(leaves[1:], leaves[0]), *several))[0]
 
     return product if recorded else _unrecorded(product)
+
+
+def _kind(term: Term) -> tuple[bool, bool]:
+    """Whether a term counts by its residuals for some of the pairs, and by its whole second derivative for some: so
+    it does for pairs whose weight is negative, of which there is no root."""
+    if term.residuals is None:
+        return False, True
+    if not is_concrete(term.weight):
+        return True, False
+    negative = term.weight < 0
+    return not bool(negative.all()), bool(negative.any())
+
+
+def _part(weight: Tensor, *, negative: bool) -> Tensor:
+    """The weight where it is of this sign, else 0."""
+    return torch.where((weight < 0) == negative, weight, 0)
 
 
 def hessian(over: Over, params: Any, zero: Any, *, recorded: bool = False) -> Product:

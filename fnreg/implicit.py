@@ -25,7 +25,7 @@ from torch.func import vjp
 
 from fnreg.notes import warn
 from fnreg.problem import Level
-from fnreg.pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten, tree_where
+from fnreg.pytree import tree_flatten, tree_known, tree_leaves, tree_map, tree_unflatten
 from fnreg.solvers.base import joined, parted
 from fnreg.solvers.conjugate import conjugate_gradients, dot
 from fnreg.symmetric import BothWays
@@ -231,11 +231,7 @@ def _marked(step: Any, good: Tensor) -> Any:
     """NaN for the pairs without a derivative, but where nothing is asked of it: 0 of what is not known is 0."""
     rows = [leaf.flatten(1) for leaf in tree_leaves(step)]
     known = good | torch.stack([(row == 0).all(1) for row in rows]).all(0)
-    return _or_nan(known, step)
-
-
-def _or_nan(known: Tensor, step: Any) -> Any:
-    return tree_where(known, step, tree_map(lambda leaf: torch.full_like(leaf, torch.nan), step))
+    return tree_known(known, step)
 
 
 def _inverse(problem: Problem, right: Any, params: Any, data: Leaves) -> Any:
@@ -259,7 +255,7 @@ class _Inverse(torch.autograd.Function):
             if problem.alone:
                 raise NoOptimumError(fault)
             warn(f"{int((asked & ~solved).sum())} of {len(solved)} derivatives are NaN: {fault}")
-        return tuple(tree_leaves(_or_nan(solved, found.step)))
+        return tuple(tree_leaves(tree_known(solved, found.step)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

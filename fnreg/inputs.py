@@ -19,7 +19,17 @@ from fnreg.losses.objective import OF_LABELS, OF_POINTS, Objective
 from fnreg.notes import warn
 from fnreg.pair import Pair
 from fnreg.problem import Level
-from fnreg.pytree import batch_axes, batch_size, is_concrete, is_transformed, over_batch, tree_detach, tree_map
+from fnreg.pytree import (
+    batch_axes,
+    batch_size,
+    is_concrete,
+    is_transformed,
+    over_batch,
+    tree_detach,
+    tree_flatten,
+    tree_map,
+    tree_paths,
+)
 from fnreg.solvers.base import Status
 from fnreg.transforms.base import Mapping, Transform
 from fnreg.transforms.domain import Domain, first_domain
@@ -193,13 +203,17 @@ def prepare(
     sides: list[tuple[tuple[Image, ...], tuple[Tensor | None, ...]]] = []
     subjects: list[list[Subject]] = []
     for name, given in (("fixed", fixed), ("moving", moving)):
-        known = [subject(item) for item in given] if isinstance(given, Sequence) else [subject(given)]
+        several = list(given) if isinstance(given, Sequence) else [given]
+        known = [subject(item) for item in several]
         if not known:
             raise ValueError(f"{name} is an empty pyramid: give at least one image")
         if max(known[0].image.grid.size) < 4:
             raise ValueError(f"{name} has size {known[0].image.grid.size}: expected at least 4 voxels along some axis")
         for finer, coarser in itertools.pairwise(known):
             _check_order(name, finer.image, coarser.image)
+        here = (subjects[0] if subjects else known)[0].image.grid
+        for item in several:
+            check_device(name, item, here)
         for item in known:
             sizes |= batch_axes(name, item, item.ranks())[1]
         known = [_fill(tree_map(Tensor.contiguous, tree_detach(item) if detach else item)) for item in known]
@@ -223,6 +237,7 @@ def prepare(
     _fit_together(fixed_images[0], moving_images[0])
     if then is not None:
         check_dimension("then", then, fixed_images[0].grid)
+        check_device("then", then, fixed_images[0].grid)
     if batch_size(sizes) == 0:
         raise ValueError("the batch is empty: give at least one pair")
     for objective in objectives:
@@ -332,6 +347,18 @@ def check_dimension(name: str, mapping: Mapping, grid: Grid) -> None:
     found = first_domain(mapping.domain).ndim
     if found != grid.ndim:
         raise ValueError(f"{name} maps points of {found} dimensions but the images have {grid.ndim}")
+
+
+def check_device(name: str, tree: Any, fixed: Grid) -> None:
+    """ValueError where a leaf is not where the fixed grid is."""
+    here, leaves = fixed.center.device, tree_flatten(tree)[0]
+    away = [leaf.device != here if isinstance(leaf, Tensor) else False for leaf in leaves]
+    if not any(away):
+        return
+    path, leaf = tree_paths(tree)[away.index(True)], leaves[away.index(True)]
+    told = name if isinstance(tree, Image) and all(away) else f"{name}{'' if path.startswith('[') else '.'}{path}"
+    other = "its grid" if name == "fixed" else "fixed"
+    raise ValueError(f"{told} is on {leaf.device} but {other} is on {here}: give {told}.to({str(here)!r})")
 
 
 def _fill(known: Subject) -> Subject:

@@ -14,7 +14,7 @@ from fnreg import optim
 from fnreg.gather import Padding
 from fnreg.grid import Grid
 from fnreg.inputs import Inputs
-from fnreg.losses.objective import OF_IMAGES, OF_LABELS, Objective
+from fnreg.losses.objective import Objective
 from fnreg.problem import Level, refine
 from fnreg.pytree import in_parts, is_concrete, is_tracked, pytree_dataclass, static, tree_map, tree_take
 from fnreg.solvers.base import Status, solver_of
@@ -141,7 +141,7 @@ class Levels:
         traces: list[Trace] = []
         level: Level | BothWays | None = None
         for depth, count in zip(range(len(counts) - 1, -1, -1), counts, strict=True):
-            finer = self._level(depth)
+            finer = level_at(whole, self.stage, depth, self.size, self.then, self.padding, self.symmetric)
             each = torch.arange(self.size, device=device).repeat_interleave(width)
             work = finer if starts is None else finer.take(each)
             params = transform.cast(params, whole.fixed[0].data.dtype) if level is None else params
@@ -149,7 +149,7 @@ class Levels:
                 before = whole.domain if level is None else level.pairs.domain
                 before = tree_take(before, each, domain_axes(before))
                 params = refine(transform, params, before, work.pairs.domain)
-            if level is None and whole.visible and _looks(self._objective(depth)):
+            if level is None and whole.visible and objective_at(self.stage, depth).looks:
                 apart = (self._in_parts(type(work).overlap, work, params) <= 0).reshape(self.size, width).all(1)
                 failures = failures.add(apart, Status.NO_OVERLAP)
             level = finer
@@ -161,7 +161,7 @@ class Levels:
             else:
                 solved = run_recorded(work, params, solver, recording=recording, **options)
             params, status, taken, history = solved.params, solved.status, solved.steps, solved.history
-            terms = solved.terms if count else dict.fromkeys(self._objective(depth).names, history)
+            terms = solved.terms if count else dict.fromkeys(objective_at(self.stage, depth).names, history)
             if starts is not None:
                 keep = 1 if depth == 0 else max(1, width // 2**whole.domain.ndim)
                 best, chosen = self._best(work, params, status, width, keep)
@@ -173,29 +173,18 @@ class Levels:
             traces.append(Trace(history, terms, self.number, depth))
         assert level is not None
         value, terms = self._in_parts(type(level).value, level, params)
-        if whole.visible and _looks(self._objective(0)):
+        if whole.visible and objective_at(self.stage, 0).looks:
             failures = failures.add(self._in_parts(type(level).overlap, level, params) <= 0, Status.LOST_OVERLAP)
         status = torch.where(failures.cause > 0, failures.cause, status)
         if self.recording is not None:  # in place of faulty images there are others, see `Inputs.without`
             value, terms = tree_map(lambda x: torch.where(failures.cause > 0, torch.nan, x), (value, terms))
         return Solution(transform, params, self.then, value, terms, status, steps, traces, failures)
 
-    def _level(self, depth: int) -> Level | BothWays:
-        stage = self.stage
-        objective = self._objective(depth)
-        level = self.whole.level(depth, stage.transform, objective, self.size, self.padding, self.then)
-        return BothWays.of(level) if self.symmetric and stage.transform.negates else level
-
     def _recording(self, depth: int) -> Recording | None:
         """Where only the last steps count, these are of the finest level of the last stage."""
         if self.recording is None or self.recording.last is None:
             return self.recording
         return self.recording if depth == 0 and self.number == self.stages - 1 else Recording(last=0)
-
-    def _objective(self, depth: int) -> Objective:
-        """That of a level, 0 the finest; a pyramid that ends early drops the coarsest."""
-        several: Sequence[Objective] = self.stage.objective
-        return several[-1 - depth] if len(several) > 1 else several[0]
 
     def _counts(self) -> list[int]:
         """Steps per level, coarse to fine; a pyramid that ends early drops the coarsest."""
@@ -239,13 +228,27 @@ class Levels:
         return tell
 
 
-def _looks(objective: Objective) -> bool:
-    """Whether an objective asks for voxels, of which some have to be in sight."""
-    return not objective.needs.isdisjoint((*OF_IMAGES, *OF_LABELS))
+def objective_at(stage: Stage, depth: int) -> Objective:
+    """That of a level, 0 the finest; a pyramid that ends early drops the coarsest."""
+    several: Sequence[Objective] = stage.objective
+    return several[-1 - depth] if len(several) > 1 else several[0]
+
+
+def level_at(
+    whole: Inputs,
+    stage: Stage,
+    depth: int,
+    size: int,
+    then: Mapping | None,
+    padding: Padding | None,
+    symmetric: bool,
+) -> Level | BothWays:
+    """The problem of a level of a stage, 0 the finest: both ways where that is asked for and there are two."""
+    level = whole.level(depth, stage.transform, objective_at(stage, depth), size, padding, then)
+    return BothWays.of(level) if symmetric and stage.transform.negates else level
 
 
 def is_pure(solver: Any) -> bool:
     """Whether a solver's steps are operations of torch alone, through which its transforms go."""
     optimizer = getattr(solver, "optimizer", None)
-    parts = optimizer.parts if isinstance(optimizer, optim.Chain) else (optimizer,)
-    return all(part is None or isinstance(part, optim.Clip) or getattr(part, "pure", False) for part in parts)
+    return optimizer is None or optim.is_pure(optimizer)

@@ -21,12 +21,11 @@ from fnreg import noise as noises
 from fnreg.filters import gaussian
 from fnreg.hessian import transposed
 from fnreg.losses import functional
-from fnreg.losses.objective import OF_IMAGES
 from fnreg.modes import Diagonal, Modes, Scaling, modes
 from fnreg.pair import Pair, pair_coords
 from fnreg.problem import Level
 from fnreg.pytree import in_parts, tree_vmap
-from fnreg.sandwich import Options, Seen, pair_at, pair_noise, pair_penalty, pair_residuals
+from fnreg.sandwich import Options, Seen, eigen, pair_at, pair_noise, pair_penalty, pair_residuals
 from fnreg.solvers.base import joined, parted
 from fnreg.solvers.conjugate import conjugate_gradients, dot
 from fnreg.solvers.scaled import Scaled
@@ -43,7 +42,7 @@ class Solves:
 
     probes : random vectors of signs for the traces, which fix the strength of the noise; their number is the same for
         all pairs, and so are they
-    tolerance : of conjugate gradients, the relative residual; 1e-3 leaves about 0.3 % of a variance
+    tolerance : of conjugate gradients, the relative residual |A x - b| / |b|; 1e-3 leaves about 0.3 % of a variance
     iterations : at most, of each system; inside vmap exactly
     """
 
@@ -52,8 +51,11 @@ class Solves:
     iterations: int = 1000
 
     def __post_init__(self) -> None:
-        if self.probes < 2 or not 0 < self.tolerance < 1 or self.iterations < 1:
-            raise ValueError(f"{self!r}: expected probes >= 2, tolerance in (0, 1) and iterations >= 1")
+        whole = isinstance(self.probes, int) and isinstance(self.iterations, int)
+        if not whole or self.probes < 2 or not 0 < self.tolerance < 1 or self.iterations < 1:
+            raise ValueError(
+                f"{self!r}: expected probes >= 2 and iterations >= 1, whole numbers, and tolerance in (0, 1)"
+            )
 
 
 class Spread(NamedTuple):
@@ -108,7 +110,7 @@ class Linearised:
     @functools.cached_property
     def _to_residuals(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Pull-back and push of the residuals (B, R) by what the moving images show (B, C, N)."""
-        (term,) = self.level.pairs.objective.divided(OF_IMAGES)[0].terms
+        (term,) = self.level.pairs.objective.similarities.terms
         if term.function is functional.mse and term.channels is None:  # the scale alone, which spares passes
 
             def scaled(values: Tensor) -> Tensor:
@@ -331,10 +333,10 @@ def clear(slopes: Tensor, others: Tensor, idle: Tensor, shape: tuple[int, ...], 
         unit = root[:, part].mT.unsqueeze(2)  # (n, D, 1)
         each = torch.where(positive, own[:, part], mixed[:, part])
         mean, each = (t[place.to(root.device)].movedim(2, 0) / (unit * unit.mT) for t in (means[:, part], each))
-        values, vectors = torch.linalg.eigh(mean)
+        values, vectors = eigen(mean)
         share = torch.where(positive, (values / (values + 1).clamp(min=1)).clamp(min=0).sqrt(), 1)
         kept = (vectors * torch.where(values > least, share, 0).unsqueeze(1)) @ vectors.mT
-        values, vectors = torch.linalg.eigh(kept @ each @ kept)
+        values, vectors = eigen(kept @ each @ kept)
         return unit * vectors * values.abs().sqrt().unsqueeze(1), values.sign()
 
     rows_of, signs = in_parts(some, count, EIGEN)

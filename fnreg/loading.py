@@ -115,7 +115,7 @@ def _mask(path: Path | None, of: Path, image: Image, read: Callable[[Path], Imag
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def stages_of(settings: Settings) -> tuple[list[Stage], dict[str, Any]]:
+def settings_stages(settings: Settings) -> tuple[list[Stage], dict[str, Any]]:
     """The stages, and the options of `register` that hold for all.  Raises SettingsError."""
     transforms = settings.transforms()
     if settings.preset:
@@ -125,7 +125,7 @@ def stages_of(settings: Settings) -> tuple[list[Stage], dict[str, Any]]:
     counts = settings.counts()
     options = {"solver": settings.solver(), "levels": settings.levels, "padding": settings.outside()}
     options |= {"steps": counts[0] if len(counts) == 1 else counts, "symmetric": settings.symmetric}
-    return [Stage(transform, settings.objective(transform)) for transform in transforms], options
+    return [Stage(transform, objective=settings.objective(transform)) for transform in transforms], options
 
 
 def try_stage(stage: Stage, fixed: Image) -> None:

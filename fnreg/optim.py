@@ -76,6 +76,13 @@ def purely(optimizer: Any) -> Any:
     return dataclasses.replace(optimizer, pure=True) if isinstance(optimizer, (Adam, SGD)) else optimizer
 
 
+def is_pure(optimizer: Any) -> bool:
+    """Whether its updates are fnreg's own lines, through which the transforms of torch.func go."""
+    if isinstance(optimizer, Chain):
+        return all(is_pure(part) for part in optimizer.parts)
+    return isinstance(optimizer, (Normalized, Clip)) or bool(getattr(optimizer, "pure", False))
+
+
 def counts_each(state: Any) -> bool:
     """Whether a state is of each pair alone: torchopt's has one count of steps for all of them."""
     if isinstance(state, _State):

@@ -15,15 +15,13 @@ from fnreg.call import asked, check_unseen, course_of, stages_in
 from fnreg.concrete import concretely
 from fnreg.implicit import Condition, NoOptimumError, Search, optimum, solve
 from fnreg.inputs import Inputs, prepare
-from fnreg.levels import Solution
+from fnreg.levels import Solution, level_at
 from fnreg.notes import warn
-from fnreg.problem import Level
 from fnreg.pytree import batch_axes, batch_size, is_transformed, tree_leaves, tree_map
 from fnreg.registration import Course, Registration, register
 from fnreg.solvers.base import Status, largest
 from fnreg.stages import Stage
-from fnreg.starts import holds, initial_ranks, starts_ranks
-from fnreg.symmetric import BothWays
+from fnreg.starts import holds, start_trees
 from fnreg.transforms.base import Mapping, Sequential, Transform
 from fnreg.transforms.held import Held
 
@@ -44,7 +42,7 @@ class Implicit:
     the number of steps.  Higher derivatives and forward mode are taken likewise.
 
     ridge : added to the Hessian, in units of the objective per squared voxel: a shorter derivative that always exists
-    tolerance : relative residual of the linear systems
+    tolerance : relative residual of the linear systems, |H x - b| / |b|; that of solvers is of the gradient
     iterations : of conjugate gradients at most
     check : voxels that a Newton step may still move a parameter by where the registration ended, which it is asked if
         a derivative is; None does not ask
@@ -115,7 +113,9 @@ class Implicit:
     def _reached(self, made: Course, number: int, given: dict[str, Any], good: Tensor) -> Tensor:
         """The pairs (B,) whose stage ended where a Newton step is short; a pair that is alone raises."""
         done, stage = made.done[number], made.stages[number]
-        condition, data = Condition.of(_finest(made.whole, stage, len(good), done.then, given))
+        condition, data = Condition.of(
+            level_at(made.whole, stage, 0, len(good), done.then, given["padding"], given["symmetric"])
+        )
         slope, again = (condition.gradient(done.params, data) for _ in range(2))
         if not _alike(slope, again):
             raise ValueError(
@@ -169,7 +169,7 @@ class Implicit:
             if number and not holds(stage.transform, stages[number - 1].transform):
                 before = done[-1].map(whole.domain)
                 then = before if then is None else then @ before
-            level = _finest(whole, stage, batch or 1, then, given)
+            level = level_at(whole, stage, 0, batch or 1, then, given["padding"], given["symmetric"])
             if number in needed:
                 condition, data = Condition.of(level)
                 alone = batch is None
@@ -192,12 +192,6 @@ def _alike(once: Any, twice: Any) -> bool:
     return all(bool(((a - b).abs() <= 1e-5 * a.abs().amax()).all()) for a, b in pairs)
 
 
-def _finest(whole: Inputs, stage: Stage, size: int, then: Mapping | None, given: dict[str, Any]) -> Level | BothWays:
-    """The finest level of a stage."""
-    level = whole.level(0, stage.transform, stage.objective[-1], size, given["padding"], then)
-    return BothWays.of(level) if given["symmetric"] and stage.transform.negates else level
-
-
 def _needed(stages: list[Stage]) -> list[int]:
     """The stages whose maps the result has: the last one, and those that no later one goes on from."""
     last = len(stages) - 1
@@ -214,12 +208,9 @@ def _ranks(tree: dict[str, Any], stages: list[Stage], whole: Inputs) -> tuple[di
     sizes = whole.sizes | batch_axes("objective", tree["objectives"], ranks["objectives"])[1]
     if "then" in tree:
         ranks["then"] = tree["then"].ranks()
-    if "initial" in tree:
-        ranks["initial"] = initial_ranks(tree["initial"], first, whole.domain)
-        sizes |= batch_axes("initial", tree["initial"], ranks["initial"])[1]
-    if "starts" in tree:
-        ranks["starts"] = starts_ranks(tree["starts"], first, whole.domain)
-        sizes |= batch_axes("starts", tree["starts"], ranks["starts"])[1]
+    for name, given, found in start_trees(tree.get("initial"), tree.get("starts"), first, whole.domain):
+        ranks[name] = found
+        sizes |= batch_axes(name, given, found)[1]
     return ranks, sizes
 
 

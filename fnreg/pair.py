@@ -15,7 +15,7 @@ from fnreg.annotations import Annotations
 from fnreg.gather import Interpolation, Padding, Sampled, within
 from fnreg.grid import Grid, apply_matrix, index_points
 from fnreg.image import Image
-from fnreg.losses.objective import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
+from fnreg.losses.objective import OF_LABELS, OF_POINTS, Objective
 from fnreg.pytree import pytree_dataclass, static, tree_flatten, tree_leaves, tree_unflatten
 from fnreg.sampling import interpolate, sample
 from fnreg.transforms.base import Mapping, Transform
@@ -178,7 +178,7 @@ def pair_views(
     """All that the objective asks for, by name, and the weights by which voxels are in sight."""
     needs = pair.objective.needs
     points = pair_points(transform, params, pair, needs)
-    if needs.isdisjoint((*OF_IMAGES, *OF_LABELS)):  # no voxel is asked for, so none has to be in sight
+    if not pair.objective.looks:  # no voxel is asked for, so none has to be in sight
         return pair_map(transform, params, pair.domain, pair.fixed.grid, needs) | points, None
     coords = pair_coords(transform, params, pair)
     seen, weights = pair_seen(pair, coords, padding)

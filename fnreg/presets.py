@@ -24,12 +24,12 @@ from fnreg.transforms.linear import Affine
 def _brain(*steps: int) -> dict[str, Any]:
     field = Stage(
         Diffeomorphism(gradient=0.75, smooth=0.55),
-        lncc(radius=3, flat=0.2),
+        objective=lncc(radius=3, flat=0.2),
         optimizer=adam(0.8, b2=0.99, decay=1.0, relative=3.0),
         levels=3,
         steps=steps,
     )
-    affine = Stage(Affine(), ncc, GaussNewton(), levels=4, steps=(20, 10, 5, 0))
+    affine = Stage(Affine(), objective=ncc, solver=GaussNewton(), levels=4, steps=(20, 10, 5, 0))
     return {"transform": [affine, field], "padding": "zeros", "stop": None}
 
 

@@ -122,6 +122,15 @@ def tree_where(mask: Tensor, yes: T, no: T) -> T:
     return tree_map(lambda a, b: torch.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, b), yes, no)
 
 
+def tree_known(known: Tensor, tree: T) -> T:
+    """Per item of the leading axis: the leaves where it is known (B,), else NaN, or 0 and False, which have none."""
+
+    def lost(leaf: Tensor) -> Tensor:
+        return torch.full_like(leaf, torch.nan) if leaf.is_floating_point() else torch.zeros_like(leaf)
+
+    return tree_where(known, tree, tree_map(lost, tree))
+
+
 def tree_choose(mask: Tensor, yes: T, no: T) -> T:
     """`tree_where` for loops: where all items agree, and to look costs nothing, one of the two as it stands.
 

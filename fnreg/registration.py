@@ -19,7 +19,7 @@ from fnreg.fields import determinant
 from fnreg.gather import Interpolation, Padding
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
-from fnreg.inputs import Input, Inputs, check_dimension, prepare
+from fnreg.inputs import Input, Inputs, check_device, check_dimension, prepare
 from fnreg.levels import Event, Failures, Levels, Solution, Trace
 from fnreg.losses.objective import objective as as_objective
 from fnreg.losses.terms import mse
@@ -39,8 +39,10 @@ from fnreg.search import Choice, search, search_levels
 from fnreg.solvers.base import Status, Stop
 from fnreg.solvers.recorded import Recording
 from fnreg.stages import Stage, stages_of
-from fnreg.starts import STARTS, Start, begin, expand, initial_ranks, starts_ranks
-from fnreg.transforms.base import Mapping, Params, Transform
+from fnreg.starts import STARTS, Start, begin, expand, start_trees
+from fnreg.symmetric import BothWays
+from fnreg.transforms.base import Mapping, Params, Transform, apart
+from fnreg.transforms.dense import Velocity
 from fnreg.transforms.domain import same_place
 from fnreg.transforms.linear import Homogeneous
 from fnreg.transforms.warping import warp
@@ -203,7 +205,7 @@ def register(
         "border", "zeros", "reflection" or a number
     symmetric : the mean of the losses of moving onto fixed and of fixed onto moving, in the stages of SVF and SVFFD
     stop : when a pair is done; None takes all steps, which a run inside vmap or grad needs
-    progress : called with an `Event` now and then
+    progress : called with an `Event` now and then; not inside vmap
 
     Returns a `Registration`, without the history of its inputs: to differentiate through it by `loss.backward()`, use
     `fnreg.differentiable`.  A single pair that fails raises RegistrationError; in a batch its status names the
@@ -267,7 +269,8 @@ def course(
 
     recording : how derivatives go through the loops of steps; None records nothing but where torch.func is around
     """
-    stages = stages_of(transform, objective, solver, optimizer, levels, steps, stop)
+    own = {"objective": objective, "optimizer": optimizer, "solver": solver}
+    stages = stages_of(transform, **own, levels=levels, steps=steps, stop=stop)
     if symmetric and not any(stage.transform.negates for stage in stages):
         raise ValueError(f"{stages[-1].transform} has no cheap inverse: symmetric registration goes with SVF and SVFFD")
     objectives = [part for stage in stages for part in stage.objective]
@@ -289,11 +292,8 @@ def course(
         sizes = dict(whole.sizes)
         for part in objectives:
             sizes |= batch_axes("objective", part, part.ranks())[1]
-        if initial is not None:
-            sizes |= batch_axes("initial", initial, initial_ranks(initial, stages[0].transform, whole.domain))[1]
-        if starts is not None:
-            ranks = starts_ranks(starts, stages[0].transform, whole.domain)
-            sizes |= batch_axes("starts", starts, ranks)[1]
+        for name, tree, ranks in start_trees(initial, starts, stages[0].transform, whole.domain):
+            sizes |= batch_axes(name, tree, ranks)[1]
         given_starts = [name for name, value in (("initial", initial), ("starts", starts)) if value is not None]
         given_starts += [f"start={start!r}"] if start != "header" else []
         if len(given_starts) > 1:
@@ -331,22 +331,41 @@ def evaluate(
     objective: Any = mse,
     interpolation: Interpolation = "linear",
     padding: Padding | None = None,
+    symmetric: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Value of an objective under a mapping, and each term's: a search is `evaluate` on a batch of mappings.
 
-    Returns scalars, or (B,) where a leaf of images, mapping or weights has a batch axis.
+    fixed, moving : as they are, on no coarser level; leaves with one rank more are a batch
+    mapping : from fixed to moving world points, as `Registration.mapping` or made by hand
+    objective, interpolation, padding : as of `register`
+    symmetric : the mean of both ways, as of `register`; of a velocity alone or with a linear map after it
+
+    Returns the value and the unweighted value of each term by name: scalars, or (B,) where a leaf of images, mapping
+    or weights has a batch axis.  Infinite where no voxel of one image meets one of the other.  Raises ValueError where
+    the arguments do not fit together.
+
+    >>> import torch, fnreg
+    >>> fixed, moving = fnreg.data.digits(9, count=2)
+    >>> shifts = {"translation": torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]], dtype=torch.float64)}
+    >>> value, terms = fnreg.evaluate(fixed, moving, fnreg.Mapping(shifts, fixed.grid, fnreg.Translation()))
+    >>> value.shape, list(terms)
+    (torch.Size([3]), ['mse'])
     """
     total = as_objective(objective)
     options: dict[str, Any] = {"detach": False, "objectives": (total,), "interpolation": interpolation}
     whole = prepare(fixed, moving, None, levels=1, min_size=1, **options)
     check_dimension("mapping", mapping, whole.domain)
-    ranks = mapping.ranks()
-    sizes = batch_axes("mapping", mapping, ranks)[1] | batch_axes("objective", total, total.ranks())[1]
+    check_device("mapping", mapping, whole.domain)
+    sizes = batch_axes("mapping", mapping, mapping.ranks())[1] | batch_axes("objective", total, total.ranks())[1]
     size = batch_size(whole.sizes | sizes)
-    own = isinstance(mapping.domain, Grid) and same_place(mapping.domain, whole.domain)
-    domain = None if own else mapping.domain
-    level = whole.level(0, mapping.transform, total, size or 1, padding, domain=domain)
-    found = level.value(expand(mapping.params, ranks.params, size or 1))
+    first, then = apart(mapping) if symmetric else (mapping, None)
+    if symmetric and not first.transform.negates:
+        raise ValueError(f"{first.transform} has no cheap inverse: symmetric goes with SVF and SVFFD")
+    own = isinstance(first.domain, Grid) and same_place(first.domain, whole.domain)
+    domain = None if own else first.domain
+    level = whole.level(0, first.transform, total, size or 1, padding, then, domain)
+    params = expand(first.params, first.ranks().params, size or 1)
+    found = (BothWays.of(level) if symmetric else level).value(params)
     return tree_map(lambda leaf: leaf[0], found) if size is None else found
 
 
@@ -367,17 +386,20 @@ def _warn_of_gradients(**given: Any) -> None:
 
 def _warn_of_speed(found: Solution, domain: Grid) -> None:
     """Squaring a flow is inaccurate where its first step is longer than a voxel: say so."""
-    mapping = found.map(domain)
-
-    def one(mapping: Mapping) -> Any:
-        return mapping.transform.first_step(mapping.params, mapping.domain)
-
-    step = over_batch(one, mapping=(mapping, mapping.ranks()))
+    step = found.map(domain).first_step()
     if step is not None and is_concrete(step) and bool((step > 1).any()):
-        more = math.ceil(math.log2(float(step[torch.isfinite(step)].max())))
         warn(
             f"velocities of {found.transform} are too fast for its squarings in {int((step > 1).sum())} of {len(step)} "
-            f"pairs, so its inverse is inaccurate there: use {more} steps more, or a stronger penalty",
+            f"pairs, so its inverse is inaccurate there: {slower(found.transform, step)}",
             SpeedWarning,
             stacklevel=4,
         )
+
+
+def slower(transform: Transform, step: Tensor) -> str:
+    """What to do about first steps that are longer than a voxel."""
+    fast, flow = step[(step > 1) & torch.isfinite(step)], transform.flow
+    if not len(fast) or not isinstance(flow, Velocity):
+        return "use more squarings, or a stronger penalty"
+    enough = flow.steps + math.ceil(math.log2(float(fast.max())))
+    return f"use {type(flow).__name__}(steps={enough}), or a stronger penalty"

@@ -7,11 +7,10 @@ All of them are repeated here, whether they are options of `register` or lie in 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from fnreg import optim
 from fnreg.grid import Grid
@@ -19,8 +18,8 @@ from fnreg.inputs import check_dimension
 from fnreg.losses.objective import Objective, Term
 from fnreg.pytree import Axes, batch_axes, tree_flatten, tree_leaves, tree_paths, tree_unflatten
 from fnreg.solvers.base import solver_of
-from fnreg.stages import Stage
-from fnreg.starts import check_shapes, initial_ranks
+from fnreg.stages import Stage, given
+from fnreg.starts import start_trees, starts_ranks
 from fnreg.transforms.base import Transform
 
 T = TypeVar("T")
@@ -59,7 +58,7 @@ def option_sizes(options: Mapping[str, Any], first: Transform | None, grid: Grid
 def stage_sizes(transform: Any) -> dict[str, int]:
     """Lengths of the batch axes of the weights of stages, by name."""
     sizes: dict[str, int] = {}
-    for number, stage in enumerate(_stages(transform)):
+    for number, stage in enumerate(given(transform)):
         if isinstance(stage, Stage):
             for name, tree, ranks in _objectives(f"objective of stage {number}", stage.objective):
                 sizes |= batch_axes(name, tree, ranks)[1]
@@ -93,26 +92,18 @@ def repeat_stages(transform: Any, *, pairs: int, count: int) -> Any:
         given = {name: getattr(stage, name) for name in ("objective", "optimizer", "solver")}
         return dataclasses.replace(stage, **_repeat_parts(f" of stage {number}", given, pairs, count))
 
-    made = [one(number, stage) for number, stage in enumerate(_stages(transform))]
-    return made if _several(transform) else made[0]
-
-
-def _stages(transform: Any) -> Sequence[Any]:
-    return transform if _several(transform) else [transform]
-
-
-def _several(transform: Any) -> bool:
-    return isinstance(transform, Sequence) and not isinstance(transform, str)
+    made = [one(number, stage) for number, stage in enumerate(given(transform))]
+    return made[0] if len(made) == 1 else made
 
 
 def _trees(options: Mapping[str, Any], first: Transform | None, grid: Grid) -> Iterator[tuple[str, Any, Any]]:
     """Names, trees and their ranks for one pair of options that may have the axis of the pairs."""
-    then, initial = options.get("then"), options.get("initial")
+    then = options.get("then")
     if then is not None:
         check_dimension("then", then, grid)
         yield "then", then, then.ranks()
-    if initial is not None and first is not None:
-        yield "initial", initial, initial_ranks(initial, first, grid)
+    if first is not None:
+        yield from start_trees(options.get("initial"), None, first, grid)
     yield from _objectives("objective", options.get("objective"))
 
 
@@ -147,27 +138,19 @@ def _repeat_parts(where: str, given: Mapping[str, Any], pairs: int, count: int) 
 
 def _check_rates(name: str, optimizer: Any, pairs: int) -> None:
     """A rate too many would be left out in silence."""
-    if isinstance(optimizer, optim.Chain):
-        for part in optimizer.parts:
-            _check_rates(name, part, pairs)
-        return
-    rate = getattr(optimizer, "lr", None)
-    if isinstance(rate, Tensor) and rate.ndim and tuple(rate.shape) != (pairs,):
-        told = "one pair" if pairs == 1 else f"{pairs} pairs"
-        raise ValueError(f"{name}: lr has shape {tuple(rate.shape)} for {told}: give one rate, or one per pair")
+    for rate in optim.rates(optimizer):
+        if rate.ndim and tuple(rate.shape) != (pairs,):
+            told = "one pair" if pairs == 1 else f"{pairs} pairs"
+            raise ValueError(f"{name}: lr has shape {tuple(rate.shape)} for {told}: give one rate, or one per pair")
 
 
 def _repeat_starts(starts: Any, first: Transform, grid: Grid, pairs: int, count: int) -> Any:
     """Starts (B, S, ...) of each pair; those that all share, (S, ...), as they are."""
-    check_shapes("starts", starts, first, grid)
-    ranks = tree_leaves(first.ranks(grid))
-    axes: list[int | None] = []
-    for path, leaf, rank in zip(tree_paths(starts), tree_leaves(starts), ranks, strict=True):
-        more = leaf.ndim - rank
-        if more not in (1, 2) or (more == 2 and len(leaf) != pairs):
+    axes, _ = batch_axes("starts", starts, starts_ranks(starts, first, grid))
+    for path, leaf, axis in zip(tree_paths(starts), tree_leaves(starts), axes, strict=True):
+        if axis == 0 and len(leaf) != pairs:
             told = "one pair" if pairs == 1 else f"{pairs} pairs"
             raise ValueError(
                 f"starts: {path} has shape {tuple(leaf.shape)} for {told}: give (S, ...) for all of them or (B, S, ...)"
             )
-        axes.append(0 if more == 2 else None)
-    return repeated(starts, tuple(axes), count)
+    return repeated(starts, axes, count)

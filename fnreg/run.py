@@ -21,12 +21,12 @@ import torch
 
 import fnreg
 from fnreg import agreement, extras, results
-from fnreg.beginning import Begin, before, begin, starting
+from fnreg.beginning import Begin, before, begin_from_file, starting
 from fnreg.image import Subject
 from fnreg.io.files import write_bytes
 from fnreg.lattice import Lattice, own, own_mapping
 from fnreg.levels import Event
-from fnreg.loading import Files, device_of, read, stages_of, try_stage
+from fnreg.loading import Files, device_of, read, settings_stages, try_stage
 from fnreg.output import OutputFolder
 from fnreg.registration import SpeedWarning, register
 from fnreg.settings import Settings
@@ -88,7 +88,7 @@ def prepare(files: Files, settings: Settings) -> Plan:
 
     Raises SettingsError, ImageReadError, PointReadError, TransformReadError, DeviceError or MissingExtraError.
     """
-    stages, options = stages_of(settings)
+    stages, options = settings_stages(settings)
     device = device_of(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -108,7 +108,7 @@ def prepare(files: Files, settings: Settings) -> Plan:
             domain, _ = lattice.grids(domain, subjects[1].image.grid)
         except ValueError as problem:
             raise SettingsError(str(problem)) from None
-    begun = begin(settings.start, stages[0].transform, domain)
+    begun = begin_from_file(settings.start, stages[0].transform, domain)
     return Plan(files, settings, *subjects, pair.known, stages, options, begun, lattice, figures, notes)
 
 
@@ -129,7 +129,8 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
     how |= {} if initial is None else {"initial": initial, "start": "header"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        start, value, terms = before(fixed, moving, begun, plan.stages, plan.options.get("padding"))
+        looks = {name: plan.options[name] for name in ("padding", "symmetric") if name in plan.options}
+        start, value, terms = before(fixed, moving, begun, plan.stages, **looks)
         result = register(fixed, moving, plan.stages, **how, progress=progress, **plan.options)
     if plan.lattice is not None:
         start, result = own_mapping(start, grid), own(result, grid, plan.moving.image.grid)

@@ -16,7 +16,6 @@ from fnreg import fields
 from fnreg import noise as noises
 from fnreg.gather import Padding
 from fnreg.grid import Grid, index_points
-from fnreg.losses.objective import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
 from fnreg.pair import Pair, pair_coords, pair_found, pair_map, pair_seen
 from fnreg.pytree import tree_leaves
 from fnreg.sampling import sample
@@ -68,7 +67,7 @@ def pair_at(options: Options, params: Any, pair: Pair, coords: Tensor) -> Seen:
     seen, weights = pair_seen(pair, coords, options.padding)
     every = torch.ones_like(coords[:1]) if weights is None else weights
     residuals = pair_residuals(options, params, pair, seen.value, pair.fixed.data, every)
-    term = _similar(pair).terms[0]
+    term = pair.objective.similarities.terms[0]
     channels = len(_channels(pair))
     scale = (term.weight.to(every.dtype) * every / (channels * every.sum().clamp(min=1e-30))).sqrt()
     others = _slope_of_fixed(pair, coords)
@@ -78,7 +77,7 @@ def pair_at(options: Options, params: Any, pair: Pair, coords: Tensor) -> Seen:
 
 def pair_residuals(options: Options, params: Any, pair: Pair, warped: Tensor, fixed: Tensor, weights: Tensor) -> Tensor:
     """The residuals (R,) of the similarity of images (C, N) with weights (1, N)."""
-    similar = _similar(pair)
+    similar = pair.objective.similarities
     found = pair_found(options.transform, params, pair, warped, weights, similar.needs)
     return similar.residuals(found | {"fixed": fixed.reshape(pair.fixed.data.shape)})
 
@@ -113,17 +112,13 @@ def noise_deviation(factor: Tensor, variance: Tensor, weights: Tensor) -> Tensor
     return (factor * (variance * weights).sum() / weights.sum() / len(variance)).sqrt()
 
 
-def _similar(pair: Pair) -> Objective:
-    return pair.objective.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[0]
-
-
 def _channels(pair: Pair) -> Sequence[int]:
-    return _similar(pair).terms[0].channels or range(pair.moving.data.shape[0])
+    return pair.objective.similarities.terms[0].channels or range(pair.moving.data.shape[0])
 
 
 def pair_penalty(transform: Transform, params: Any, pair: Pair) -> Tensor:
     """The penalties, scalar."""
-    penalties = pair.objective.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[1]
+    penalties = pair.objective.penalties
     found = pair_map(transform, params, pair.domain, pair.fixed.grid, penalties.needs)
     return penalties.value(found)[0].to(torch.float64)
 
@@ -164,7 +159,7 @@ def pair_covariance(options: Options, params: Any, pair: Pair) -> Found:
     information = torch.einsum("pcn,qcn->pq", jacobian, jacobian)
     slope = torch.einsum("pcn,cn->p", jacobian, residuals)
     held = torch.zeros_like(information)
-    if pair.objective.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[1].terms:
+    if pair.objective.penalties.terms:
         held = jacfwd(grad(penalty))(start) / 2
         held = (held + held.mT) / 2
         slope = slope + grad(penalty)(start) / 2
@@ -220,28 +215,29 @@ def _known(cross: Tensor, idle: Tensor, count: Tensor) -> Tensor:
     Of noise alone the symmetric part of `cross`, in units of `idle`, has no eigenvalue beyond sqrt(2 P / N): Wigner's
     law, doi 10.2307/1970079.  Directions with less are not told from those without information.
     """
-    values, vectors = _eigen(idle)
+    values, vectors = eigen(idle)
     # Images without noise, such as equal ones, have none that could be a unit: then all is known.
     least = 1e-12 * torch.maximum(values.amax(), cross.abs().amax()).clamp(min=1e-200)
     values = values.clamp(min=least)
     root, back = vectors * values.sqrt(), vectors / values.sqrt()
-    ratio, turned = _eigen(back.mT @ cross @ back)
+    ratio, turned = eigen(back.mT @ cross @ back)
     kept = torch.where(ratio > (2 * len(cross) / count.clamp(min=1)).sqrt(), ratio, 0)
     basis = root @ turned
     return (basis * kept) @ basis.mT
 
 
-def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and vectors of the symmetric part; NaN of what is not finite, where LAPACK ends the whole batch."""
-    finite = torch.isfinite(matrix).all()
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., P) and vectors (..., P, P) of the symmetric part; NaN of a matrix that is not finite, where
+    LAPACK ends the whole batch."""
+    finite = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     values, vectors = torch.linalg.eigh(torch.where(finite, (matrix + matrix.mT) / 2, eye))
-    return torch.where(finite, values, torch.nan), torch.where(finite, vectors, torch.nan)
+    return torch.where(finite[..., 0], values, torch.nan), torch.where(finite, vectors, torch.nan)
 
 
 def inverse_within(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse within the directions of positive eigenvalues, and the projection on the others."""
-    values, vectors = _eigen(matrix)
+    values, vectors = eigen(matrix)
     good = values > 1e-10 * values.amax().clamp(min=0)
     inverse = (vectors * torch.where(good, 1 / torch.where(good, values, 1), 0)) @ vectors.mT
     return inverse, (vectors * (~good).to(vectors.dtype)) @ vectors.mT
@@ -249,7 +245,7 @@ def inverse_within(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _within(covariance: Tensor, most: float) -> tuple[Tensor, Tensor]:
     """The covariance without directions whose variance is beyond `most`, and the projection on these."""
-    values, vectors = _eigen(covariance)
+    values, vectors = eigen(covariance)
     good = values <= most
     kept = (vectors * torch.where(good, values.clamp(min=0), 0)) @ vectors.mT
     return kept, (vectors * (~good).to(vectors.dtype)) @ vectors.mT

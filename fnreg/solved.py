@@ -33,6 +33,7 @@ from fnreg.pytree import (
     pytree_dataclass,
     static,
     tree_flatten,
+    tree_known,
     tree_leaves,
     tree_take,
     tree_unflatten,
@@ -42,25 +43,19 @@ from fnreg.sandwich import Options, noise_deviation, pair_drawn, typical_varianc
 from fnreg.solvers.base import parted
 from fnreg.solvers.conjugate import dot
 from fnreg.starts import expand
-from fnreg.transforms.base import Mapping, Sequential, Transform
+from fnreg.transforms.base import Mapping, Transform, apart
 from fnreg.transforms.domain import Domain, first_domain
-
-
-def is_then(mapping: Mapping) -> bool:
-    """Whether a map acts after the one that was optimised: composing gives each part a domain of its own."""
-    return isinstance(mapping.transform, Sequential) and isinstance(mapping.domain, tuple)
 
 
 def first_map(mapping: Mapping) -> tuple[Transform, Domain, Any]:
     """What was optimised: transform, domain and parameters."""
-    if not is_then(mapping):
-        return mapping.transform, mapping.domain, mapping.params
-    if len(mapping.params) > 2:
+    first, after = apart(mapping)
+    if after is not None and len(mapping.params) > 2:
         raise ValueError(
             f"the mapping is made of {len(mapping.params)} maps: of one that was optimised and one that acts after it "
             "it is known how sure it is; compose the later ones to one first"
         )
-    return mapping.transform.transforms[0], mapping.domain[0], mapping.params[0]  # type: ignore[attr-defined]
+    return first.transform, first.domain, first.params
 
 
 def mapped_by_step(mapping: Mapping, points: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -70,7 +65,7 @@ def mapped_by_step(mapping: Mapping, points: Tensor) -> tuple[Callable[[Tensor],
 
     def mapped(flat: Tensor) -> Tensor:
         found = transform.perturb(params, parted(flat, zero), domain)
-        if is_then(mapping):
+        if apart(mapping)[1] is not None:
             found = (found, *mapping.params[1:])
         return mapping.transform.points(found, mapping.domain, points.to(torch.float64))
 
@@ -282,8 +277,7 @@ def tell(lin: Linearised, solves: Solves, alone: bool) -> Told:
         typical_error = typical_error + factor * typical * (slope.shape[1] - free)
     left = (dot(slope, newton) / typical_error).clamp(min=0).sqrt()
     told = (factor, typical, pull, bias, deviation, deviation * error / mean / 2, free, free_error, left)
-    told = [torch.where(ok.reshape(-1, *(1,) * (x.ndim - 1)), x, torch.nan) for x in told]
-    return Told(*told, positive)
+    return Told(*tree_known(ok, told), positive)
 
 
 def _negative(lin: Linearised, factor: Tensor, rows: Tensor, solves: Solves) -> Tensor:

@@ -17,15 +17,29 @@ from fnreg.transforms.base import Transform
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-    """One registration of a sequence; what is None is taken from the call of `register`.
+    """One registration of a sequence: a transform, and what it has of its own in place of what `register` was given.
 
-    objective, steps : for all levels, or a sequence from coarse to fine
+    transform : what is optimised
+    objective : for all levels, or a sequence from coarse to fine; None is the call's
+    optimizer : for the solver `Descent`, with the limit of the call's; None is the call's, unless there is a solver
+    solver : None is the call's, unless there is an optimizer
+    levels : None is the call's
+    steps : per level, or a sequence from coarse to fine; None is the call's
+    stop : when a pair is done; None takes all steps, "inherit" is the call's
+
+    >>> import fnreg
+    >>> rigid = fnreg.Stage(fnreg.Rigid(), solver=fnreg.GaussNewton(), levels=1, steps=10)
+    >>> bent = fnreg.Stage(fnreg.FFD(stride=4), objective=fnreg.mse + 0.1 * fnreg.bending)
+    >>> fixed, moving = fnreg.data.digits(9)
+    >>> fnreg.register(fixed, moving, [rigid, bent], levels=2, steps=20).steps.shape  # of three levels
+    torch.Size([3])
     """
 
     transform: Transform
+    _: dataclasses.KW_ONLY
     objective: Any = None
-    solver: Any = None
     optimizer: Any = None
+    solver: Any = None
     levels: int | None = None
     steps: int | Sequence[int] | None = None
     stop: Stop | Literal["inherit"] | None = "inherit"
@@ -42,31 +56,42 @@ class Stage:
 
 
 def stages_of(
-    transform: Any, objective: Any, solver: Any, optimizer: Any, levels: int, steps: Any, stop: Any
+    transform: Any, *, objective: Any, optimizer: Any, solver: Any, levels: int, steps: Any, stop: Any
 ) -> list[Stage]:
     """The stages of a call of `register`, with nothing left open."""
-    default = Stage(Transform(), objective, solver, optimizer, levels, steps, stop)
-    given: list[Any] = [transform]
-    if isinstance(transform, Sequence) and not isinstance(transform, str):
-        given = list(transform)
-    if not given:
+    default = Stage(
+        Transform(),
+        objective=objective,
+        optimizer=optimizer,
+        solver=solver,
+        levels=levels,
+        steps=steps,
+        stop=stop,
+    )
+    return [_resolve(stage, default) for stage in given(transform)]
+
+
+def given(transform: Any) -> list[Any]:
+    """What `register` takes as its transform, one after another."""
+    several = list(transform) if isinstance(transform, Sequence) and not isinstance(transform, str) else [transform]
+    if not several:
         raise ValueError("no transform: give one, or a sequence of stages")
-    return [_resolve(stage, default) for stage in given]
+    return several
 
 
-def _resolve(given: Stage | Transform, default: Stage) -> Stage:
+def _resolve(asked: Stage | Transform, default: Stage) -> Stage:
     """A stage with everything that it leaves open taken from the call, its objective and solver made ready."""
-    stage = Stage(given) if isinstance(given, Transform) else given
+    stage = Stage(asked) if isinstance(asked, Transform) else asked
     if not isinstance(stage, Stage) or not isinstance(stage.transform, Transform):
-        raise TypeError(f"transform is {given!r}: expected a value such as Rigid(), a Stage, or a sequence of these")
+        raise TypeError(f"transform is {asked!r}: expected a value such as Rigid(), a Stage, or a sequence of these")
     solver, optimizer = stage.solver, stage.optimizer
     if solver is None and optimizer is None:
         solver, optimizer = default.solver, default.optimizer
-    asked = ("init", "step", "scales")
-    if solver is not None and (isinstance(solver, type) or not all(hasattr(solver, name) for name in asked)):
+    names = ("init", "step", "scales")
+    if solver is not None and (isinstance(solver, type) or not all(hasattr(solver, name) for name in names)):
         raise TypeError(
             f"solver is {solver!r}: expected a value such as Descent() or GaussNewton(), or one of your own with "
-            f"{', '.join(asked)}"
+            f"{', '.join(names)}"
         )
     stop = default.stop if stage.stop == "inherit" else stage.stop
     if stop is not None and not isinstance(stop, Stop):
@@ -94,8 +119,8 @@ def _resolve(given: Stage | Transform, default: Stage) -> Stage:
         )
     return Stage(
         stage.transform,
-        several,
-        Descent() if solver is None else solver,
+        objective=several,
+        solver=Descent() if solver is None else solver,
         levels=levels,
         steps=default.steps if stage.steps is None else stage.steps,
         stop=stop,
@@ -104,16 +129,14 @@ def _resolve(given: Stage | Transform, default: Stage) -> Stage:
 
 def first_transform(transform: Any) -> Transform:
     """Of what `register` takes as its transform, that which is optimised first."""
-    if isinstance(transform, Sequence) and not transform:
-        raise ValueError("no transform: give one, or a sequence of stages")
-    first = transform[0] if isinstance(transform, Sequence) else transform
+    first = given(transform)[0]
     return first.transform if isinstance(first, Stage) else first
 
 
 def objectives_of(transform: Any, objective: Any) -> list[list[Objective]]:
     """Of what `register` takes as its transform and objective, each stage's objectives from coarse to fine."""
     found: list[list[Objective]] = []
-    for stage in transform if isinstance(transform, Sequence) else [transform]:
+    for stage in given(transform):
         own = stage.objective if isinstance(stage, Stage) and stage.objective is not None else objective
         found.append([as_objective(one) for one in (own if isinstance(own, (list, tuple)) else [own])])
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
-from fnreg.inputs import Inputs, check_dimension
+from fnreg.inputs import Inputs, check_device, check_dimension
 from fnreg.pytree import over_batch, tree_detach, tree_flatten, tree_leaves, tree_map, tree_paths
 from fnreg.transforms.base import Mapping, Params, Transform
 from fnreg.transforms.domain import single
@@ -30,6 +31,7 @@ def initial_ranks(initial: Any, transform: Transform, domain: Grid) -> Any:
         check_dimension("initial", initial, domain)
         if family(transform) is None:
             raise ValueError(f"initial is a Mapping but {transform} is not linear: pass it as then, or give parameters")
+        check_device("initial", initial, domain)
         return initial.ranks()
     check_shapes("initial", initial, transform, domain)
     return transform.ranks(domain)
@@ -49,6 +51,7 @@ def check_shapes(name: str, params: Any, transform: Transform, domain: Grid) -> 
         shape = tuple(getattr(leaf, "shape", ()))
         if not isinstance(leaf, Tensor) or shape[len(shape) - like.ndim :] != tuple(like.shape):
             raise ValueError(f"{name}: {path} has shape {shape}, expected {tuple(like.shape)} at its end")
+    check_device(name, params, domain)
 
 
 def starts_ranks(starts: Any, transform: Transform, domain: Grid) -> Any:
@@ -59,6 +62,14 @@ def starts_ranks(starts: Any, transform: Transform, domain: Grid) -> Any:
         if leaf.ndim not in (rank + 1, rank + 2):
             raise ValueError(f"starts have shape {tuple(leaf.shape)}: expected an axis of starts before {rank} axes")
     return tree_map(lambda rank: rank + 1, ranks)
+
+
+def start_trees(initial: Any, starts: Any, transform: Transform, domain: Grid) -> Iterator[tuple[str, Any, Any]]:
+    """Of what says where to begin, as far as it is given, the name, the tree and the rank of each leaf for one pair."""
+    if initial is not None:
+        yield "initial", initial, initial_ranks(initial, transform, domain)
+    if starts is not None:
+        yield "starts", starts, starts_ranks(starts, transform, domain)
 
 
 def begin(
@@ -130,8 +141,9 @@ def center_of_mass(known: Subject) -> Tensor:
 
 
 def mass_of(known: Subject) -> Tensor:
-    """Intensities above their minimum times the mask (N,), float64."""
-    mass = torch.nan_to_num(known.image.data.to(torch.float64).sum(0).reshape(-1))
+    """Intensities above their minimum times the mask (N,), float64; what is not finite counts as 0."""
+    # Very large numbers in its place would add up to infinity, whose moments have no eigenvectors.
+    mass = torch.nan_to_num(known.image.data.to(torch.float64).sum(0).reshape(-1), nan=0.0, posinf=0.0, neginf=0.0)
     mass = mass - mass.min()
     return mass if known.mask is None else mass * known.mask.reshape(-1)
 

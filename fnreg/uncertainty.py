@@ -33,7 +33,7 @@ from fnreg.image import Image, Subject, subject
 from fnreg.inputs import prepare
 from fnreg.linearised import Solves
 from fnreg.losses import functional
-from fnreg.losses.objective import OF_IMAGES, OF_LABELS, OF_POINTS, Objective
+from fnreg.losses.objective import OF_LABELS, OF_POINTS, Objective
 from fnreg.losses.objective import objective as as_objective
 from fnreg.losses.terms import mse
 from fnreg.notes import warn
@@ -46,6 +46,7 @@ from fnreg.pytree import (
     pytree_dataclass,
     static,
     tree_flatten,
+    tree_known,
     tree_leaves,
     tree_map,
     tree_take,
@@ -54,10 +55,10 @@ from fnreg.pytree import (
 )
 from fnreg.registration import Registration
 from fnreg.sandwich import Found, Options, pair_covariance
-from fnreg.solved import SolvedLaplace, Told, first_map, is_then, linearised, mapped_by_step, tell
+from fnreg.solved import SolvedLaplace, Told, first_map, linearised, mapped_by_step, tell
 from fnreg.solvers.base import Status, parted
 from fnreg.starts import expand
-from fnreg.transforms.base import Mapping, Transform
+from fnreg.transforms.base import Mapping, Transform, apart
 from fnreg.transforms.domain import first_domain, single
 
 FAR = 3.0  # standard deviations
@@ -131,7 +132,7 @@ class Laplace:
         transform, domain, params = first_map(self.mapping)
         zero = transform.zero_step(domain)
         found = vmap(lambda flat: transform.retract(params, parted(flat, zero), domain))(noise @ root.mT)
-        if is_then(self.mapping):
+        if apart(self.mapping)[1] is not None:
             rest = tree_map(lambda leaf: leaf.expand(count, *leaf.shape), self.mapping.params[1:])
             found = (found, *rest)
         return Mapping(found, self.mapping.domain, self.mapping.transform)
@@ -228,7 +229,7 @@ def laplace(
     mapping = registration.mapping
     transform, domain, params = first_map(mapping)
     size = _check(transform, total, noise, reach, registration, fixed, interpolation, dense)
-    then = Mapping(mapping.params[1], mapping.domain[1], mapping.transform.transforms[1]) if is_then(mapping) else None  # type: ignore[attr-defined]
+    then = apart(mapping)[1]
     exact = [tree_map(lambda leaf: leaf.to(torch.float64), subject(image).image) for image in (fixed, moving)]
     whole = prepare(
         _with_image(fixed, exact[0]), _with_image(moving, exact[1]), then, levels=1, min_size=1, objectives=(total,)
@@ -249,7 +250,7 @@ def laplace(
     if not (size <= LARGEST if dense is None else dense):
         return _solved(options, solves, mapping, level.pairs, failed, batch)
     found = Found(*tree_vmap(functools.partial(pair_covariance, options), (None, level.axes), params, level.pairs))
-    found = Found(*(torch.where(failed.reshape(-1, *(1,) * (x.ndim - 1)), torch.nan, x) for x in found))
+    found = tree_known(~failed, found)
     _warn_far(found.left, batch or 1)
     found = found if batch is not None else Found(*(x[0] for x in found))
     return Laplace(mapping, *found, transform)
@@ -258,13 +259,7 @@ def laplace(
 def _solved(
     options: Options, solves: Solves, mapping: Mapping, pairs: Pair, failed: Tensor, batch: int | None
 ) -> SolvedLaplace:
-    told = tell(linearised(options, mapping, pairs, batch or 1), solves, batch is None)
-    told = Told(
-        *(
-            torch.where(failed.reshape(-1, *(1,) * (x.ndim - 1)), torch.nan if x.is_floating_point() else False, x)
-            for x in told
-        )
-    )
+    told = tree_known(~failed, tell(linearised(options, mapping, pairs, batch or 1), solves, batch is None))
     _warn_far(told.left, batch or 1)
     told = told if batch is not None else Told(*(x[0] for x in told))
     return SolvedLaplace(mapping, **told._asdict(), pairs=pairs, options=options, solves=solves)
@@ -314,7 +309,7 @@ def _check(
         )
     if reach < 1:
         raise ValueError(f"reach is {reach}: expected at least 1 voxel")
-    similar = total.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[0]
+    similar = total.similarities
     for term in similar.terms:
         if term.residuals is None or not set(term.needs).isdisjoint((*OF_LABELS, *OF_POINTS)):
             raise ValueError(

@@ -644,6 +644,17 @@ def test_register_detaches_whatever_asks() -> None:
         assert not any(leaf.requires_grad for leaf in tree_leaves(found))
 
 
+@pytest.mark.parametrize("optimizer", [fnreg.normalized(0.3), fnreg.chain(fnreg.chain(fnreg.clip(1.0), adam(0.3)))])
+def test_every_optimizer_of_torch_alone_is_recomputed(optimizer: Any) -> None:
+    function, point = by("fixed", FFD(8), steps=4, optimizer=optimizer)
+    found, recorded = (
+        grad(lambda x, s=solve: function(x, s))(point)
+        for solve in (differentiable(register, adjoint=Checkpointed()), unrolled)
+    )
+    assert float(recorded.abs().max()) > 0
+    assert_close(found, recorded, atol=1e-12, rtol=1e-8)
+
+
 def test_recomputation_goes_in_reverse_and_with_its_own_optimizers() -> None:
     fixed, moving = pair()
     solve = differentiable(register, adjoint=Checkpointed())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import warnings
 from typing import Any
 
@@ -34,6 +36,7 @@ from fnreg import (
     sgd,
     stack,
 )
+from fnreg.pytree import tree_map
 
 FIXED, MOVING, _ = known_pair(Rigid(), 2)
 QUICK: dict[str, Any] = {"levels": 1, "steps": 2}
@@ -64,6 +67,35 @@ def test_images_of_different_channels() -> None:
 def test_images_of_different_dtype() -> None:
     with pytest.raises(ValueError, match=r"moving is torch.float32 but fixed is torch.float64: convert one"):
         register(FIXED, like(MOVING, MOVING.data.float()), Rigid(), **QUICK)
+
+
+def away(tree: Any) -> Any:
+    """On a device without memory, which is another one everywhere."""
+    return tree_map(lambda leaf: leaf.to("meta"), tree)
+
+
+def test_tensors_on_different_devices() -> None:
+    shift, mask = {"translation": torch.zeros(2).double()}, torch.ones_like(MOVING.data)
+    then = Mapping(shift, FIXED.grid, Translation())
+    cases: list[tuple[str, Any, dict[str, Any]]] = [
+        ("moving", away(MOVING), {}),
+        ("moving.data", Image(away(MOVING.data), MOVING.grid), {}),
+        ("moving.mask", Subject(MOVING, away(mask)), {}),
+        ("then.params['translation']", MOVING, {"then": dataclasses.replace(then, params=away(shift))}),
+        ("initial['translation']", MOVING, {"initial": away(shift)}),
+        ("initial.params['translation']", MOVING, {"initial": away(then)}),
+        ("starts['translation']", MOVING, {"starts": tree_map(lambda leaf: leaf.unsqueeze(0), away(shift))}),
+    ]
+    for told, moving, options in cases:
+        message = re.escape(f"{told} is on meta but fixed is on cpu: give {told}.to('cpu')")
+        with pytest.raises(ValueError, match=message):
+            register(FIXED, moving, Translation(), **QUICK, **options)
+    with pytest.raises(ValueError, match=r"moving is on cpu but fixed is on meta: give moving\.to\('meta'\)"):
+        register(away(FIXED), MOVING, Translation(), **QUICK)
+    with pytest.raises(ValueError, match=r"fixed\.data is on meta but its grid is on cpu: give fixed\.data\.to"):
+        register(Image(away(FIXED.data), FIXED.grid), MOVING, Translation(), **QUICK)
+    with pytest.raises(ValueError, match=r"mapping\.params.* is on meta but fixed is on cpu"):
+        evaluate(FIXED, MOVING, away(then))
 
 
 @pytest.mark.parametrize(

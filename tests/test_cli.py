@@ -295,6 +295,11 @@ def test_symmetric_counts_both_directions(folder: Path, capsys: pytest.CaptureFi
     one = run(capsys, "-o", "one", *options)
     both = run(capsys, "-o", "both", *options, "--symmetric")
     assert both["settings"]["symmetric"] and not one["settings"]["symmetric"]
+    begun = ["--transform", "svffd", "--penalty", "bending=100", "--start", "one/transform.safetensors", "-n", "0"]
+    assert cli.main(["register", "fixed.png", "moving.png", "-o", "still", *begun, "--levels", "1", "--symmetric"]) == 0
+    still = json.loads(Path("still", "run.json").read_text())
+    assert still["value_before"] == pytest.approx(still["value_after"], rel=1e-5)
+    assert still["terms_before"] == pytest.approx(still["terms_after"], rel=1e-4)
     fixed, moving = (io.read_image(f"{name}.png") for name in ("fixed", "moving"))
 
     def backward(name: str) -> float:

@@ -31,6 +31,7 @@ from fnreg.pytree import (
     tree_choose,
     tree_detach,
     tree_flatten,
+    tree_known,
     tree_leaves,
     tree_map,
     tree_paths,
@@ -355,3 +356,11 @@ def test_constants_can_be_compiled() -> None:
 
     found = torch.compile(lambda x: x * count(3), backend="eager", fullgraph=True)(torch.ones(3))
     assert found.tolist() == [0.0, 1.0, 2.0]
+
+
+def test_what_is_not_known_is_nan_or_zero() -> None:
+    tree = {"a": torch.ones(3, 2), "b": torch.ones(3, dtype=torch.bool), "c": torch.full((3, 1), 7), "d": None}
+    found = tree_known(torch.tensor([True, False, True]), tree)
+    assert torch.equal(found["a"].isnan().any(1), torch.tensor([False, True, False]))
+    assert float(found["a"].nansum()) == 4 and found["d"] is None
+    assert found["b"].tolist() == [True, False, True] and found["c"].tolist() == [[7], [0], [7]]

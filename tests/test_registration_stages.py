@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -229,3 +230,9 @@ def test_a_pyramid_of_batches_may_be_given() -> None:
     expected = register(stack(fixed), stack(moving), Rigid(), **few_steps(DESCENT, 4))
     for n in range(4):
         assert voxels_apart(take(result.mapping, n), take(expected.mapping, n), fixed[n].grid) < SAME
+
+
+def test_what_a_stage_has_of_its_own_is_given_by_name() -> None:
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        Stage(Rigid(), fnreg.mse)  # type: ignore[call-arg]
+    assert inspect.signature(Stage).parameters["objective"].kind is inspect.Parameter.KEYWORD_ONLY

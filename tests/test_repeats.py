@@ -122,7 +122,10 @@ def test_one_pair_takes_what_is_of_one(images: tuple[Image, Image]) -> None:
             r"starts: .*rotation.* has shape \(2, 2, 1\) for 3 pairs: give \(S, ...\) for all of them",
         ),
         ({"starts": {"rotation": torch.zeros(())}}, r"starts: .*rotation.* has shape \(\), expected \(1,\) at its end"),
-        ({"starts": {"rotation": torch.zeros(1)}}, r"starts: .*rotation.* has shape \(1,\) for 3 pairs"),
+        (
+            {"starts": {"rotation": torch.zeros(1)}},
+            r"starts have shape \(1,\): expected an axis of starts before 1 axes",
+        ),
         ({"starts": ANGLES}, r"starts do not fit Rotation\(\): expected the structure"),
         ({"initial": {"rotation": ANGLES[:2, 0]}}, "leading batch axes differ .*initial"),
         ({"objective": mse * torch.ones(2)}, "leading batch axes differ .*objective"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from scenes import SAME, equal_bits, moving_scene, orientation, scene, stored, take, tensor, voxels_apart
+from scenes import SAME, equal_bits, moving_scene, orientation, scene, stored, take, take_batched, tensor, voxels_apart
 
 import fnreg
 from fnreg import (
@@ -194,6 +194,24 @@ def test_faults_are_told_as_ever() -> None:
     alone = register(good, turned, Rigid(), start="auto", **QUICK)
     first = Mapping({k: v[0] for k, v in batch.mapping.params.items()}, good.grid, Rigid())
     assert voxels_apart(alone.mapping, first, good.grid) < SAME
+
+
+@pytest.mark.parametrize("bad", [-torch.inf, torch.inf, torch.nan])
+def test_a_pair_that_holds_infinity_ends_no_batch(bad: float) -> None:
+    """Two infinite voxels have moments without eigenvectors, of which LAPACK, in 3-D, would tell the whole batch."""
+    fixed, moving = scene(3, grow=2), moving_scene(3, grow=2)
+    turned = [displaced(moving, turn, (20.0, 5.0, 1.0))[0] for turn in ((2.8, 0.3, 0.1), (0.0, 0.0, 0.0))]
+    spoiled = moving.data.clone()
+    spoiled[0, 3, 4, 5:7] = bad
+    options: dict[str, Any] = {"start": "auto", "levels": 1, "steps": 3}
+    batch = register(fixed, stack([turned[0], Image(spoiled, moving.grid), turned[1]]), Rigid(), **options)
+    assert batch.status.tolist() == [Status.STEPS, Status.MOVING_NOT_FINITE, Status.STEPS]
+    assert batch.choice is not None
+    for n, image in ((0, turned[0]), (2, turned[1])):
+        alone = register(fixed, image, Rigid(), **options)
+        assert alone.choice is not None
+        assert alone.choice.name() == batch.choice.name(n)
+        assert voxels_apart(alone.mapping, take_batched(batch.mapping, n), fixed.grid) < SAME
 
 
 def test_where_there_is_nothing_to_choose_the_headers_count() -> None:

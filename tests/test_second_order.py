@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -215,6 +216,24 @@ def test_gauss_newton_is_that_of_the_normal_equations(transform: Any, objective:
     assert_close(found, 2 * level.normal_equations(params)[2], atol=1e-11, rtol=1e-8)
 
 
+def test_the_sign_of_a_weight_is_that_of_its_pair_alone() -> None:
+    """With a negative weight the whole second derivative counts; for a neighbour of it the squares do as ever."""
+    fixed, moving, _ = known_pair(Affine(), 2)
+    transform, whole = FFD(8), prepare(fixed, moving, None, levels=1, min_size=4)
+    params = two(transform, fixed.grid)
+    ncc = fnreg.ncc + 0.1 * fnreg.bending  # of which the whole second derivative is another
+    for weights in ((1.0, -0.5), (-0.5, 1.0), (2.0, 0.5), (-1.0, -2.0)):
+        level = whole.level(0, transform, as_objective(tensor(weights) * ncc), 2, "border")
+        found = dense(level, params, exact=False)
+        for number, weight in enumerate(weights):
+            one = whole.level(0, transform, as_objective(tensor(weight) * ncc), 1, "border")
+            alone = dense(one, tree_map(lambda leaf, n=number: leaf[n : n + 1], params), exact=False)[0]
+            assert_close(found[number], alone, atol=1e-12, rtol=1e-10)
+    one, other = (whole.level(0, transform, as_objective(w * fnreg.ncc), 2, "border") for w in (1.0, -1.0))
+    apart = dense(one, params, exact=False) + dense(other, params, exact=False)
+    assert float(apart.abs().max()) > 1e-3 * float(dense(one, params, exact=False).abs().max())
+
+
 def test_penalties_count_with_their_whole_curvature() -> None:
     """The bending of a spline is a quadratic form, and an image that is flat adds nothing."""
     fixed, moving, _ = known_pair(Affine(), 2)
@@ -363,6 +382,25 @@ def test_a_trial_that_is_no_number_is_undone(name: str) -> None:
     solved = run(toy, toy.start(), SOLVERS[name], steps=60, stop=Stop())
     assert solved.status.tolist() == [Status.CONVERGED, Status.DIVERGED]
     assert_close(solved.params["x"], tensor([[1.0], [0.0]]), atol=1e-3, rtol=0)
+
+
+def test_what_is_tried_after_an_undone_step_is_shorter_also_where_the_limit_bound_it() -> None:
+    """Newton's step is 100 voxels long, 4 are let, and beyond 3 there is no number."""
+    tried: list[float] = []
+
+    class Watched(Bent):
+        def retract(self, params: Any, step: Any) -> Any:
+            tried.append(float(params["x"] + step["x"]))
+            return super().retract(params, step)
+
+    toy, solver = Watched(broken, tensor([[100.0, 3.0]]), 1), LBFGS()
+    params = toy.start()
+    carry = solver.init(toy, params)
+    for _ in range(12):
+        params, carry = solver.step(toy, params, carry, 0.0, None)[:2]
+    assert tried[:2] == [0.5, 4.5]  # half a voxel at first, then as far as is let
+    assert all(after < before for before, after in itertools.pairwise(tried) if before > 3)
+    assert 2 < float(params["x"]) <= 3
 
 
 @every_solver

@@ -184,6 +184,12 @@ def test_what_both_images_tell_stays_and_noise_goes() -> None:
     told = torch.einsum("kin,kn,kjn->nij", roots.rows, roots.signs, roots.rows)
     assert torch.linalg.eigvalsh(told).amin() > -1e-9
     assert float(told[:, 0, 0].mean()) == pytest.approx(3, rel=0.15) and float(told[:, 1, 1].mean()) < 0.2
+    # of images that are not finite it is not known, and that ends no batch; in space neither
+    lost = torch.full((1, 3, 60), torch.nan, dtype=torch.float64)
+    unit = torch.ones(2, 3, 60, dtype=torch.float64)
+    both = torch.stack([lost, torch.ones_like(lost)])
+    several = torch.func.vmap(lambda g, t: clear(g, g, t, (3, 4, 5), torch.tensor(False)))(both, unit)
+    assert bool(several.rows[0].isnan().all()) and bool(several.rows[1].isfinite().all())
     # of images without noise it is the local mean of what they tell, whatever the unit
     smooth = torch.tensor([[[2.0], [1.0]]], dtype=torch.float64).expand(1, 2, 3000)
     for unit in (1e-3, 1e-6):
@@ -325,9 +331,10 @@ def test_it_says_what_it_cannot_do(registered: Any, options: dict[str, Any], wor
 
 
 def test_solves_are_checked() -> None:
-    for wrong in ({"probes": 1}, {"tolerance": 0.0}, {"tolerance": 1.0}, {"iterations": 0}):
-        with pytest.raises(ValueError, match=r"expected probes >= 2, tolerance in \(0, 1\) and iterations >= 1"):
-            Solves(**wrong)
+    wrong: list[dict[str, Any]] = [{"probes": 1}, {"probes": 2.5}, {"tolerance": 0.0}, {"tolerance": 1.0}]
+    for options in [*wrong, {"iterations": 0}, {"iterations": 10.5}]:
+        with pytest.raises(ValueError, match=r"expected probes >= 2 and iterations >= 1, whole numbers, and tolerance"):
+            Solves(**options)
 
 
 def test_what_nothing_tells_about_is_told() -> None:
@@ -361,6 +368,21 @@ def test_a_failed_pair_of_a_batch_is_nan(registered: Any) -> None:
     told = found.point_covariance(points)
     assert bool(torch.isnan(told[1]).all()) and bool(torch.isnan(found.freedom[1]))
     assert_close(told[0], alone.point_covariance(points), rtol=1e-6, atol=0)
+
+
+def test_a_failed_pair_of_a_batch_in_space_ends_no_other() -> None:
+    """Eigenvectors of NaN end a whole batch, where matrices are larger than 2 x 2."""
+    pairs = [tuple(noisy(scene(3), seed + n) for n in (0, 50)) for seed in range(2)]
+    fixed, moving = (stack([pair[side] for pair in pairs]) for side in (0, 1))
+    options: dict[str, Any] = {"objective": BENDS, "dense": False, "solves": Solves(probes=2)}
+    many = register(fixed, moving, FFD(6), objective=BENDS, **LOOSE)
+    codes = torch.tensor([0, int(fnreg.Status.DIVERGED)])
+    points = fixed.grid.center[0] + torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64)
+    with fnreg.notes.hearing():
+        told = laplace(fixed, moving, dataclasses.replace(many, status=codes), **options).point_covariance(points)
+        alone = laplace(*pairs[0], register(*pairs[0], FFD(6), objective=BENDS, **LOOSE), **options)
+    assert bool(torch.isnan(told[1]).all())
+    assert_close(told[0], alone.point_covariance(points), rtol=1e-4, atol=0)
 
 
 def test_large_models_take_it_of_themselves() -> None:

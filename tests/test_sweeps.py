@@ -30,7 +30,7 @@ from fnreg import (
     sweeps,
 )
 from fnreg.pytree import tree_map
-from fnreg.transforms import base
+from fnreg.transforms import warping
 
 SHORT: dict[str, Any] = {"levels": 2, "steps": 8, "stop": None}
 WEIGHTS = torch.tensor([0.0, 1e-3, 1.0], dtype=torch.float64)
@@ -281,8 +281,8 @@ def test_labels_alone_are_warped(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(values)
         return interpolate(values, *rest, **options)
 
-    interpolate = base.interpolate
-    monkeypatch.setattr(base, "interpolate", spy)
+    interpolate = warping.interpolate
+    monkeypatch.setattr(warping, "interpolate", spy)
     sweep(fixed, moving, Rigid(), lambda rate: {"optimizer": adam(rate)}, over={"rate": RATES}, levels=1, steps=1)
     assert seen and not any(values.is_floating_point() for values in seen)
 
@@ -295,7 +295,7 @@ def test_labels_that_are_held_out_may_judge_what_saw_others() -> None:
 
     with pytest.raises(ValueError, match=r"dice.* sees the labels that are to judge it: judge by others"):
         sweep(fixed, moving, Rigid(), using, over={"weight": WEIGHTS}, **SHORT)
-    stages = [fnreg.Stage(Rigid(), fnreg.dice)]
+    stages = [fnreg.Stage(Rigid(), objective=fnreg.dice)]
     with pytest.raises(ValueError, match="sees the labels"):
         sweep(fixed, moving, stages, weighed, over={"weight": WEIGHTS}, **SHORT)
     others = tuple(dataclasses.replace(s, labels=(s.image.data > 0.8).long()) for s in (fixed, moving))

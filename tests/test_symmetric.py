@@ -25,13 +25,15 @@ from fnreg import (
     Transform,
     adam,
     bending,
+    evaluate,
     mse,
     register,
     stack,
 )
 from fnreg.inputs import prepare
 from fnreg.losses.objective import objective
-from fnreg.pytree import tree_leaves, tree_map
+from fnreg.pytree import batch_axes, first_pair, tree_leaves, tree_map, tree_take
+from fnreg.registration import SpeedWarning
 from fnreg.symmetric import BothWays
 
 GRID = Grid((20, 18), spacing=(1.0, 1.5), direction=[[0.6, -0.8], [0.8, 0.6]])
@@ -91,6 +93,25 @@ def test_masks_and_a_map_after_it_count_on_both_sides() -> None:
     assert float(result.value) < float(register(fixed, moving, Rigid(), levels=2, steps=20).value)
 
 
+def test_evaluate_goes_both_ways_as_the_registration() -> None:
+    fixeds, movings = stack([blobs(n) for n in range(2)]), stack([blobs(n) for n in (5, 6)])
+    for stages in (SVFFD(stride=4), [Stage(Rigid(), objective=mse), SVF()]):
+        result = register(fixeds, movings, stages, **few(steps=3))
+        found = evaluate(fixeds, movings, result.mapping, objective=mse + 1e-3 * bending, symmetric=True)
+        close(found, (result.value, result.terms), atol=1e-12)
+        one_way = evaluate(fixeds, movings, result.mapping, objective=mse + 1e-3 * bending)
+        assert float((one_way[0] - found[0]).abs().min()) > 1e-6
+        one = first_pair(
+            tree_take(result.mapping, [1, 0], batch_axes("m", result.mapping, result.mapping.ranks())[0]),
+            result.mapping.ranks(),
+        )
+        alone = evaluate(blobs(1), blobs(6), one, objective=mse, symmetric=True)
+        assert_close(alone[0], result.terms["mse"][1], rtol=1e-12, atol=0)
+    result = register(blobs(0), blobs(5), FFD(8), levels=1, steps=1)
+    with pytest.raises(ValueError, match=r"FFD\(stride=8\) has no cheap inverse: symmetric goes with SVF and SVFFD"):
+        evaluate(blobs(0), blobs(5), result.mapping, symmetric=True)
+
+
 def test_a_pair_alone_equals_the_pair_in_a_batch() -> None:
     fixeds, movings = stack([blobs(n) for n in range(3)]), stack([blobs(n) for n in (5, 6, 7)])
     batch = register(fixeds, movings, SVFFD(stride=4), **few())
@@ -120,12 +141,24 @@ def test_velocities_too_fast_for_their_squarings_are_told() -> None:
     fixed, moving = blobs(0), blobs(1)
     fast = {"coefficients": 8 * torch.ones(2, *SVFFD(stride=4).lattice(GRID).shape, dtype=torch.float64)}
     options: dict[str, Any] = {"levels": 1, "steps": 0, "initial": fast, "padding": "border"}
-    with pytest.warns(UserWarning, match="too fast for its squarings in 1 of 1 pairs.*use 3 steps more"):
+    with pytest.warns(UserWarning, match=r"too fast for its squarings in 1 of 1 pairs.*use SVFFD\(steps=4\), or"):
         register(fixed, moving, SVFFD(stride=4, steps=1), **options)
     register(fixed, moving, SVFFD(stride=4, steps=4), **options)
     both = Sequential((SVFFD(stride=4, steps=1), Affine()))
-    with pytest.warns(UserWarning, match="too fast"):
-        register(fixed, moving, both, **options | {"initial": (fast, Affine().init(GRID))})
+    with pytest.warns(UserWarning, match=r"too fast.*use SVFFD\(steps=4\), or"):
+        result = register(fixed, moving, both, **options | {"initial": (fast, Affine().init(GRID))})
+    step = result.mapping.first_step()
+    assert step is not None and 4 < float(step) <= 8  # so it takes three squarings more
+    assert register(fixed, moving, Affine(), levels=1, steps=0).mapping.first_step() is None
+
+
+def test_a_velocity_that_is_infinite_is_told_too() -> None:
+    """Its pair has failed, and where no other is too fast there is no longest step to tell the squarings from."""
+    two = stack([blobs(0)] * 2), stack([blobs(1)] * 2)
+    zero = torch.zeros(2, *GRID.shape, dtype=torch.float64)
+    lost = {"velocity": torch.stack([zero, zero + 1e300])}
+    with pytest.warns(SpeedWarning, match="in 1 of 2 pairs.*use more squarings, or a stronger penalty"):
+        register(*two, SVF(steps=1), initial=lost, levels=1, steps=0)
 
 
 def test_velocities_under_vmap_are_not_looked_at() -> None:

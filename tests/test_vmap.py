@@ -32,6 +32,7 @@ from fnreg import (
     chain,
     clip,
     evaluate,
+    normalized,
     register,
     sgd,
     stack,
@@ -151,6 +152,24 @@ def test_every_option_runs_under_vmap(name: str) -> None:
     assert_close(tree_vmap(one, [None, None], stack(fixed), stack(moving)), loop, atol=SAME, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [normalized(0.3, momentum=0.5), chain(chain(clip(0.5)), chain(clip(1.0), adam(0.3, pure=True)))],
+    ids=["normalized", "nested"],
+)
+def test_every_optimizer_of_torch_alone_runs_under_vmap(optimizer: Any) -> None:
+    fixed, moving, _ = known_pair(Rigid(), 2)
+    options: dict[str, Any] = {"levels": 1, "steps": 4, "stop": None, "optimizer": optimizer}
+    data = torch.stack([moving.data, moving.data.square(), 0.5 * moving.data])
+
+    def one(seen: Tensor) -> Tensor:
+        return points_of(register(fixed, Image(seen, moving.grid), Rigid(), **options))
+
+    loop = torch.stack([one(seen) for seen in data])
+    assert_close(vmap(one)(data), loop, atol=SAME, rtol=0)
+    assert float((loop[0] - loop[1]).abs().max()) > 1e-3
+
+
 @both_solvers
 def test_masks_under_vmap(options: dict[str, Any]) -> None:
     fixed, moving = pairs()
@@ -233,6 +252,28 @@ def test_evaluate_and_warp_under_vmap_equal_the_loop() -> None:
     assert_close(data, torch.stack([d for _, d in loop]), atol=1e-12, rtol=0)
 
 
+def test_progress_inside_vmap_is_refused() -> None:
+    """What it would tell are values, at which nobody can look there; inside grad one can."""
+    fixed, moving, _ = known_pair(Translation(), 2)
+    told = list[fnreg.levels.Event]()
+
+    def one(x: Tensor, solve: Any = register, **options: Any) -> Tensor:
+        seen = Image(moving.data + x, moving.grid)
+        return solve(fixed, seen, Translation(), levels=1, steps=2, progress=told.append, **options).value
+
+    start = torch.zeros(2, dtype=torch.float64)
+    unrolled = fnreg.differentiable(register, adjoint=fnreg.Unrolled())
+    for call in (
+        lambda x: one(x, stop=None, optimizer=adam(0.3, pure=True)),
+        lambda x: one(x, unrolled),
+    ):
+        with pytest.raises(ValueError, match="progress cannot be told inside vmap: leave it out"):
+            vmap(call)(start)
+    assert not told
+    torch.func.grad(lambda x: one(x, unrolled))(start[0])
+    assert len(told) == 2
+
+
 def test_failures_inside_vmap_are_no_exceptions() -> None:
     """What a pair holds cannot be looked at: NaN comes out where NaN went in, and only there."""
     fixed, moving = pairs()
@@ -289,6 +330,7 @@ NOT_PURE: dict[str, dict[str, Any]] = {
     "stopping": {"optimizer": adam(0.3, pure=True)},
     "torchopt": {"stop": None},
     "torchopt in a chain": {"stop": None, "optimizer": chain(clip(1.0), adam(0.3))},
+    "torchopt in a chain of chains": {"stop": None, "optimizer": chain(clip(1.0), chain(adam(0.3)))},
 }
 WRAPPED = ["fixed", "moving", "grid", "mask", "then", "initial", "starts", "weight"]
 

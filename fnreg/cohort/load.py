@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fnreg import agreement, optim
-from fnreg.beginning import Begin, begin
+from fnreg.beginning import Begin, begin_from_file
 from fnreg.cohort.manifest import Row
 from fnreg.cohort.shared import SharedImages
 from fnreg.cohort.study import PAIRS, fingerprint, settings_sha
@@ -26,7 +26,7 @@ from fnreg.image import Image, Subject
 from fnreg.inputs import prepare
 from fnreg.io.files import Print, fingerprints
 from fnreg.lattice import Lattice, own, own_mapping
-from fnreg.loading import Files, device_of, read, stages_of, try_stage
+from fnreg.loading import Files, device_of, read, settings_stages, try_stage
 from fnreg.pytree import tree_flatten
 from fnreg.registration import Registration
 from fnreg.settings import Settings
@@ -61,7 +61,7 @@ class Asked:
     @staticmethod
     def of(settings: Settings, folder: Path, space: str | None = None) -> Asked:
         """Settings as values.  Raises SettingsError, DeviceError or MissingExtraError."""
-        stages, options = stages_of(settings)
+        stages, options = settings_stages(settings)
         solver = options.get("solver")
         if isinstance(solver, Descent):  # torchopt's counts the steps of all pairs together: they could not take turns
             options["solver"] = dataclasses.replace(solver, optimizer=optim.purely(solver.optimizer))
@@ -222,7 +222,7 @@ def _load(row: Row, asked: Asked) -> Loaded:
         masked = fixed.mask is not None, moving.mask is not None
         kind = tuple(grid.size for grid in grids), pair.fixed.channels, pair.fixed.data.dtype, masked
         initial = lattice.begin(start, first, fixed, moving)
-    found = begin(start, first, domain)
+    found = begin_from_file(start, first, domain)
     begun = Begin() if found is None else found
     key = start if found is None else _structure(begun), kind
     return Loaded(row, fixed, moving, pair.known, start, begun, Inputs({}, {}), pair.notes, key, initial, lattice)

@@ -19,7 +19,7 @@ from fnreg.cohort.load import Asked, Loaded, told
 from fnreg.cohort.memory import Peak, is_lack
 from fnreg.cohort.study import OK
 from fnreg.pytree import in_parts, over_batch, stack, tree_map, tree_take
-from fnreg.registration import Registration, SpeedWarning, register
+from fnreg.registration import Registration, SpeedWarning, register, slower
 from fnreg.results import number
 from fnreg.settings import STARTS
 from fnreg.solvers.base import Status, Stop
@@ -81,12 +81,13 @@ def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]
         tree_map(lambda leaf: leaf.to(asked.device), stack(items))
         for items in zip(*(pair.ready() for pair in batch), strict=True)
     )
-    grid, stages, padding = fixed.image.grid, asked.stages, asked.options.get("padding")
+    grid, stages = fixed.image.grid, asked.stages
+    looks = {name: asked.options[name] for name in ("padding", "symmetric") if name in asked.options}
     known = batch[0].start if batch[0].start in STARTS else "header"
     torch.manual_seed(asked.settings.seed)
 
     def start_of(part: slice) -> Before:
-        return before(*tree_take((fixed, moving, begun), part), stages, padding)
+        return before(*tree_take((fixed, moving, begun), part), stages, **looks)
 
     with notes.hearing() as heard:
         begin = in_parts(start_of, len(batch), width)
@@ -97,7 +98,7 @@ def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]
         result = register(fixed, moving, stages, **how)
     found = in_parts(lambda part: _numbers(tree_take(result, part), batch[part]), len(batch), width)
     numbers = found | {"value_before": begin.value, "value_after": result.value}
-    speed = _speed(result.mapping)
+    speed = result.mapping.first_step()
     start, result, numbers = tree_map(lambda leaf: leaf.cpu(), (begin.start, result, numbers))
     columns = {name: values.tolist() for name, values in numbers.items()}
     history = _history(result)
@@ -112,22 +113,13 @@ def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]
             status = STATUS.get(code, "invalid_input")
             outcomes.append(Outcome(pair, status, code.remedy, values, history=history[place], seconds=seconds))
             continue
-        more = common if speed is None or not bool(speed[place] > 1) else (*common, _TOO_FAST)
+        more = common
+        if speed is not None and bool(speed[place] > 1):
+            remedy = slower(result.mapping.transform, speed[place : place + 1])
+            more = *common, f"a velocity is too fast for its squarings, so the inverse is inaccurate: {remedy}"
         origin, one = pair.own(*tree_take((start, result), place))
         outcomes.append(Outcome(pair, OK, "", values, (*pair.notes, *more), history[place], origin, one, seconds))
     return outcomes
-
-
-_TOO_FAST = "a velocity is too fast for its squarings, so the inverse is inaccurate: use more, or a stronger penalty"
-
-
-def _speed(mapping: Mapping) -> Tensor | None:
-    """Of flows the longest step that is squared, in voxels (B,)."""
-
-    def one(mapping: Mapping) -> Any:
-        return mapping.transform.first_step(mapping.params, mapping.domain)
-
-    return over_batch(one, mapping=(mapping, mapping.ranks()))
 
 
 def _numbers(result: Registration, batch: Sequence[Loaded]) -> dict[str, Tensor]:

@@ -262,6 +262,21 @@ class Objective:
         some = tuple(term for term, yes in zip(self.terms, asks, strict=True) if yes)
         return Objective(some), Objective(tuple(term for term, yes in zip(self.terms, asks, strict=True) if not yes))
 
+    @property
+    def similarities(self) -> Objective:
+        """The terms that compare fixed with moving: images, labels or points."""
+        return self.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[0]
+
+    @property
+    def penalties(self) -> Objective:
+        """All other terms: those of the map alone."""
+        return self.divided((*OF_IMAGES, *OF_LABELS, *OF_POINTS))[1]
+
+    @property
+    def looks(self) -> bool:
+        """Whether a term asks for voxels, of which some have to be in sight."""
+        return not self.needs.isdisjoint((*OF_IMAGES, *OF_LABELS))
+
     def mean_squares(self) -> Tensor | None:
         """The factor of `mse`, where there is no other term."""
         if not all(term.function is functional.mse and not term.options for term in self.terms):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -116,16 +117,52 @@ class Stop:
 
 
 class Problem(Protocol):
-    """One level of a registration of a batch of pairs."""
+    """One level of a registration of a batch of B pairs, as the loop and all solvers together ask for it.
 
-    size: int
+    `Descent` takes gradients alone, `GaussNewton` normal equations alone; `NewtonCG` and `LBFGS` take the stiffness
+    beside gradients, `NewtonCG` the curvature too.  The data are for derivatives through the loop.
+    """
 
-    def zero_step(self) -> Any:
-        """The step of no change, batched."""
+    @property
+    def size(self) -> int:
+        """Number of pairs."""
+        ...
+
+    @property
+    def data(self) -> Any:
+        """All its tensors."""
+        ...
+
+    def with_data(self, data: Any) -> Problem:
+        """The same on other tensors."""
         ...
 
     def take(self, index: Tensor) -> Problem:
         """The same for some of the pairs."""
+        ...
+
+    def zero_step(self) -> Any:
+        """The step of no change, (B, ...)."""
+        ...
+
+    def retract(self, params: Any, step: Any) -> Any:
+        """Parameters after a step."""
+        ...
+
+    def gradient(self, params: Any) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """Gradient by the step, the value (B,) and each term's."""
+        ...
+
+    def normal_equations(self, params: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Value |r|^2 (B,), J^T r (B, P), J^T J (B, P, P) and each term's value."""
+        ...
+
+    def curvature(self, params: Any, *, exact: bool = False) -> Callable[[Any], Any]:
+        """The Hessian by the step, or without `exact` Gauss-Newton's, as its product with steps (B, ...)."""
+        ...
+
+    def stiffness(self) -> Any:
+        """What is known of the Hessian's diagonal, a `fnreg.stiffness.Stiffness`; None where nothing is."""
         ...
 
 
@@ -137,11 +174,11 @@ class Solver(Protocol):
 
     scales: bool  # whether `step` heeds a step length
 
-    def init(self, problem: Any, params: Any) -> Any:
+    def init(self, problem: Problem, params: Any) -> Any:
         """What the solver carries from step to step: tensors with a leading batch axis, or shared scalars."""
         ...
 
-    def step(self, problem: Any, params: Any, carry: Any, progress: float | Tensor, length: Tensor | None) -> Taken:
+    def step(self, problem: Problem, params: Any, carry: Any, progress: float | Tensor, length: Tensor | None) -> Taken:
         """One step for every pair; `progress` in [0, 1] is one number or (B,), `length` (B,) multiplies the step."""
         ...
 

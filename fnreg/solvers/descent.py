@@ -11,7 +11,7 @@ from torch import Tensor
 from fnreg import optim
 from fnreg.optim import Adam, Optimizer, as_optimizer, scale
 from fnreg.pytree import tree_map
-from fnreg.solvers.base import Taken, check_step, largest
+from fnreg.solvers.base import Problem, Taken, check_step, largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Descent:
         if self.limit is not None and not self.limit > 0:
             raise ValueError(f"limit is {self.limit}: it must be positive")
 
-    def init(self, problem: Any, params: Any) -> Any:
+    def init(self, problem: Problem, params: Any) -> Any:
         """The optimizer's state."""
         optimizer: Optimizer = self.optimizer
         return optimizer.init(problem.zero_step())
@@ -45,7 +45,7 @@ class Descent:
         """Whether the optimizer counts the steps of each pair."""
         return optim.counts_each(carry)
 
-    def step(self, problem: Any, params: Any, carry: Any, progress: float | Tensor, length: Tensor | None) -> Taken:
+    def step(self, problem: Problem, params: Any, carry: Any, progress: float | Tensor, length: Tensor | None) -> Taken:
         """One update of every pair; the value is that before it."""
         optimizer: Optimizer = self.optimizer
         gradient, value, terms = problem.gradient(params)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fnreg.pytree import tree_choose
-from fnreg.solvers.base import PerPair, Taken, largest, parted
+from fnreg.solvers.base import PerPair, Problem, Taken, largest, parted
 
 
 class _Carry(NamedTuple):
@@ -39,12 +39,14 @@ class GaussNewton(PerPair):
         if not (self.damping > 0 and self.factor > 1 and self.limit > 0):
             raise ValueError(f"{self!r}: expected damping > 0, factor > 1 and limit > 0")
 
-    def init(self, problem: Any, params: Any) -> _Carry:
+    def init(self, problem: Problem, params: Any) -> _Carry:
         """The normal equations where the level starts."""
         value, slope, normal, terms = problem.normal_equations(params)
         return _Carry(torch.full_like(value, self.damping), value, slope, normal, terms)
 
-    def step(self, problem: Any, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None) -> Taken:
+    def step(
+        self, problem: Problem, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None
+    ) -> Taken:
         """One trial step of every pair; the value is that after it."""
         diagonal = torch.diagonal(carry.normal, dim1=-2, dim2=-1)
         # A parameter without influence has a zero row: a floor leaves it where it is.

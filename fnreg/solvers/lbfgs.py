@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fnreg.pytree import tree_choose
-from fnreg.solvers.base import PerPair, Taken, largest, lowers
+from fnreg.solvers.base import PerPair, Problem, Taken, largest, lowers
 from fnreg.solvers.conjugate import dot
 from fnreg.solvers.scaled import Look, Scaled
 
@@ -42,7 +42,8 @@ class LBFGS(PerPair):
 
     memory : steps that are remembered
     limit : voxels; a longer step is shortened
-    tolerance : a pair has converged once no entry of its gradient by the step exceeds this
+    tolerance : a pair has converged once no entry of its gradient by the step exceeds this, in units of the objective
+        per voxel
     """
 
     memory: int = 10
@@ -57,7 +58,7 @@ class LBFGS(PerPair):
         if not (self.limit > 0 and self.tolerance >= 0):
             raise ValueError(f"{self!r}: expected limit > 0 and tolerance >= 0")
 
-    def init(self, problem: Any, params: Any) -> _Carry:
+    def init(self, problem: Problem, params: Any) -> _Carry:
         """Value and gradient where the level starts, and what a shift bends there."""
         scaled = Scaled(problem)
         look = scaled.look(params)
@@ -74,7 +75,9 @@ class LBFGS(PerPair):
         length = torch.ones(slope.shape[0], dtype=torch.float64, device=slope.device)
         return _Carry(look, length, history, history, history[:, :, 0], diagonal)
 
-    def step(self, problem: Any, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None) -> Taken:
+    def step(
+        self, problem: Problem, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None
+    ) -> Taken:
         """One trial step of every pair; the value is that after it."""
         scaled, before = Scaled(problem), carry.look
         steepest = -before.slope / carry.diagonal
@@ -83,10 +86,10 @@ class LBFGS(PerPair):
         downhill = known & (dot(ahead, before.slope) < 0) & torch.isfinite(ahead).all(1)
         ahead = torch.where(downhill.unsqueeze(1), ahead, steepest)
         size = ahead.abs().amax(1).to(carry.length.dtype)
-        first = FIRST / torch.where(size > 0, size, 1)
-        length = torch.where(downhill, carry.length, carry.length * first)
-        length = torch.minimum(length, self.limit / torch.where(size > 0, size, 1))
-        y = length.to(ahead.dtype).unsqueeze(1) * ahead
+        size = torch.where(size > 0, size, 1)
+        unit = torch.where(downhill, 1, FIRST / size)
+        tried = torch.minimum(carry.length, self.limit / (size * unit))
+        y = (tried * unit).to(ahead.dtype).unsqueeze(1) * ahead
         step = scaled.step(y)
         trial = problem.retract(params, step)
         look = scaled.look(trial)
@@ -100,7 +103,7 @@ class LBFGS(PerPair):
         # the lowest point of the parabola through both values and the slope
         below = 2 * (change - slope)
         least = (-slope / torch.where(below > 0, below, 1)).nan_to_num(nan=0.1).clamp(0.1, 0.5)
-        shorter = carry.length * least.to(carry.length.dtype)
+        shorter = tried * least.to(tried.dtype)
         kept = tree_choose(better, self._remember(carry, look, y), carry._replace(length=shorter))
         moved = torch.where(better, largest(step), torch.inf)
         found = tree_choose(better, trial, params)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fnreg import lengths
-from fnreg.pytree import tree_choose, tree_leaves, tree_map, tree_take
-from fnreg.solvers.base import Solved, Solver, Status, Stop, Taken, solver_of
+from fnreg.pytree import is_concrete, tree_choose, tree_leaves, tree_map, tree_take
+from fnreg.solvers.base import Problem, Solved, Solver, Status, Stop, Taken, solver_of
 
 Progress = Callable[[int, int, int, float], None]  # step, steps, active pairs, mean value
 
@@ -22,7 +22,7 @@ ROOM = 8  # waiting pairs come in once this part of the slots is free: to move t
 
 
 def run(
-    problem: Any,
+    problem: Problem,
     params: Any,
     solver: Solver,
     *,
@@ -41,7 +41,7 @@ def run(
     now : where the part before ended; then `params` and `frozen` do not count
     stop : None takes all of them, and then nothing depends on values: the loop may itself run inside vmap or grad
     frozen : (B,) pairs that stay as they are
-    progress : told now and then
+    progress : told now and then; ValueError inside vmap, where values cannot be looked at
     """
     device = tree_leaves(params)[0].device
     total, end = problem.size, steps if end is None else end
@@ -74,6 +74,8 @@ def run(
         lost, going = slots.running & ~finite, slots.running & finite
         after = tree_choose(going, taken.params, tree_choose(lost, slots.previous, slots.params))
         row = torch.where(going, taken.value, torch.nan)
+        if progress is not None and not is_concrete(row):
+            raise ValueError("progress cannot be told inside vmap: leave it out")
         course.add(slots, row, taken.terms)
         counts = _add(counts, slots.places, slots.running.to(torch.int64))
         ended, marks = torch.where(lost, Status.DIVERGED.value, -1), slots.marks
@@ -87,7 +89,7 @@ def run(
         full = slots.oldest == end
         look = full or (stop is not None and looked % stop.every == 0)
         if progress is not None and (look or stop is None):
-            found = row[torch.isfinite(row)]
+            found = row[torch.isfinite(row)].detach()
             shown = float(found.mean()) if len(found) else shown
             reached = slots.oldest if first is None else slots.reached(steps, total, len(waiting))
             progress(reached, steps, int(slots.running.sum()), shown)
@@ -130,7 +132,7 @@ class _Slots(NamedTuple):
     """Pairs that run side by side, those at `places` of all; None for all in their order."""
 
     places: Tensor | None
-    problem: Any
+    problem: Any  # a `Problem`, or None of `_states`
     params: Any
     previous: Any  # one step before: known to have a finite value
     carry: Any
@@ -140,7 +142,7 @@ class _Slots(NamedTuple):
 
     @staticmethod
     def start(
-        problem: Any, params: Any, solver: Solver, index: Tensor | None, running: Tensor, stop: Stop | None
+        problem: Problem, params: Any, solver: Solver, index: Tensor | None, running: Tensor, stop: Stop | None
     ) -> _Slots:
         if index is not None:
             problem, params, running = problem.take(index), tree_take(params, index), running[index]
@@ -189,7 +191,7 @@ class _Slots(NamedTuple):
         age = self.age if isinstance(self.age, int) else self.age[keep.cpu()]
         return _Slots(index, None, params, previous, carry, running, marks, age)
 
-    def join(self, keep: Tensor, fresh: _Slots, problem: Any) -> _Slots:
+    def join(self, keep: Tensor, fresh: _Slots, problem: Problem) -> _Slots:
         """Some of them, and beside them others that begin; problem : that of all pairs."""
         old = self._states(keep)
         counts = len(old.running), len(fresh.running)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fnreg.pytree import tree_choose
-from fnreg.solvers.base import PerPair, Taken, largest, lowers
+from fnreg.solvers.base import PerPair, Problem, Taken, largest, lowers
 from fnreg.solvers.conjugate import conjugate_gradients, dot
 from fnreg.solvers.scaled import Look, Scaled
 
@@ -44,7 +44,8 @@ class NewtonCG(PerPair):
     damping : at the start, in parts of D
     factor : by which the damping falls and rises
     limit : voxels; a longer step is shortened
-    tolerance : a pair has converged once no entry of its gradient by the step exceeds this
+    tolerance : a pair has converged once no entry of its gradient by the step exceeds this, in units of the objective
+        per voxel
     """
 
     curvature: Curvature = "gauss-newton"
@@ -64,7 +65,7 @@ class NewtonCG(PerPair):
         if not isinstance(self.iterations, int) or self.iterations < 1:
             raise ValueError(f"{self!r}: expected iterations, a whole number from 1 on")
 
-    def init(self, problem: Any, params: Any) -> _Carry:
+    def init(self, problem: Problem, params: Any) -> _Carry:
         """Value and gradient where the level starts, and what a shift bends there."""
         scaled = Scaled(problem)
         look = scaled.look(params)
@@ -73,7 +74,9 @@ class NewtonCG(PerPair):
         one = torch.ones(look.slope.shape[0], dtype=torch.float64, device=look.slope.device)
         return _Carry(look, self.damping * one, 0.5 * one, diagonal)
 
-    def step(self, problem: Any, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None) -> Taken:
+    def step(
+        self, problem: Problem, params: Any, carry: _Carry, progress: float | Tensor, length: Tensor | None
+    ) -> Taken:
         """One trial step of every pair; the value is that after it."""
         scaled, before = Scaled(problem), carry.look
         product = scaled.product(params, self.curvature == "hessian")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import grad
 
 from fnreg.pytree import tree_detach, tree_flatten, tree_unflatten
-from fnreg.solvers.base import Solved
+from fnreg.solvers.base import Problem, Solved
 from fnreg.solvers.loop import Now, Progress, run
 
 
@@ -31,7 +31,7 @@ class Recording:
 
 
 def run_recorded(
-    problem: Any,
+    problem: Problem,
     params: Any,
     solver: Any,
     *,
@@ -89,7 +89,7 @@ def _joined(pieces: list[Solved]) -> Solved:
     return last._replace(steps=steps, history=history, terms=terms)
 
 
-def _piece(problem: Any, solver: Any, now: Now, options: dict[str, Any]) -> Solved:
+def _piece(problem: Problem, solver: Any, now: Now, options: dict[str, Any]) -> Solved:
     """A part of the loop, of which only where it begins is kept."""
     leaves, spec = tree_flatten((problem.data, now))
     places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]

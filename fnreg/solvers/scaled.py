@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fnreg.solvers.base import joined, parted
+from fnreg.solvers.base import Problem, joined, parted
 from fnreg.solvers.conjugate import dot
 
 FLOOR = 1e-2  # of the largest entry: where nothing holds a control point, it would move by far more than others
@@ -25,7 +25,7 @@ class Look(NamedTuple):
 class Scaled(NamedTuple):
     """A problem whose steps are rows."""
 
-    problem: Any
+    problem: Problem
 
     def step(self, flat: Tensor) -> Any:
         """The step (B, ...) of rows."""

@@ -114,6 +114,11 @@ class Transform:
             "Diffeomorphism; a linear stage gets an objective of its own, Stage(Affine(), objective=mse)"
         )
 
+    @property
+    def flow(self) -> Transform | None:
+        """The transform, or the part of it, whose map is the flow of a velocity by squaring."""
+        return None
+
     def first_step(self, params: Params, domain: Domain) -> Tensor | None:
         """Where the map is the flow of a velocity: the length in voxels of the longest step that is then squared."""
         return None
@@ -246,6 +251,13 @@ class Mapping:
 
         return self._each(lambda mapping: mapping.transform.matrix(mapping.params, mapping.domain))
 
+    def first_step(self) -> Tensor | None:
+        """Of the flow of a velocity the length in voxels of the longest step that is then squared, () or (B,).
+
+        Where it is longer than a voxel squaring is inaccurate.  None for any other map.
+        """
+        return self._each(lambda mapping: mapping.transform.first_step(mapping.params, mapping.domain))
+
     def inverse(self) -> Mapping:
         """The map from moving to fixed world points."""
         return self._each(lambda mapping: mapping.transform.inverse(mapping.params, mapping.domain))
@@ -327,6 +339,10 @@ class Sequential(Transform):
         whole = functools.reduce(lambda total, matrix: matrix @ total, matrices) if matrices else None
         return begun._replace(matrix=whole)
 
+    @property
+    def flow(self) -> Transform | None:
+        return next((t.flow for t in self.transforms if t.flow is not None), None)
+
     def first_step(self, params: Params, domain: Domain) -> Tensor | None:
         found = (t.first_step(p, d) for t, d, p in self._parts(domain, params))
         return next((step for step in found if step is not None), None)
@@ -368,3 +384,18 @@ class Sequential(Transform):
             tuple(part.domain for part in parts),
             Sequential(tuple(part.transform for part in parts)),
         )
+
+
+def apart(mapping: Mapping) -> tuple[Mapping, Mapping | None]:
+    """Of maps that `@` has composed, so with domains of their own, the one that acts first and what acts after it."""
+    transform, params, domain = mapping.transform, mapping.params, mapping.domain
+    if not isinstance(transform, Sequential) or isinstance(domain, Grid):
+        return mapping, None
+    first = Mapping(params[0], domain[0], transform.transforms[0])
+    match transform.transforms[1:]:
+        case ():
+            return first, None
+        case (one,):
+            return first, Mapping(params[1], domain[1], one)
+        case several:
+            return first, Mapping(params[1:], domain[1:], Sequential(several))

@@ -140,6 +140,10 @@ class Velocity(OneField, abstract=True):
     def shift_of(self, vectors: Tensor, domain: Domain) -> Tensor:
         return exp_shift(self.velocity_of(vectors, domain), self.steps, midpoint=True)
 
+    @property
+    def flow(self) -> Velocity:
+        return self
+
     def first_step(self, params: Params, domain: Domain) -> Tensor | None:
         velocity = self.velocity_of(in_voxels(params[self.name], first_domain(domain)), domain)
         return longest(velocity) / 2**self.steps

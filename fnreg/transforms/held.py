@@ -74,6 +74,10 @@ class Held(Transform):
     def split_after(self, params: Params, step: Step, domain: Domain) -> Split:
         return self.transform.split_after(params, self._whole(step, domain), domain)
 
+    @property
+    def flow(self) -> Transform | None:
+        return self.transform.flow
+
     def first_step(self, params: Params, domain: Domain) -> Tensor | None:
         return self.transform.first_step(params, domain)
 
