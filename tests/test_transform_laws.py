@@ -36,6 +36,7 @@ from fnreg import Displacement, Grid, Held, Image, Mapping, Sequential, Subject,
 from fnreg.pytree import tree_flatten, tree_map, tree_vmap
 from fnreg.transforms import base
 from fnreg.transforms.linear import Affine, Linear, Rigid, Rotation, Scaling, Shearing, Similarity, Translation
+from fnreg.transforms.spline import FFD
 from fnreg.transforms.warping import moving_coords
 
 Params = Any
