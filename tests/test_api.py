@@ -57,9 +57,15 @@ def functions(name: str, value: Any) -> Iterator[tuple[str, Callable[..., Any]]]
     for key, made in vars(value).items():
         function = made.__func__ if isinstance(made, (staticmethod, classmethod)) else made
         function = function.fget if isinstance(function, property) else function
-        own = key == "__init__" and made.__code__.co_filename != "<string>"  # of a dataclass, which writes one itself
-        if (own or not key.startswith("_")) and inspect.isfunction(function):
+        if not key.startswith("_") and inspect.isfunction(function):
             yield f"{name}.{key}", function
+
+
+def constructors(name: str, value: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The constructor of a class that is written out: dataclasses and protocols have one of their own."""
+    made = vars(value).get("__init__") if inspect.isclass(value) else None
+    if made is not None and made.__code__.co_filename == sys.modules[value.__module__].__file__:
+        yield f"{name}.__init__", made
 
 
 MODULES = modules()
@@ -172,7 +178,7 @@ def test_every_argument_of_register_is_documented() -> None:
 def test_options_are_given_by_keyword(module: ModuleType) -> None:
     """One argument with a default may be given by position, the main one; any other is an option."""
     for name, value in members(module):
-        for told, function in functions(name, value):
+        for told, function in [*functions(name, value), *constructors(name, value)]:
             optional = [
                 p.name
                 for p in inspect.signature(function).parameters.values()
