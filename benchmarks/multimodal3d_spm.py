@@ -153,7 +153,8 @@ def run(options: Options) -> list[Table]:
         for name in MODALITIES[: 1 if options.quick else 2]:
             for method, find in methods(kind).items():
                 table.rows.append((kind, f"T1 <- {name}", method, *_errors(kind, count, find, fixed, images[name])))
-    table.notes = (f"means over {counts} motions; one run, {torch.get_num_threads()} threads, 2 mm",)
+    told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    table.notes = (f"means over {told} motions; one run, {torch.get_num_threads()} threads, 2 mm",)
     return [planes, table]
 
 
