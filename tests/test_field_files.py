@@ -231,3 +231,17 @@ def test_other_transforms_of_itk_are_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     with pytest.raises(MissingExtraError, match="itk"):
         read_itk(tmp_path / "b.h5")
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.mha", "a.nrrd"])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.float16, torch.bfloat16, torch.bool])
+def test_types_that_hold_no_displacement(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    grid = fnreg.Grid((4, 3))
+    mapping = fnreg.Mapping(fnreg.Displacement().init(grid), grid, fnreg.Displacement())
+    with pytest.raises(ValueError, match=r"expected torch\.float32 or torch\.float64"):
+        io.write_transform(tmp_path / name, mapping, dtype=dtype)
+    half = fnreg.Mapping({"displacement": mapping.params["displacement"].half()}, grid, fnreg.Displacement())
+    with pytest.raises(ValueError, match=r"dtype is torch\.float16: expected torch\.float32 or torch\.float64"):
+        io.write_transform(tmp_path / name, half)
+    io.write_transform(tmp_path / name, half, dtype=torch.float32)
+    assert list(tmp_path.iterdir()) == [tmp_path / name]

@@ -828,3 +828,13 @@ def test_in_memory_bad_input() -> None:
         io.to_sitk_transform(Mapping({"displacement": torch.full((2, *grid.shape), torch.nan)}, grid, Displacement()))
     with pytest.raises(ValueError, match=r"has shape \(3, 2, .*one map of 2 or 3 axes"):
         io.to_sitk_transform(Mapping({"displacement": torch.zeros(3, 2, *grid.shape)}, grid, Displacement()))
+
+
+def test_splines_that_are_not_finite(tmp_path: Path) -> None:
+    made = sitk.BSplineTransform(2, 3)
+    made.SetTransformDomainMeshSize((3, 3))
+    made.SetParameters([float("nan"), *made.GetParameters()[1:]])
+    sitk.WriteTransform(made, str(tmp_path / "a.h5"))
+    for read in (lambda: io.read_itk(tmp_path / "a.h5"), lambda: io.from_sitk_transform(made)):
+        with pytest.raises(io.TransformReadError, match="does not hold finite numbers"):
+            read()

@@ -161,6 +161,4 @@ def _part(sitk: Any, path: PathLike, transform: Any) -> Mapping:
     linear = np.column_stack(columns)
     center = fixed[:dimension] if len(fixed) >= dimension else np.zeros(dimension)
     parameters = np.concatenate([linear.flatten(), origin - center + linear @ center])
-    if not np.isfinite(parameters).all():
-        raise TransformReadError(f"{path} does not hold finite numbers")
     return mapping_of(path, Part("AffineTransform", dimension, parameters, center))

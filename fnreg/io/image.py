@@ -42,7 +42,8 @@ def read_image(
 
     path : its suffix says how it is read: NIfTI (.nii, .nii.gz, .hdr with .img); with the extra `itk` MetaImage (.mha,
         .mhd), NRRD (.nrrd, .nhdr) and a folder that holds a DICOM series; with the extra `plot` PNG, JPEG and TIFF
-    channels : colours as three channels (3, Y, X), red, green and blue, instead of their luminance (1, Y, X)
+    channels : colours as three channels (3, Y, X), red, green and blue, instead of their luminance (1, Y, X); three
+        numbers at a voxel of MetaImage and NRRD may be a vector, so there they are channels always
     volume : which one of a series, counted from 0
     form : of NIfTI, which of "sform" and "qform" tells the place; default the sform where there is one
     series : of DICOM, the UID of the one that is meant where a folder holds several

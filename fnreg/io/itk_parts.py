@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 def part_of(path: PathLike, name: str, parameters: np.ndarray, fixed: np.ndarray) -> Part:
-    """The part that a file names; TransformReadError where the name is none, or numbers are not finite."""
+    """The part that a file names; TransformReadError where the name is none."""
     found = _NAME.fullmatch(name)
     if found is None or found[2] not in "23" or found[2] != found[3]:
         raise TransformReadError(
@@ -51,8 +51,6 @@ def part_of(path: PathLike, name: str, parameters: np.ndarray, fixed: np.ndarray
         )
     if found[4] not in (None, "3"):
         raise TransformReadError(f"{path} holds a {found[1]} of order {found[4]}: readable are cubic ones, order 3")
-    if not (np.isfinite(parameters).all() and np.isfinite(fixed).all()):
-        raise TransformReadError(f"{path} does not hold finite numbers")
     return Part(found[1], int(found[2]), parameters, fixed)
 
 
@@ -65,7 +63,10 @@ def known(part: Part) -> bool:
 
 
 def mapping_of(path: PathLike, part: Part) -> Mapping:
-    """A part of a known kind as a mapping; TransformReadError, naming the file, for what does not fit."""
+    """A part of a known kind as a mapping; TransformReadError, naming the file, for what does not fit and numbers that
+    are not finite."""
+    if not (np.isfinite(part.parameters).all() and np.isfinite(part.fixed).all()):
+        raise TransformReadError(f"{path} does not hold finite numbers")
     if part.kind == "BSplineTransform":
         return _spline(path, part)
     if part.kind == "DisplacementFieldTransform":

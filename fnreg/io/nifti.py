@@ -26,18 +26,19 @@ def write_displacement(
 
     path : ends in .nii or .nii.gz
     grid : default the mapping's own domain
-    dtype : of the values, default that of the displacement
+    dtype : of the values, torch.float32 or torch.float64, default that of the displacement
 
     The values are world vectors.  ITK makes a `DisplacementFieldTransform` of it, ANTs
     and greedy a warp; they know no displacement outside of the grid.  Raises ValueError for a batch and for values
     that are not finite, WriteError where the file cannot be written.
     """
-    where, field = first_domain(mapping.domain) if grid is None else grid, finite_displacement(mapping, grid)
-    _write(path, field if dtype is None else field.to(dtype), where, VECTOR)
+    where, field = first_domain(mapping.domain) if grid is None else grid, finite_displacement(mapping, grid, dtype)
+    _write(path, field, where, VECTOR)
 
 
-def finite_displacement(mapping: Mapping, grid: Grid | None) -> Tensor:
-    """T(p) - p at the voxels of a grid, (D, [Z,] Y, X); ValueError for a batch and for what is not finite."""
+def finite_displacement(mapping: Mapping, grid: Grid | None, dtype: torch.dtype | None = None) -> Tensor:
+    """T(p) - p at the voxels of a grid, (D, [Z,] Y, X); ValueError for a batch, for what is not finite, and for a type
+    that files of vectors do not have."""
     where = first_domain(mapping.domain) if grid is None else grid
     field = mapping.displacement(grid)
     if field.ndim != where.ndim + 1:
@@ -46,7 +47,10 @@ def finite_displacement(mapping: Mapping, grid: Grid | None) -> Tensor:
         )
     if not bool(torch.isfinite(field).all()):
         raise ValueError("the displacement is not finite: other programs could not use it")
-    return field
+    kind = field.dtype if dtype is None else dtype
+    if kind not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype is {kind}: expected torch.float32 or torch.float64")
+    return field.to(kind)
 
 
 def write_learn2reg(path: PathLike, mapping: Mapping, *, grid: Grid | None = None) -> None:

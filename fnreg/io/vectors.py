@@ -24,11 +24,11 @@ def write_vectors(
     These formats keep the grid in double precision, where NIfTI has single.  MissingExtraError without SimpleITK.
     """
     where = (first_domain(mapping.domain) if grid is None else grid).to("cpu")
-    field = finite_displacement(mapping, grid).detach().cpu()
+    field = finite_displacement(mapping, grid, dtype).detach().cpu()
     if where.ndim not in (2, 3):
         raise ValueError(f"the grid has {where.ndim} axes: a vector image has 2 or 3")
     sitk: Any = require("SimpleITK", "itk", f"writing {path}")
-    values = (field if dtype is None else field.to(dtype)).movedim(0, -1).contiguous().numpy()
+    values = field.movedim(0, -1).contiguous().numpy()
     image = sitk.GetImageFromArray(values, isVector=True)
     image.SetOrigin(where.origin.tolist())
     image.SetSpacing(where.spacing.tolist())
