@@ -9,7 +9,9 @@ landmarks p of the fixed and q of the moving image (Fitzpatrick and West 2001, d
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from fnreg import io
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
-from fnreg.io.files import ImageReadError, PointReadError
+from fnreg.io.files import ImageReadError, PointReadError, SpaceNeededError
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
 from fnreg.transforms.warping import warp
@@ -25,11 +27,16 @@ from fnreg.transforms.warping import warp
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """Files of labels and points, (fixed, moving); space : "LPS", "RAS" or "voxel", of points that do not say it."""
+    """Files of labels and points, (fixed, moving).
+
+    space : "LPS", "RAS" or "voxel", of points that do not say it
+    shared : whether it is that of many pairs, of which some have no points that need it; of one alone that is refused
+    """
 
     labels: tuple[Path | None, Path | None] = (None, None)
     points: tuple[Path | None, Path | None] = (None, None)
     space: str | None = None
+    shared: bool = False
 
     def named(self) -> dict[str, Path]:
         """Those that are given, by the names of the options."""
@@ -63,7 +70,7 @@ def read(paths: Paths, files: tuple[Path, Path], images: tuple[Image, Image]) ->
     Raises ImageReadError and PointReadError for what cannot be read or does not fit, SettingsError where points of one
     side alone are given, or their space without points.
     """
-    if paths.space is not None and paths.points == (None, None):
+    if paths.space is not None and paths.points == (None, None) and not paths.shared:
         raise SettingsError(f"--space {paths.space} is that of points, and none are given")
     labels = [_labels(*each) for each in zip(paths.labels, files, images, strict=True)]
     if (paths.points[0] is None) != (paths.points[1] is None):
@@ -71,8 +78,13 @@ def read(paths: Paths, files: tuple[Path, Path], images: tuple[Image, Image]) ->
         raise SettingsError(f"--{given}-points are given without --{other}-points: landmarks are compared in pairs")
     if paths.points[0] is None or paths.points[1] is None:
         return Known((labels[0], labels[1]))
-    sides = [_landmarks(*each, paths.space) for each in zip(paths.points, files, images, strict=True)]
-    points, notes = paired(paths.points[0], paths.points[1], sides[0], sides[1])
+    tables = paths.points[0], paths.points[1]
+    remedy, grids = "give --space LPS, RAS or voxel", [image.grid for image in images]
+    sides = landmarks(tables, paths.space, remedy, grids=grids, shared=paths.shared)
+    for table, found, of, grid in zip(tables, sides, files, grids, strict=True):
+        if (count := found.points.shape[1]) != grid.ndim:
+            raise PointReadError(f"{table} has points of {count} coordinates but {of} has {grid.ndim} axes")
+    points, notes = paired(*tables, *sides)
     return Known((labels[0], labels[1]), points, notes)
 
 
@@ -90,22 +102,34 @@ def _labels(path: Path | None, of: Path, image: Image) -> Tensor | None:
     return data
 
 
-def _landmarks(path: Path | None, of: Path, image: Image, space: str | None) -> io.Landmarks:
-    assert path is not None
-    found = landmarks(path, space, image.grid if space == "voxel" else None, "give --space LPS, RAS or voxel")
-    count, axes = found.points.shape[1], image.grid.ndim
-    if count != axes:
-        raise PointReadError(f"{path} has points of {count} coordinates but {of} has {axes} axes")
+def landmarks(
+    files: Sequence[Path], space: str | None, remedy: str, *, grids: Sequence[Grid] | None = None, shared: bool = False
+) -> list[io.Landmarks]:
+    """As `fnreg.io.read_points`, of several files.
+
+    space : of those that do not say theirs.  Where all do and it is `shared` it counts for none, else it has to be that
+        of all
+    remedy : what to do about a file that needs it, in words of the command line
+    grids : whose indices "voxel" are, one for each file
+
+    Raises PointReadError.
+    """
+    found: list[io.Landmarks] = []
+    each = grids or [None] * len(files)
+    where: list[dict[str, Any]] = [{"space": space, "grid": grid if space == "voxel" else None} for grid in each]
+    needed = shared or space is None
+    for path, told in zip(files, where, strict=True):
+        try:
+            found.append(io.read_points(path))
+        except SpaceNeededError as problem:
+            if space is None:
+                raise PointReadError(f"{problem.told}: {remedy}") from None
+            found.append(io.read_points(path, **told))
+            needed = True
+    if not needed:
+        for path, told in zip(files, where, strict=True):  # raises where it is another one
+            io.read_points(path, **told)
     return found
-
-
-def landmarks(path: Path, space: str | None, grid: Grid | None, remedy: str) -> io.Landmarks:
-    """As `fnreg.io.read_points`; where a file needs its space or its grid told, with a remedy of the command line."""
-    try:
-        return io.read_points(path, space=space, grid=grid)  # type: ignore[arg-type]
-    except PointReadError as problem:
-        told, asks, _ = str(problem).partition(": give space=")
-        raise PointReadError(f"{told}: {remedy}") from None if asks else problem
 
 
 def paired(

@@ -15,9 +15,10 @@ from fnreg.chains import grid_of, read_chain, told
 from fnreg.gather import Padding
 from fnreg.grid import Grid
 from fnreg.image import Image
-from fnreg.io.files import ImageReadError
-from fnreg.io.image import PICTURES, read_grid, suffix
+from fnreg.io.files import ImageReadError, check_writable
+from fnreg.io.image import PICTURES, WRITABLE, read_grid, suffix
 from fnreg.io.nifti import SUFFIXES
+from fnreg.io.points import SUFFIXES as ENDINGS
 from fnreg.io.points import Space
 from fnreg.results import window_of
 from fnreg.sampling import interpolate
@@ -47,6 +48,7 @@ def apply_image(
 
     Raises ImageReadError, TransformReadError, WriteError, and ValueError for axes that differ.
     """
+    check_writable(output, endings=WRITABLE)
     mapping = read_chain(transforms, inverse=inverse)
     labels = read_labels(image) if interpolation == "multilabel" else None
     source = io.read_image(image) if labels is None else None
@@ -154,7 +156,10 @@ def read_labels(path: Path) -> tuple[Tensor, Grid]:
 
 
 def write_labels(path: Path, labels: Tensor, grid: Grid, *, like: Path | None = None) -> None:
-    """Write labels as they are, `like` as for `fnreg.io.write_labels`; ValueError for a PNG where they are no bytes."""
+    """Write labels as they are, `like` as for `fnreg.io.write_labels`.
+
+    Raises ValueError for a PNG where they are no bytes, and for a TIFF where float32 would round them.
+    """
     if suffix(path) not in PICTURES:
         io.write_labels(path, io.Labels(labels, grid), like=like)
         return
@@ -163,6 +168,10 @@ def write_labels(path: Path, labels: Tensor, grid: Grid, *, like: Path | None = 
         if int(labels.min()) < 0 or int(labels.max()) > 255:
             raise ValueError(f"{path} would have 8 bits, but labels are up to {int(labels.max())}: name it .tif")
         options["window"] = (0.0, 255.0)
+    elif int(labels.abs().max()) > 2**24:
+        raise ValueError(
+            f"{path} would hold floats, which round labels up to {int(labels.abs().max())}: name it .nii.gz"
+        )
     io.write_image(path, Image(labels, grid), **options)
 
 
@@ -191,9 +200,11 @@ def apply_points(
         raise SettingsError(
             "--space voxel goes with --like, the image of whose voxels the points are: give both or none"
         )
+    check_writable(output, endings=ENDINGS)
     mapping = read_chain(transforms, inverse=inverse)
     grid = None if like is None else read_grid(like)
-    found = landmarks(file, space, grid, "give --space LPS or RAS, or voxel with --like")
+    grids = None if grid is None else [grid]
+    (found,) = landmarks([file], space, "give --space LPS or RAS, or voxel with --like", grids=grids)
     points = found.points
     moved = mapping.map_points(points)
     if not bool(torch.isfinite(moved).all()):

@@ -32,7 +32,7 @@ from fnreg.commands.base import Json as _Json
 from fnreg.commands.base import Verbose as _Verbose
 from fnreg.commands.base import option as _option
 from fnreg.process import prepare
-from fnreg.settings import SAVES
+from fnreg.settings import SAVES, SPACES
 from fnreg.specs import SettingsError, choose
 
 DEMOS = ("story", "circle-to-c")
@@ -79,7 +79,7 @@ def register(
     """
     chosen = how.chosen(save)
     if space is not None:
-        choose("space", space, options.SPACES)
+        choose("space", space, SPACES)
     from fnreg import results, run
     from fnreg.agreement import Paths
     from fnreg.loading import Files
@@ -222,22 +222,22 @@ def demo(
 # -- errors -------------------------------------------------------------------------------------------------------
 
 
+CODES = {  # of errors whose modules may import torch: what was not imported was not raised
+    ("fnreg.extras", "MissingExtraError"): ENVIRONMENT,
+    ("fnreg.cohort.cluster", "ClusterError"): ENVIRONMENT,
+    ("fnreg.loading", "DeviceError"): ENVIRONMENT,
+    ("fnreg.levels", "RegistrationError"): FAILED,
+}
+
+
 def _code(error: BaseException) -> int | None:
     """The exit code of an error that is the user's to mend; None for one that is ours."""
     if isinstance(error, (cyclopts.CycloptsError, SettingsError)):
         return USAGE
-    from fnreg.extras import MissingExtraError
-
-    if isinstance(error, MissingExtraError):
-        return ENVIRONMENT
-    from fnreg.cohort.cluster import ClusterError
-    from fnreg.levels import RegistrationError
-    from fnreg.loading import DeviceError
-
-    if isinstance(error, (DeviceError, ClusterError)):
-        return ENVIRONMENT
-    if isinstance(error, RegistrationError):
-        return FAILED
+    for (module, name), code in CODES.items():
+        found = sys.modules.get(module)
+        if found is not None and isinstance(error, getattr(found, name)):
+            return code
     return REFUSED if isinstance(error, (OSError, ValueError)) else None
 
 

@@ -12,9 +12,11 @@ from fnreg.chains import DISPLACEMENTS, grid_of, read_chain, told, write_chain
 from fnreg.chains import compose as join
 from fnreg.image import Image
 from fnreg.io.elastix_files import names
+from fnreg.io.files import check_writable
 from fnreg.io.itk import ITK_SUFFIXES
 from fnreg.io.itk_parts import parts
 from fnreg.io.nifti import SUFFIXES
+from fnreg.io.transform import TRANSFORM_SUFFIXES
 from fnreg.output import OutputError, check_file
 from fnreg.results import residual
 from fnreg.specs import SettingsError
@@ -29,6 +31,7 @@ def invert(transform: Path, output: Path, *, like: Path | None = None) -> dict[s
 
     Raises ValueError where the map has no inverse, and what reading and writing raise.
     """
+    check_writable(output, endings=TRANSFORM_SUFFIXES)
     mapping = read_chain([transform])
     inverse = mapping.inverse()
     write_chain(output, inverse, like=like)
@@ -38,6 +41,7 @@ def invert(transform: Path, output: Path, *, like: Path | None = None) -> dict[s
 
 def compose(transforms: Sequence[Path], output: Path, *, like: Path | None = None) -> dict[str, Any]:
     """Write transforms one after another as one, in the order of `fnreg.chains.read_chain`."""
+    check_writable(output, endings=TRANSFORM_SUFFIXES)
     mapping = read_chain(transforms)
     write_chain(output, mapping, like=like)
     return {"transforms": [str(path) for path in transforms], "map": told(mapping), "output": str(output)}
@@ -80,6 +84,8 @@ def _ants(mapping: Mapping, output: Path, *, like: Path | None, overwrite: bool)
     bent = first if split else mapping
     linear = join(rest) if split else mapping if mapping.transform.linear else None
     files = [*([] if bent.transform.linear else [warp]), *([] if linear is None else [affine])]
+    if bent.transform.linear and like is not None:
+        raise SettingsError(f"--like {like} is the grid of a displacement, and the transform is linear: leave it out")
     grid = None if bent.transform.linear else grid_of(bent, like)
     for file in files:
         check_file(file, overwrite=overwrite)
@@ -120,6 +126,7 @@ def jacobian(
 
     log : its natural logarithm instead; where the map folds that of `LEAST`, for readers of NIfTI take NaN for 0
     """
+    check_writable(output, endings=SUFFIXES)
     mapping = read_chain(transforms)
     grid = grid_of(mapping, like)
     field = mapping.displacement(grid)

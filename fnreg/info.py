@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from fnreg.image import Image
 from fnreg.io.image import NIFTI, PICTURES, suffix
 from fnreg.io.itk import ITK_SUFFIXES, parts
 from fnreg.io.volume import VECTOR, read_nifti
+from fnreg.notes import hearing
 from fnreg.pytree import batch_axes, tree_leaves
 from fnreg.transforms.base import Mapping
 from fnreg.transforms.domain import first_domain
@@ -38,8 +38,7 @@ def describe(file: Path) -> dict[str, Any]:
 
 def _nifti(file: Path) -> dict[str, Any]:
     """What the header says, and of displacements or images what they hold."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", io.GeometryWarning)
+    with hearing() as heard:
         header, extensions, values = read_nifti(file)
         vectors = int(header.fields["intent_code"]) == VECTOR and len(values) == header.grid.ndim and not header.colour
         rest = _regularity(io.read_displacement(file)) if vectors else _image(io.read_series(file))
@@ -57,7 +56,7 @@ def _nifti(file: Path) -> dict[str, Any]:
     found |= {"slope and intercept": [header.slope, header.inter]} if (header.slope, header.inter) != (1, 0) else {}
     found |= {"description": text} if text else {}
     found |= {"bytes of extensions": len(extensions) - 4} if len(extensions) > 4 else {}
-    notes = [str(warning.message).removeprefix(f"{file} ") for warning in caught]
+    notes = [note.text.removeprefix(f"{file} ") for note in heard if note.kind is io.GeometryWarning]
     return found | ({"warning": notes[0]} if notes else {}) | rest
 
 

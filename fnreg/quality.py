@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fnreg import agreement, fields, io, metrics
+from fnreg import agreement, fields, metrics
 from fnreg.apply import Interp, read_labels, warp_labels
 from fnreg.chains import grid_of, read_chain
 from fnreg.grid import Grid
 from fnreg.io.points import Space
+from fnreg.notes import warn
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
 from fnreg.transforms.domain import first_domain
@@ -30,7 +30,7 @@ def judge(
     moving_points: Path | None = None,
     like: Path | None = None,
     space: Space | None = None,
-    interpolation: Interp = "nearest",
+    interpolation: Interp | None = None,
     surfaces: bool = False,
     inverse: Path | None = None,
 ) -> dict[str, dict[str, float | None]]:
@@ -44,6 +44,8 @@ def judge(
     jac_min, jac_max, folds, sdlogj : of maps that are not linear; folds is a share of voxels
     inverse_mean, inverse_max : with `inverse`, the file of a map S, |S(T(p)) - p| over the voxels p of the grid for
         which T(p) lies between voxels of the domain of S, or over all where S is linear, world units
+
+    interpolation : of labels, "nearest" where it is not given, or "multilabel"
 
     Without transforms there is only "before"; None stands for what is no finite number.  Raises SettingsError where
     there is nothing to judge by, or an option has nothing to act on, ValueError where sides do not fit.  Warns of
@@ -59,6 +61,10 @@ def judge(
         raise SettingsError("there is nothing to evaluate: give labels or points of both images, or a transform")
     if surfaces and fixed_labels is None:
         raise SettingsError("--surfaces are those of labels: give --fixed-labels and --moving-labels")
+    if interpolation is not None and fixed_labels is None:
+        raise SettingsError(
+            f"--interpolation {interpolation} is that of labels: give --fixed-labels and --moving-labels"
+        )
     if space is not None and fixed_points is None:
         raise SettingsError(f"--space {space} is that of points, and none are given")
     if like is not None and not transforms:
@@ -83,16 +89,17 @@ def judge(
             raise ValueError(f"{fixed_labels} is 0 everywhere, which is the background: there is no class to compare")
         for name, stage in stages.items():
             through = linear_mapping(torch.eye(grid.ndim + 1, dtype=torch.float64), grid) if stage is None else stage
-            warped = warp_labels(other[0], other[1], through, grid, interpolation=interpolation)
+            warped = warp_labels(other[0], other[1], through, grid, interpolation=interpolation or "nearest")
             found[name] |= _overlaps(labels[0], warped, numbers)
             if surfaces:
                 found[name] |= _surfaces(labels[0], warped, grid, numbers)
     if fixed_points is not None and moving_points is not None:
-        sides = [_landmarks(path, space) for path in (fixed_points, moving_points)]
+        remedy = "expected points of the world, give --space LPS or RAS"
+        sides = agreement.landmarks([fixed_points, moving_points], space, remedy)
         _same_axes(mapping, sides[0].points.shape[-1], str(fixed_points))
         (here, there), notes = agreement.paired(fixed_points, moving_points, *sides)
         for note in notes:
-            warnings.warn(note, stacklevel=2)
+            warn(note, stacklevel=2)
         for name, stage in stages.items():
             distance = metrics.target_registration_error(stage, here, there)
             found[name] |= {
@@ -147,10 +154,6 @@ def _there_and_back(mapping: Mapping, back: Mapping, grid: Grid) -> dict[str, fl
         return {"inverse_mean": None, "inverse_max": None}
     away = (back.map_points(there) - points).norm(dim=-1)
     return {"inverse_mean": _number(away.mean()), "inverse_max": _number(away.max())}
-
-
-def _landmarks(path: Path, space: Space | None) -> io.Landmarks:
-    return agreement.landmarks(path, space, None, "expected points of the world, give --space LPS or RAS")
 
 
 def _same_axes(mapping: Mapping | None, axes: int, name: str) -> None:

@@ -296,7 +296,8 @@ def _draw(
 
 def window_of(moving: Image) -> tuple[float, float]:
     """The window of the moving image, so that the warped picture looks like it: bytes stay bytes."""
-    low, high = float(moving.data.min()), float(moving.data.max())
+    finite = moving.data[torch.isfinite(moving.data)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     if low >= 0 and 1 < high <= 255:
         return 0.0, 255.0
     return (low, high) if low < high else (low, low + 1)

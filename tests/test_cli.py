@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -449,6 +450,10 @@ USAGE = {
         "optimizer lbfgs needs a stated objective, which diffeomorphism does not descend: choose svffd",
     ),
     "iterations": (["--transform", "ffd", "--optimizer", "newton-cg:iterations=0"], "expected iterations"),
+    "curvature": (
+        ["--transform", "ffd", "--optimizer", "newton-cg:curvature=exact"],
+        "curvature is exact: choose from gauss-newton, hessian",
+    ),
     "memory": (["--transform", "ffd", "--optimizer", "lbfgs:memory=0"], "expected memory"),
     "center of a field": (["--transform", "ffd", "--start", "center"], "does not begin with a shift"),
     "search of a field": (["--transform", "svf", "--start", "search"], "does not begin with a rotation"),
@@ -510,7 +515,8 @@ def test_incomplete(folder: Path, capsys: pytest.CaptureFixture[str], arguments:
     ("text", "told"),
     [
         ("transfrom = 'rigid'", "unknown setting in s.toml, line 1: 'transfrom': did you mean transform?"),
-        ("levels = 'three'", "s.toml, line 1: levels is 'three', expected a number"),
+        ("levels = 'three'", "s.toml, line 1: levels is 'three', expected a whole number"),
+        ("levels = 2.5", "s.toml, line 1: levels is 2.5, expected a whole number"),
         ("seed = 1\nlevels = ", "is not valid TOML: Invalid value (at end of document"),
         ("seed = 1\nlevels = 2\nlevels = 3", "is not valid TOML: Cannot overwrite a value (at end of document"),
         ("# note\n\nsymmetric = 1", "s.toml, line 3: symmetric is 1, expected true or false"),
@@ -838,3 +844,57 @@ def test_the_start_is_chosen_and_told(folder: Path, capsys: pytest.CaptureFixtur
     plain = json.loads((folder / "plain" / "run.json").read_text())
     assert "start" not in plain
     assert plain["value_after"] > 10 * found["value_after"]
+
+
+def test_what_is_told_of_files_is_of_the_bytes_that_were_registered(folder: Path) -> None:
+    from fnreg import run
+    from fnreg.loading import Files
+
+    content = Path("fixed.png").read_bytes()
+    made = run.prepare(Files(Path("fixed.png"), Path("moving.png"), Path("out")), Settings(levels=1, steps="2"))
+    Path("fixed.png").write_bytes(b"changed")
+    Path("moving.png").unlink()
+    with OutputFolder(Path("out")) as output:
+        record = run.execute(made, output)
+    told = {"path": "fixed.png", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert record["inputs"]["fixed"] == told and len(record["inputs"]["moving"]["sha256"]) == 64
+    assert Path("out/run.json").is_file() and record["beside"] == []
+
+
+def test_voxels_beside_a_header_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    for name, end in (("fixed", "mhd"), ("moving", "nhdr")):
+        sitk.WriteImage(io.to_sitk(io.read_image(f"{name}.png")), f"{name}.{end}")
+    assert cli.main(["register", "fixed.mhd", "moving.nhdr", "-o", "out", *QUICK]) == 0
+    beside = json.loads(Path("out/run.json").read_text())["beside"]
+    assert [told["path"] for told in beside] == ["fixed.raw", "moving.raw"]
+    for told in beside:
+        assert told["sha256"] == hashlib.sha256(Path(told["path"]).read_bytes()).hexdigest()
+
+
+def test_a_word_of_an_optimizer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["register", "fixed.png", "moving.png", "-o", "out", "--transform", "ffd", *SHORT, "--save", "params"]
+    assert cli.main([*base, "--optimizer", "newton-cg:curvature=hessian", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert "curvature='hessian'" in record["solver"]
+
+
+def test_warnings_of_others_are_not_those_of_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go where warnings go, and the filters of the process stay."""
+    from fnreg import notes, run
+
+    true = run.register
+
+    def register(*arguments: Any, **options: Any) -> Any:
+        notes.warn("of fnreg")
+        warnings.warn("of another", stacklevel=1)
+        return true(*arguments, **options)
+
+    monkeypatch.setattr(run, "register", register)
+    shown: list[str] = []
+    monkeypatch.setattr(cli, "_warn", lambda message, *_, **__: shown.append(str(message)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # here they are errors otherwise
+        assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", "-n", "2", "--save", "params"]) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["warnings"] == ["of fnreg"] and shown == ["of another"]

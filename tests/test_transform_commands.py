@@ -656,3 +656,59 @@ def test_damaged_transforms_are_one_line(folder: Path, capsys: pytest.CaptureFix
     Path(f"cut_{name}").write_bytes(data[: len(data) // 2])
     arguments = ["apply", "moving.mha", f"cut_{name}", "--like", "fixed.mha", "-o", "w.mha"]
     refused(capsys, folder, arguments, 3, f"cut_{name}")
+
+
+def test_labels_that_a_float_would_round(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = Grid((6, 5))
+    labels = torch.full((1, *grid.shape), 2**24 + 1)
+    io.write_labels("large.nii", io.Labels(labels, grid))
+    io.write_transform("still.tfm", Mapping(Rigid().init(grid), grid, Rigid()))
+    for interpolation in ("nearest", "multilabel"):
+        arguments = ["apply", "large.nii", "still.tfm", "--like", "large.nii", "--interpolation", interpolation]
+        refused(capsys, folder, [*arguments, "-o", "new.tif"], 3, "name it .nii.gz")
+        assert cli.main([*arguments, "-o", "new.nii.gz", "--overwrite"]) == 0
+        assert torch.equal(io.read_labels("new.nii.gz").data, labels.to(torch.int32))
+        capsys.readouterr()
+    io.write_labels("large.nii", io.Labels(labels - 1, grid))
+    assert cli.main([*arguments, "-o", "new.tif"]) == 0
+    assert bool((io.read_image("new.tif").data == 2**24).all())
+
+
+def test_a_picture_of_what_is_not_finite(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = Grid((6, 5))
+    values = torch.arange(30.0).reshape(1, *grid.shape) * 20
+    values[0, 0, 0] = torch.nan
+    io.write_image("holes.nii", Image(values, grid))
+    io.write_transform("still.tfm", Mapping(Rigid().init(grid), grid, Rigid()))
+    assert cli.main(["apply", "holes.nii", "still.tfm", "--like", "holes.nii", "-o", "new.png"]) == 0
+    assert int(io.read_image("new.png").data.max()) == 255
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["apply", "fixed.mha", "bent.safetensors", "-o", "new.jpg"],
+        ["points", "points.csv", "bent.safetensors", "-o", "new.txt"],
+        ["invert", "bent.safetensors", "-o", "new.nii.zip"],
+        ["compose", "bent.safetensors", "-o", "new"],
+        ["jacobian", "bent.safetensors", "-o", "new.mha"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_names_are_looked_at_before_the_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def work(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the work began")
+
+    save_points("points.csv", io.Landmarks(tensor([[30.0, -20.0, 10.0]]), ("a",)))
+    for where in ("apply", "convert"):
+        monkeypatch.setattr(f"fnreg.{where}.read_chain", work)
+    refused(capsys, folder, command, 3, f"{command[-1]}: expected a name that ends in .")
+
+
+def test_options_that_nothing_uses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["convert", "affine.mat", "--to", "ants", "-o", "new", "--like", "fixed.mha"]
+    refused(capsys, folder, arguments, 2, "--like fixed.mha is the grid of a displacement")
+    arguments = ["evaluate", "bent.safetensors", "--interpolation", "nearest"]
+    refused(capsys, folder, arguments, 2, "--interpolation nearest is that of labels")
