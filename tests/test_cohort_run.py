@@ -500,3 +500,19 @@ def test_a_ledger_that_is_held_is_let_go(tmp_path: Path) -> None:
     register(pairs(tmp_path, 1), tmp_path / "study")
     with Ledger(tmp_path / "study"):
         pass
+
+
+def test_a_space_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="unknown space 'ras': choose from LPS, RAS, voxel"):
+        register(pairs(tmp_path, 1), tmp_path / "study", space="ras")
+    assert not (tmp_path / "study").exists()
+
+
+def test_an_unexpected_fault_of_saving_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr("fnreg.cohort.save.agreement.agreement", broken)
+    (record,) = register(pairs(tmp_path, 1), tmp_path / "study").values()
+    assert record["status"] == "failed" and record["reason"] == "KeyError: 'oops'"
+    assert "in broken" in (tmp_path / "study" / "errors" / "p000.txt").read_text()

@@ -14,7 +14,7 @@ from fnreg.cohort.ledger import read_ledger
 from fnreg.cohort.study import OF_RECORDS, STATUSES, Study
 from fnreg.io.files import write_bytes
 
-BIDS = "1.10.0"
+BIDS, RUN = "1.10.0", "run.json"
 
 
 def counts(study: Study) -> dict[str, int]:
@@ -45,7 +45,17 @@ def write_run(study: Study, told: dict[str, Any]) -> None:
         "versions": {"python": platform.python_version(), **versions},
         "argv": sys.argv,
         **told,
-        "pairs": len(study.rows),
-        "counts": counts(study),
+        **_how_far(study),
     }
-    write_bytes(study.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_bytes(study.folder / RUN, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def update_run(study: Study) -> None:
+    """run.json where nothing was done: it is of the run that did the work, but the table may be another one since."""
+    record = json.loads((study.folder / RUN).read_text(encoding="utf-8"))
+    if (now := record | _how_far(study)) != record:
+        write_bytes(study.folder / RUN, (json.dumps(now, indent=2) + "\n").encode())
+
+
+def _how_far(study: Study) -> dict[str, Any]:
+    return {"pairs": len(study.rows), "counts": counts(study)}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fnreg import __version__
-from fnreg.cohort.columns import COLUMNS, STATUSES, meaning
+from fnreg.cohort.columns import COLUMNS, OF_RECORDS, STATUSES, meaning
 from fnreg.cohort.ledger import Record, read_ledger
 from fnreg.cohort.manifest import ManifestError, read_table
 from fnreg.cohort.study import PAIRS, StudyError, command, read_settings
@@ -40,7 +40,7 @@ TABLE = (
     "pair_id", "status", "group", "dice_mean", "tre_mean", "value_before", "value_after", "folds", "jac_min", "jac_max",
     "sdlogj", "inverse_consistency_mm", "steps", "seconds", "reason",
 )  # fmt: skip
-APART = ("inputs", "history", "warnings", "settings_sha")  # shown elsewhere, or the same for all
+APART = (*OF_RECORDS, "settings_sha")  # shown elsewhere, or the same for all
 Pair = tuple[dict[str, str], Record]
 
 

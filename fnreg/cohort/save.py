@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fnreg import agreement, results
 from fnreg.cohort.ledger import Record
-from fnreg.cohort.load import Asked, Loaded, Refused, files_of, told
+from fnreg.cohort.load import Asked, Loaded, Refused, files_of, told, trace_of
 from fnreg.cohort.manifest import Row
 from fnreg.cohort.solve import Outcome
 from fnreg.cohort.study import DONE, OK, PAIRS, WARN, command, is_scratch
@@ -52,7 +52,7 @@ def _save(outcome: Outcome | Refused, asked: Asked) -> Record:
             if isinstance(problem, OSError) and not isinstance(problem, ValueError):
                 raise  # of the disk; what cannot be read is a ValueError too, and of the pair
             found |= {"status": "failed", "reason": told(problem)}
-            trace = repr(problem)
+            trace = trace_of(problem)
     _told(row, asked, found, trace)
     return found
 

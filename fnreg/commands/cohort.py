@@ -28,7 +28,7 @@ Table = Annotated[Path | None, cyclopts.Parameter(help="Table of pairs: CSV, TSV
 AllTo = Annotated[Path | None, option("In place of TABLE: register all images to this one.")]
 AllPairs = Annotated[bool, option("In place of TABLE: register each image to each other.")]
 Bids = Annotated[Path | None, option("Images for --all-to or --all-pairs: those of a BIDS data set.")]
-Suffix = Annotated[str, option("Of BIDS images. [default: T1w]")]
+Suffix = Annotated[str | None, option("Of BIDS images. [default: T1w]")]
 Glob = Annotated[str | None, option("Images for --all-to or --all-pairs: a pattern in quotes, as 'scans/**/*.nii.gz'.")]
 
 
@@ -41,7 +41,7 @@ def run(
     all_to: AllTo = None,
     all_pairs: AllPairs = False,
     bids: Bids = None,
-    suffix: Suffix = "T1w",
+    suffix: Suffix = None,
     glob: Glob = None,
     how: options.How = options.How(),
     space: options.Space = None,
@@ -71,8 +71,6 @@ def run(
     Interrupt once to end after the batch that is being registered, twice to end now.
     """
     chosen = how.chosen(save, {"save": "params"})
-    if space is not None:
-        choose("space", space, options.SPACES)
     choose("figures", figures, DRAWN)
     part = _shard(shard)
     rows = _rows(table, all_to, all_pairs, bids, suffix, glob, output)
@@ -150,7 +148,7 @@ def validate(
     all_to: AllTo = None,
     all_pairs: AllPairs = False,
     bids: Bids = None,
-    suffix: Suffix = "T1w",
+    suffix: Suffix = None,
     glob: Glob = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -169,7 +167,7 @@ def _rows(
     all_to: Path | None,
     all_pairs: bool,
     bids: Path | None,
-    suffix: str,
+    suffix: str | None,
     glob: str | None,
     output: Path | None = None,
 ) -> list[Row]:
@@ -177,6 +175,8 @@ def _rows(
     from fnreg.cohort import manifest
 
     made = all_to is not None or all_pairs
+    if suffix is not None and bids is None:
+        raise SettingsError(f"--suffix {suffix} is that of BIDS images: give --bids as well, or leave it out")
     if table is not None:
         if made or bids is not None or glob is not None:
             raise SettingsError("a table is given beside --all-to, --all-pairs, --bids or --glob: give one of the two")
@@ -185,7 +185,7 @@ def _rows(
         raise SettingsError(
             "no pairs are given: give a table, or images by --glob or --bids with --all-to IMAGE or --all-pairs"
         )
-    images = manifest.find_bids(bids, suffix) if bids is not None else manifest.find_images(glob or "")
+    images = manifest.find_bids(bids, suffix or "T1w") if bids is not None else manifest.find_images(glob or "")
     if output is not None:
         images = [image for image in images if output.absolute() not in image.absolute().parents]
     return manifest.all_pairs(images) if all_to is None else manifest.all_to(all_to, images)
