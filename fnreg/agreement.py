@@ -9,6 +9,7 @@ landmarks p of the fixed and q of the moving image (Fitzpatrick and West 2001, d
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnreg import io
+from fnreg import io, metrics
+from fnreg.fields import Statistics
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.io.files import ImageReadError, PointReadError, SpaceNeededError
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
+from fnreg.transforms.domain import first_domain
 from fnreg.transforms.warping import warp
 
 
@@ -173,15 +176,10 @@ def agreement(
         assert warped is not None
         warped = warped.cpu()
         if ours is not None:
-            told |= _overlaps(ours, warped)
+            told |= overlaps(ours, warped)
     if known.points is not None:
         here, there = (points.to(fixed.center.device) for points in known.points)
-        away = (mapping.map_points(here) - there).norm(dim=-1)
-        told |= {
-            "tre_mean": _number(away.mean()),
-            "tre_p95": _number(torch.quantile(away, 0.95)),
-            "tre_max": _number(away.max()),
-        }
+        told |= errors(metrics.target_registration_error(mapping, here, there))
     return told, warped
 
 
@@ -198,23 +196,54 @@ def worse(before: dict[str, float | None], after: dict[str, float | None]) -> li
     return notes
 
 
-def _overlaps(ours: Tensor, warped: Tensor) -> dict[str, float | None]:
-    """Dice of every class of the fixed labels, and the mean over these."""
-    ours, warped = (values.reshape(-1).to(torch.int64) for values in (ours, warped))
-    low, high = min(int(ours.min()), int(warped.min())), max(int(ours.max()), int(warped.max()))
-    if high - low < 2**20:  # counting needs no sorting then
-        numbers, here, there = torch.arange(low, high + 1), ours - low, warped - low
-    else:
-        numbers, at = torch.unique(torch.cat([ours, warped]), return_inverse=True)
-        here, there = at[: len(ours)], at[len(ours) :]
-    count = len(numbers)
-    both = torch.bincount(here[here == there], minlength=count)
-    in_ours = torch.bincount(here, minlength=count)
-    sizes = in_ours + torch.bincount(there, minlength=count)
-    classes = [k for k in in_ours.nonzero().flatten().tolist() if int(numbers[k]) != 0]
-    each = {f"dice_{int(numbers[k])}": 2 * int(both[k]) / int(sizes[k]) for k in classes}
-    return {"dice_mean": sum(each.values()) / len(each), **each}
+# -- by the names of columns ---------------------------------------------------------------------------------------
 
 
-def _number(value: Tensor) -> float | None:
-    return float(value) if bool(torch.isfinite(value)) else None
+def overlaps(fixed: Tensor, warped: Tensor) -> dict[str, float | None]:
+    """Dice of every class of the fixed labels, and the mean over these: the same ones before and after."""
+    numbers = metrics.classes(fixed)
+    each = metrics.dice(fixed, warped, numbers=numbers)
+    found = {f"dice_{number}": finite(value) for number, value in zip(numbers, each, strict=True)}
+    return {"dice_mean": finite(each.mean()), **found}
+
+
+def errors(away: Tensor) -> dict[str, float | None]:
+    """Of distances of landmarks (N,) the mean, the 95th percentile and the largest."""
+    return {
+        "tre_mean": finite(away.mean()),
+        "tre_p95": finite(torch.quantile(away, 0.95)),
+        "tre_max": finite(away.max()),
+    }
+
+
+def regularity(told: Statistics) -> dict[str, Tensor]:
+    """What users of registrations know by these names, of one pair or of a batch; folds is a share of voxels."""
+    return {
+        "jac_min": told.min_determinant,
+        "jac_max": told.max_determinant,
+        "folds": told.folds,
+        "sdlogj": told.sd_log_determinant,
+    }
+
+
+def there_and_back(mapping: Mapping, inverse: Mapping, grid: Grid, *, world: bool = True) -> Tensor:
+    """|S(T(p)) - p| in world units, or in voxels, (N,) at the voxels p of a grid for which S knows T(p).
+
+    That is where T(p) lies between voxels of the domain of S, or everywhere where S is linear; where T(p) is NaN the
+    distance is as well.
+    """
+    points = grid.points()
+    there = points + mapping.displacement(grid).to(points).flatten(1).mT
+    if not inverse.transform.linear:
+        domain = first_domain(inverse.domain)
+        index = domain.world_to_index(there)
+        known = ((index >= -1e-6) & (index <= 2 * domain.index_center + 1e-6)).all(-1) | index.isnan().any(-1)
+        points, there = points[known], there[known]
+    away = inverse.map_points(there) - points
+    return (away if world else grid.convert(away, "world", "index", vectors=True)).norm(dim=-1)
+
+
+def finite(value: Tensor | float) -> float | None:
+    """The number, or None where it is none: JSON has no such numbers."""
+    number = float(value)
+    return number if math.isfinite(number) else None

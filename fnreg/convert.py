@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fnreg import fields, io
+from fnreg.agreement import regularity
 from fnreg.chains import DISPLACEMENTS, grid_of, read_chain, told, write_chain
 from fnreg.chains import compose as join
 from fnreg.image import Image
@@ -139,8 +140,6 @@ def jacobian(
         "map": told(mapping),
         "folds at voxels": int(fields.folds(field, grid)),
         "folds in cells between": int(fields.folded_cells(field, grid)),
-        "jac_min": float(statistics.min_determinant),
-        "jac_max": float(statistics.max_determinant),
-        "sdlogj": float(statistics.sd_log_determinant),
+        **{name: float(value) for name, value in regularity(statistics).items() if name != "folds"},
         "output": str(output),
     }

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fnreg import data, plot
+from fnreg.agreement import there_and_back
 from fnreg.doctor import kernels
 from fnreg.image import Image
 from fnreg.io.files import WriteError
@@ -25,7 +26,6 @@ from fnreg.losses.terms import bending, diffusion, mse
 from fnreg.optim import adam, sgd
 from fnreg.progress import Bars
 from fnreg.registration import Registration, evaluate, register
-from fnreg.results import there_and_back
 from fnreg.stages import Stage
 from fnreg.transforms.base import Mapping, Transform
 from fnreg.transforms.linear import Rigid, Rotation
@@ -260,7 +260,7 @@ def circle_to_c(*, progress: Callable[[Event], None] | None = None) -> CircleToC
     thirds = Mapping(result.mapping.params, c.grid.resize(3 * 128), SVFFD(stride=3 * 4, steps=STEPS + 2))
     result = dataclasses.replace(result, mapping=thirds)
     inverse = result.inverse()
-    away = there_and_back(result.mapping, inverse.mapping, c.grid)
+    away = there_and_back(result.mapping, inverse.mapping, c.grid, world=False)
     return CircleToC(
         c,
         disc,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fnreg import agreement, fields, metrics
+from fnreg.agreement import finite
 from fnreg.apply import Interp, read_labels, warp_labels
 from fnreg.chains import grid_of, read_chain
 from fnreg.grid import Grid
@@ -90,7 +90,8 @@ def judge(
         for name, stage in stages.items():
             through = linear_mapping(torch.eye(grid.ndim + 1, dtype=torch.float64), grid) if stage is None else stage
             warped = warp_labels(other[0], other[1], through, grid, interpolation=interpolation or "nearest")
-            found[name] |= _overlaps(labels[0], warped, numbers)
+            found[name] |= agreement.overlaps(labels[0], warped)
+            found[name]["jaccard_mean"] = finite(metrics.jaccard(labels[0], warped, numbers=numbers).mean())
             if surfaces:
                 found[name] |= _surfaces(labels[0], warped, grid, numbers)
     if fixed_points is not None and moving_points is not None:
@@ -101,59 +102,31 @@ def judge(
         for note in notes:
             warn(note, stacklevel=2)
         for name, stage in stages.items():
-            distance = metrics.target_registration_error(stage, here, there)
-            found[name] |= {
-                "tre_mean": _number(distance.mean()),
-                "tre_p95": _number(torch.quantile(distance, 0.95)),
-                "tre_max": _number(distance.max()),
-            }
+            found[name] |= agreement.errors(metrics.target_registration_error(stage, here, there))
     if mapping is None or (mapping.transform.linear and inverse is None):
         return found
     where = grid if grid is not None and like is None else grid_of(mapping, like)
     if not mapping.transform.linear:
         told = fields.statistics(mapping.displacement(where), where)
-        found["after"] |= {
-            "jac_min": _number(told.min_determinant),
-            "jac_max": _number(told.max_determinant),
-            "folds": _number(told.folds),
-            "sdlogj": _number(told.sd_log_determinant),
-        }
+        found["after"] |= {name: finite(value) for name, value in agreement.regularity(told).items()}
     if inverse is not None:
         back = read_chain([inverse])
         _same_axes(back, where.ndim, "the grid")
-        found["after"] |= _there_and_back(mapping, back, where)
+        away = agreement.there_and_back(mapping, back, where)
+        found["after"] |= {
+            "inverse_mean": finite(away.mean()) if len(away) else None,
+            "inverse_max": finite(away.max()) if len(away) else None,
+        }
     return found
-
-
-def _overlaps(fixed: Tensor, warped: Tensor, numbers: tuple[int, ...]) -> dict[str, float | None]:
-    each = metrics.dice(fixed, warped, numbers=numbers)
-    mean = metrics.jaccard(fixed, warped, numbers=numbers).mean()
-    found = {f"dice_{number}": _number(value) for number, value in zip(numbers, each, strict=True)}
-    return found | {"dice_mean": _number(each.mean()), "jaccard_mean": _number(mean)}
 
 
 def _surfaces(fixed: Tensor, warped: Tensor, grid: Grid, numbers: tuple[int, ...]) -> dict[str, float | None]:
     each = metrics.surface_distances(fixed, warped, grid, numbers=numbers)
     found: dict[str, float | None] = {}
     for name, values in (("mean", each.mean), ("p95", each.p95), ("max", each.hausdorff)):
-        found |= {f"surface_{name}_{n}": _number(value) for n, value in zip(numbers, values, strict=True)}
-        found[f"surface_{name}"] = _number(values.amax() if name == "max" else values.mean())
+        found |= {f"surface_{name}_{n}": finite(value) for n, value in zip(numbers, values, strict=True)}
+        found[f"surface_{name}"] = finite(values.amax() if name == "max" else values.mean())
     return found
-
-
-def _there_and_back(mapping: Mapping, back: Mapping, grid: Grid) -> dict[str, float | None]:
-    """|S(T(p)) - p| where S knows T(p); None where that is nowhere."""
-    points = grid.points()
-    there = points + mapping.displacement(grid).to(points).flatten(1).mT
-    if not back.transform.linear:
-        domain = first_domain(back.domain)
-        index = domain.world_to_index(there)
-        known = ((index >= -1e-6) & (index <= torch.tensor(domain.size) - 1 + 1e-6)).all(-1) | index.isnan().any(-1)
-        points, there = points[known], there[known]
-    if not len(points):
-        return {"inverse_mean": None, "inverse_max": None}
-    away = (back.map_points(there) - points).norm(dim=-1)
-    return {"inverse_mean": _number(away.mean()), "inverse_max": _number(away.max())}
 
 
 def _same_axes(mapping: Mapping | None, axes: int, name: str) -> None:
@@ -161,8 +134,3 @@ def _same_axes(mapping: Mapping | None, axes: int, name: str) -> None:
         return
     if (ndim := first_domain(mapping.domain).ndim) != axes:
         raise ValueError(f"{name} has {axes} axes but the transform has {ndim}")
-
-
-def _number(value: Tensor) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fnreg import extras, fields, io
-from fnreg.grid import Grid
+from fnreg.agreement import finite, regularity, there_and_back
 from fnreg.image import Image
 from fnreg.io.image import PICTURES, suffix
 from fnreg.io.itk import parts
@@ -60,16 +60,16 @@ def outcome(result: Registration, before: float, before_terms: dict[str, Tensor]
     center = result.fixed_grid.center
     found: dict[str, Any] = {
         "ended": Status(int(result.status)).name.lower(),
-        "value_before": number(before),
-        "value_after": number(float(result.value)),
+        "value_before": finite(before),
+        "value_after": finite(result.value),
         # where the images do not overlap no voxel was looked at
-        "terms_before": {n: number(float(v)) if math.isfinite(before) else None for n, v in before_terms.items()},
-        "terms_after": {name: number(float(value)) for name, value in result.terms.items()},
+        "terms_before": {n: finite(v) if math.isfinite(before) else None for n, v in before_terms.items()},
+        "terms_after": {name: finite(value) for name, value in result.terms.items()},
         "steps": result.steps.tolist(),
         "translation_of_center": (result.map_points(center[None])[0] - center).tolist(),
         "history": [
-            {"stage": trace.stage, "level": trace.level, "value": _finite(trace.value)}
-            | {"terms": {name: _finite(value) for name, value in trace.terms.items()}}
+            {"stage": trace.stage, "level": trace.level, "value": _plain(trace.value)}
+            | {"terms": {name: _plain(value) for name, value in trace.terms.items()}}
             for trace in result.history
         ],
     }
@@ -78,7 +78,7 @@ def outcome(result: Registration, before: float, before_terms: dict[str, Tensor]
     return found | (_linear(result.mapping) if result.mapping.transform.linear else _dense(result))
 
 
-def _finite(values: Tensor) -> list[float]:
+def _plain(values: Tensor) -> list[float]:
     return [value for value in values.tolist() if math.isfinite(value)]
 
 
@@ -96,11 +96,8 @@ def _dense(result: Registration) -> dict[str, Any]:
     grid = result.fixed_grid
     told = fields.statistics(result.mapping.displacement(grid), grid)
     return {
-        "jac_min": number(float(told.min_determinant)),
-        "jac_max": number(float(told.max_determinant)),
-        "folds": number(float(told.folds)),  # share of voxels
-        "sdlogj": number(float(told.sd_log_determinant)),
-        "max_displacement": number(float(told.max_displacement)),
+        **{name: finite(value) for name, value in regularity(told).items()},
+        "max_displacement": finite(told.max_displacement),
         "linear_parts": [part.matrix().tolist() for part in parts(result.mapping) if part.transform.linear],
     }
 
@@ -142,11 +139,11 @@ def invert(result: Registration) -> Inverse:
     except ValueError as problem:
         return Inverse(None, None, f"no inverse was written: {problem}")
     linear = result.mapping.transform.linear
-    return Inverse(inverse, None if linear else number(residual(result.mapping, inverse.mapping)))
+    return Inverse(inverse, None if linear else finite(residual(result.mapping, inverse.mapping)))
 
 
 def residual(mapping: Mapping, inverse: Mapping) -> float:
-    """The largest |S(T(p)) - p| in voxels for the inverse S at the voxels p of the domain that stay within it.
+    """The largest |S(T(p)) - p| in voxels for the inverse S at the voxels p of the domain, see `there_and_back`.
 
     A linear part has an exact inverse: T and S are the parts with a field, where there is one of them.
     """
@@ -154,24 +151,8 @@ def residual(mapping: Mapping, inverse: Mapping) -> float:
     back = [part for part in parts(inverse) if not part.transform.linear]
     if len(there) == len(back) == 1:
         mapping, inverse = there[0], back[0]
-    away = there_and_back(mapping, inverse, first_domain(mapping.domain))
+    away = there_and_back(mapping, inverse, first_domain(mapping.domain), world=False)
     return float(away.max()) if len(away) else 0.0
-
-
-def there_and_back(mapping: Mapping, inverse: Mapping, grid: Grid, *, world: bool = False) -> Tensor:
-    """|S(T(p)) - p| in voxels, or in world units, (N,) at the voxels p of a grid that T leaves within it."""
-    points = grid.points()
-    moved = mapping.map_points(points)
-    index = grid.world_to_index(moved)
-    stays = ((index >= 0) & (index <= 2 * grid.index_center)).all(-1)
-    away = inverse.map_points(moved) - points
-    away = away if world else grid.convert(away, "world", "index", vectors=True)
-    return away.norm(dim=-1)[stays]
-
-
-def number(value: float) -> float | None:
-    """The value, or None where it is not finite: JSON has no such numbers."""
-    return value if math.isfinite(value) else None
 
 
 def peak_megabytes(device: torch.device) -> float:

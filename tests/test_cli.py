@@ -753,7 +753,8 @@ def test_the_demo_bends_without_a_fold_where_it_says_so() -> None:
 
 
 def test_there_and_back_is_measured_where_the_map_stays() -> None:
-    from fnreg.results import residual, there_and_back
+    from fnreg.agreement import there_and_back
+    from fnreg.results import residual
 
     grid = fnreg.Grid((8, 6), spacing=(2.0, 4.0))
     transform = fnreg.Displacement()
@@ -763,11 +764,11 @@ def test_there_and_back_is_measured_where_the_map_stays() -> None:
     def mapping(field: torch.Tensor) -> fnreg.Mapping:
         return fnreg.Mapping({"displacement": field}, grid, transform)
 
-    away = there_and_back(mapping(move), mapping(-move), grid)
+    away = there_and_back(mapping(move), mapping(-move), grid, world=False)
     assert len(away) == 36 and float(away.max()) == 0
     missed = -move
     missed[:, 3, 5] += torch.tensor([6.0, 16.0])  # by three voxels along x and four along y
-    away = there_and_back(mapping(move), mapping(missed), grid)
+    away = there_and_back(mapping(move), mapping(missed), grid, world=False)
     assert float(away.max()) == pytest.approx(5) and int((away > 0).sum()) == 1
     assert residual(mapping(move), mapping(missed)) == pytest.approx(5)
     missed[:, :, :2] = 100.0  # where no voxel comes to

@@ -86,8 +86,8 @@ def _results(outcome: Outcome, pair: Loaded, asked: Asked) -> Record:
     if inverse.note is not None:
         notes.append(inverse.note)
     if inverse.result is not None:
-        away = results.there_and_back(result.mapping, inverse.result.mapping, grid, world=True)
-        found["inverse_consistency_mm"] = results.number(float(away.mean())) if len(away) else None
+        away = agreement.there_and_back(result.mapping, inverse.result.mapping, grid)
+        found["inverse_consistency_mm"] = agreement.finite(away.mean()) if len(away) else None
     files = files_of(pair.row, asked)
     with OutputFolder(files.output, overwrite=True, known=results.KNOWN) as folder:
         results.write(

@@ -102,7 +102,8 @@ def check_writable(path: PathLike, *, endings: tuple[str, ...] = ()) -> None:
     """
     place = Path(path)
     if endings and not place.name.lower().endswith(endings):
-        raise WriteError(f"{place}: expected a name that ends in {', '.join(endings)}")
+        known = " or ".join(part for part in (", ".join(endings[:-1]), endings[-1]) if part)
+        raise WriteError(f"{place}: expected a name that ends in {known}")
     if place.is_dir():
         raise WriteError(f"{place} is a folder: give the name of a file")
     if not place.parent.is_dir():
