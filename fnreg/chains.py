@@ -7,11 +7,10 @@ from pathlib import Path
 
 from fnreg import io
 from fnreg.grid import Grid
-from fnreg.io.field import VECTOR_SUFFIXES
 from fnreg.io.files import TransformReadError
 from fnreg.io.image import read_grid
 from fnreg.io.itk_parts import joined, parts
-from fnreg.io.nifti import SUFFIXES
+from fnreg.io.nifti import SUFFIXES, VECTOR_SUFFIXES
 from fnreg.pytree import tree_leaves
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping

@@ -10,9 +10,10 @@ import torch
 
 from fnreg import fields, io
 from fnreg.image import Image
+from fnreg.io.field import holds_displacement
 from fnreg.io.image import NIFTI, PICTURES, suffix
 from fnreg.io.itk import ITK_SUFFIXES, parts
-from fnreg.io.volume import VECTOR, read_nifti
+from fnreg.io.volume import read_nifti
 from fnreg.notes import hearing
 from fnreg.pytree import batch_axes, tree_leaves
 from fnreg.transforms.base import Mapping
@@ -33,15 +34,21 @@ def describe(file: Path) -> dict[str, Any]:
     if kind in ITK_SUFFIXES:
         mapping = io.read_transform(file)
         return told | (_linear(mapping) if mapping.transform.linear else _regularity(mapping))
-    return told | _image(io.read_image(file) if kind in PICTURES else io.read_series(file))
+    return told | (_image(io.read_image(file)) if kind in PICTURES else _voxels(file))
+
+
+def _voxels(file: Path) -> dict[str, Any]:
+    """Of a displacement or of images."""
+    if holds_displacement(file):
+        return _regularity(io.read_displacement(file))
+    return _image(io.read_series(file))
 
 
 def _nifti(file: Path) -> dict[str, Any]:
     """What the header says, and of displacements or images what they hold."""
     with hearing() as heard:
-        header, extensions, values = read_nifti(file)
-        vectors = int(header.fields["intent_code"]) == VECTOR and len(values) == header.grid.ndim and not header.colour
-        rest = _regularity(io.read_displacement(file)) if vectors else _image(io.read_series(file))
+        header, extensions, _ = read_nifti(file, voxels=False)
+        rest = _voxels(file)
     fields = header.fields
     text = bytes(fields["descrip"]).split(b"\0")[0].decode("latin1")
     order = "little" if header.dtype.newbyteorder("=").newbyteorder("<") == header.dtype else "big"

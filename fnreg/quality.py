@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fnreg import agreement, fields, metrics
+from fnreg import agreement, fields, io, metrics
 from fnreg.agreement import finite
-from fnreg.apply import Interp, read_labels, warp_labels
+from fnreg.apply import Interp, warp_labels
 from fnreg.chains import grid_of, read_chain
 from fnreg.grid import Grid
 from fnreg.io.points import Space
@@ -78,7 +78,7 @@ def judge(
     found: dict[str, dict[str, float | None]] = {name: {} for name in stages}
     grid: Grid | None = None
     if fixed_labels is not None and moving_labels is not None:
-        labels, other = read_labels(fixed_labels), read_labels(moving_labels)
+        labels, other = (io.read_labels(path) for path in (fixed_labels, moving_labels))
         grid = labels[1]
         _same_axes(mapping, grid.ndim, str(fixed_labels))
         _same_axes(mapping, other[1].ndim, str(moving_labels))
@@ -89,7 +89,7 @@ def judge(
             raise ValueError(f"{fixed_labels} is 0 everywhere, which is the background: there is no class to compare")
         for name, stage in stages.items():
             through = linear_mapping(torch.eye(grid.ndim + 1, dtype=torch.float64), grid) if stage is None else stage
-            warped = warp_labels(other[0], other[1], through, grid, interpolation=interpolation or "nearest")
+            warped = warp_labels(*other, through, grid, interpolation=interpolation or "nearest")
             found[name] |= agreement.overlaps(labels[0], warped)
             found[name]["jaccard_mean"] = finite(metrics.jaccard(labels[0], warped, numbers=numbers).mean())
             if surfaces:

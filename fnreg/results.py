@@ -222,7 +222,7 @@ def _write_warped(folder: Path, warped: Image, moving: Image, like: Path) -> Non
     """In the format of the fixed image, or in the one nearest to it that can be written."""
     if suffix(like) in PICTURES and like.is_file():
         io.write_image(folder / "warped.tif", warped)
-        io.write_image(folder / "warped.png", warped, window=window_of(moving))
+        io.write_image(folder / "warped.png", warped, window=byte_range(moving))
         return
     kept, kind = _format(like)
     io.write_image(folder / f"warped{kind}", warped, like=kept)
@@ -275,7 +275,7 @@ def _draw(
         figure.savefig(folder / f"{name}.png")
 
 
-def window_of(moving: Image) -> tuple[float, float]:
+def byte_range(moving: Image) -> tuple[float, float]:
     """The window of the moving image, so that the warped picture looks like it: bytes stay bytes."""
     finite = moving.data[torch.isfinite(moving.data)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)

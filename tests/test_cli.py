@@ -899,3 +899,14 @@ def test_warnings_of_others_are_not_those_of_a_run(folder: Path, monkeypatch: py
         assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", "-n", "2", "--save", "params"]) == 0
     record = json.loads(Path("out/run.json").read_text())
     assert record["warnings"] == ["of fnreg"] and shown == ["of another"]
+
+
+def test_labels_of_pictures_judge(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("fixed", "moving"):
+        image = io.read_image(f"{name}.png")
+        io.write_labels(f"{name}-labels.png", io.Labels((image.data > 128).long(), image.grid))
+    labels = ["--fixed-labels", "fixed-labels.png", "--moving-labels", "moving-labels.png"]
+    assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", *QUICK, *labels]) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["metrics"]["after"]["dice_1"] > record["metrics"]["before"]["dice_1"]
+    assert "warped_labels.nii.gz" in record["written"]

@@ -177,7 +177,7 @@ def test_a_second_run_is_refused(rows: list[Row], capsys: Captured) -> None:
 
 
 def test_a_settings_file_says_what_is_saved(rows: list[Row]) -> None:
-    Path("settings.toml").write_text('save = "xfm"\nlevels = 1\nsteps = 3\ninit = "header"\n')
+    Path("settings.toml").write_text('save = "xfm"\nlevels = 1\nsteps = 3\nstart = "header"\n')
     assert cli.main(["run", "pairs.tsv", "-o", "out", "--settings", "settings.toml", "--figures", "none"]) == 0
     assert [path.name for path in Path("out/pairs/p000").iterdir()] == ["transform.tfm"]
     assert 'transform = "rigid"\n' in Path("out/settings.toml").read_text()

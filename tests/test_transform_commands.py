@@ -453,7 +453,7 @@ def test_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", *transforms, *sides]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["before", "after"]
-    assert table[1].split() == ["dice_3", f"{before['dice_3']:.4g}", f"{after['dice_3']:.4g}"]
+    assert table[2].split() == ["dice_3", f"{before['dice_3']:.4g}", f"{after['dice_3']:.4g}"]
     assert "jac_min" not in run(capsys, "evaluate", "affine.mat", *sides)["after"]
 
 

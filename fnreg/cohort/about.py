@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections import Counter
 from importlib import metadata
 from typing import Any
 
 from fnreg import __version__
+from fnreg.cohort.columns import OF_RECORDS, tally
 from fnreg.cohort.ledger import read_ledger
-from fnreg.cohort.study import OF_RECORDS, STATUSES, Study
+from fnreg.cohort.study import Study
 from fnreg.io.files import write_bytes
 
 BIDS, RUN = "1.10.0", "run.json"
@@ -20,8 +20,7 @@ BIDS, RUN = "1.10.0", "run.json"
 def counts(study: Study) -> dict[str, int]:
     """How many pairs have each status, in the order of `STATUSES`; those without a record are pending."""
     known = read_ledger(study.folder, without=OF_RECORDS)
-    found = Counter(known.get(row.pair_id, {}).get("status", "pending") for row in study.rows)
-    return {status: found[status] for status in STATUSES if found[status]}
+    return tally(known.get(row.pair_id, {}).get("status", "pending") for row in study.rows)
 
 
 def write_description(study: Study) -> None:

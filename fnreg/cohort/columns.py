@@ -6,7 +6,8 @@ This module does not import torch: a table is checked, and a study asked how far
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Container, Iterable
 
 OK, WARN = "ok", "warn"
 DONE = (OK, WARN)
@@ -51,6 +52,17 @@ MORE = {
     "tre_mean_before": "mean distance of the points at the start, mm",
 }
 _OF_LABEL = re.compile(r"dice_\d+\Z")
+
+
+def tally(statuses: Iterable[str], order: Iterable[str] = STATUSES) -> dict[str, int]:
+    """How many there are of each status, in an order; what is unknown comes last.
+
+    >>> tally(["warn", "odd", "ok", "warn"])
+    {'ok': 1, 'warn': 2, 'odd': 1}
+    """
+    found = Counter(statuses)
+    known = list(order)
+    return {name: found[name] for name in [*known, *sorted(set(found) - set(known))] if found[name]}
 
 
 def is_result(name: str) -> bool:

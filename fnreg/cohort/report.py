@@ -15,14 +15,13 @@ import math
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fnreg import __version__
-from fnreg.cohort.columns import COLUMNS, OF_RECORDS, STATUSES, meaning
+from fnreg.cohort.columns import COLUMNS, OF_RECORDS, STATUSES, meaning, tally
 from fnreg.cohort.ledger import Record, read_ledger
 from fnreg.cohort.manifest import ManifestError, read_table
 from fnreg.cohort.study import PAIRS, StudyError, command, read_settings
@@ -64,12 +63,10 @@ def write_report(
     drawn, why, notes = _draw(folder, pairs, figures, progress)
     content = list(_page(folder, pairs, measure, why))
     write_bytes(folder / REPORT, *content)
-    statuses = Counter(str(record["status"]) for _, record in pairs)
-    order = [*SEVERITY, *sorted(set(statuses) - set(SEVERITY))]
     return {
         "report": str(folder / REPORT),
         "pairs": len(pairs),
-        "statuses": {name: statuses[name] for name in order if statuses[name]},
+        "statuses": tally((str(record["status"]) for _, record in pairs), SEVERITY),
         "drawn": drawn,
         "not_drawn": dict(list(why.items())[:20]),
         "notes": notes,

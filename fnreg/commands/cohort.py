@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 
+from fnreg.cohort.columns import DONE, OF_RECORDS, tally
 from fnreg.commands import options
 from fnreg.commands.base import FAILED, INTERRUPTED, OK, Json, Verbose, app, option, print_table
 from fnreg.commands.report import Figures, drawn
@@ -125,7 +126,6 @@ def status(study: Path, /, *, as_json: Json = False, verbose: Verbose = False) -
     study
         The folder that run writes to; it may be at work.
     """
-    from fnreg.cohort.columns import OF_RECORDS, STATUSES
     from fnreg.cohort.ledger import read_ledger
     from fnreg.cohort.manifest import ManifestError, read_table
 
@@ -133,11 +133,9 @@ def status(study: Path, /, *, as_json: Json = False, verbose: Verbose = False) -
     if not table.is_file():
         raise ManifestError(f"{study} holds no study: it has no manifest.tsv")
     known = read_ledger(study, without=OF_RECORDS)
-    found = Counter(known.get(row["pair_id"], {}).get("status", "pending") for row in read_table(table))
-    order = [*STATUSES, *sorted(set(found) - set(STATUSES))]
-    counts = {name: found[name] for name in order if found[name]}
-    print_table({"study": str(study), "pairs": sum(found.values()), **counts}, as_json)
-    return _code(found, (1, 1))
+    counts = tally(known.get(row["pair_id"], {}).get("status", "pending") for row in read_table(table))
+    print_table({"study": str(study), "pairs": sum(counts.values()), **counts}, as_json)
+    return _code(counts, (1, 1))
 
 
 @app.command
@@ -203,7 +201,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _code(counts: dict[str, int], part: tuple[int, int]) -> int:
     """OK where all pairs have a result; what other parts have still to do is not this one's."""
-    left = {"ok", "warn", *(["pending"] if part[1] > 1 else [])}
+    left = {*DONE, *(["pending"] if part[1] > 1 else [])}
     return OK if set(counts) <= left else FAILED
 
 
@@ -263,7 +261,7 @@ class _Told:
 
     def record(self, record: dict[str, Any]) -> None:
         """A pair is done."""
-        if record["status"] in ("ok", "warn"):
+        if record["status"] in DONE:
             return
         self._failed += 1
         if self._failed <= self.LINES:
@@ -280,7 +278,7 @@ class _Told:
         lines = [f"{record['pairs']} pairs: {counts}"]
         lines += [f"  {'this run':<12} {self.done} pairs in {record['seconds']:.1f} s, {rate:.3g} a second"]
         lines += [f"  {'written':<12} {output / 'pairs.tsv'}"]
-        if set(record["counts"]) - {"ok", "warn", "pending"}:
+        if set(record["counts"]) - {*DONE, "pending"}:
             lines += [f"  {'why':<12} {output / 'errors'}, with the command for each pair; --retry-failed tries again"]
         return "\n".join(lines)
 
