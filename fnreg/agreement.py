@@ -22,6 +22,7 @@ from fnreg.fields import Statistics
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.io.files import ImageReadError, PointReadError, SpaceNeededError
+from fnreg.io.itk_parts import parts
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
 from fnreg.transforms.domain import first_domain
@@ -226,19 +227,34 @@ def regularity(told: Statistics) -> dict[str, Tensor]:
     }
 
 
+def way_back(mapping: Mapping, inverse: Mapping, grid: Grid) -> dict[str, float | None]:
+    """The mean and the largest of `there_and_back`, world units; None where S knows T(p) of no voxel."""
+    away = there_and_back(mapping, inverse, grid)
+    known = len(away) > 0
+    return {
+        "inverse_mean": finite(away.mean()) if known else None,
+        "inverse_max": finite(away.max()) if known else None,
+    }
+
+
 def there_and_back(mapping: Mapping, inverse: Mapping, grid: Grid, *, world: bool = True) -> Tensor:
     """|S(T(p)) - p| in world units, or in voxels, (N,) at the voxels p of a grid for which S knows T(p).
 
-    That is where T(p) lies between voxels of the domain of S, or everywhere where S is linear; where T(p) is NaN the
-    distance is as well.
+    That is where the first part of S with a field is asked between the voxels of its domain, and everywhere where S is
+    linear; where T(p) is NaN the distance is as well.
     """
     points = grid.points()
     there = points + mapping.displacement(grid).to(points).flatten(1).mT
-    if not inverse.transform.linear:
-        domain = first_domain(inverse.domain)
-        index = domain.world_to_index(there)
-        known = ((index >= -1e-6) & (index <= 2 * domain.index_center + 1e-6)).all(-1) | index.isnan().any(-1)
-        points, there = points[known], there[known]
+    asked = there
+    for part in parts(inverse):
+        if not part.transform.linear:
+            domain = first_domain(part.domain)
+            index = domain.world_to_index(asked)
+            inside = (index >= -1e-6) & (index <= 2 * domain.index_center + 1e-6)
+            known = inside.all(-1) | index.isnan().any(-1)
+            points, there = points[known], there[known]
+            break
+        asked = part.map_points(asked)
     away = inverse.map_points(there) - points
     return (away if world else grid.convert(away, "world", "index", vectors=True)).norm(dim=-1)
 

@@ -161,8 +161,8 @@ def _regularity(record: dict[str, Any]) -> list[str]:
     folds = "no folds" if record["folds"] == 0 else f"folds at {100 * (record['folds'] or 0):.3g} % of the pixels"
     lines = [f"  {'determinant':<12} {told['jac_min']} to {told['jac_max']}, {folds}"]
     lines.append(f"  {'displacement':<12} {told['max_displacement']} at most")
-    if "inverse_residual" in record:
-        lines.append(f"  {'inverse':<12} leaves {told['inverse_residual']} pixels at most")
+    if "inverse_max" in record:
+        lines.append(f"  {'inverse':<12} ends {told['inverse_max']} at most from where one began")
     return lines
 
 

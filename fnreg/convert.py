@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fnreg import fields, io
-from fnreg.agreement import regularity
+from fnreg.agreement import regularity, way_back
 from fnreg.chains import DISPLACEMENTS, grid_of, read_chain, told, write_chain
 from fnreg.chains import compose as join
 from fnreg.image import Image
@@ -19,7 +19,6 @@ from fnreg.io.itk_parts import parts
 from fnreg.io.nifti import SUFFIXES
 from fnreg.io.transform import TRANSFORM_SUFFIXES
 from fnreg.output import OutputError, check_file
-from fnreg.results import residual
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
 
@@ -28,7 +27,7 @@ LEAST = 1e-6  # determinant, in logarithms
 
 
 def invert(transform: Path, output: Path, *, like: Path | None = None) -> dict[str, Any]:
-    """Write the inverse; the record tells its residual, |S(T(p)) - p| in voxels at most, 0 for linear maps.
+    """Write the inverse; the record tells how far there and back ends from the start, see `fnreg.agreement.way_back`.
 
     Raises ValueError where the map has no inverse, and what reading and writing raise.
     """
@@ -36,8 +35,9 @@ def invert(transform: Path, output: Path, *, like: Path | None = None) -> dict[s
     mapping = read_chain([transform])
     inverse = mapping.inverse()
     write_chain(output, inverse, like=like)
-    left = 0.0 if mapping.transform.linear else residual(mapping, inverse)
-    return {"transform": str(transform), "map": told(mapping), "residual in voxels": left, "output": str(output)}
+    linear = mapping.transform.linear  # exact, and perhaps without a grid of its own
+    away = {"inverse_mean": 0.0, "inverse_max": 0.0} if linear else way_back(mapping, inverse, grid_of(mapping, None))
+    return {"transform": str(transform), "map": told(mapping), **away, "output": str(output)}
 
 
 def compose(transforms: Sequence[Path], output: Path, *, like: Path | None = None) -> dict[str, Any]:

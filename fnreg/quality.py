@@ -42,9 +42,8 @@ def judge(
         world units, see `fnreg.metrics.surface_distances`; surface_mean, surface_p95 the means over classes,
         surface_max the largest; a class that the warped labels do not have leaves them unknown
     jac_min, jac_max, folds, sdlogj : of maps that are not linear; folds is a share of voxels
-    inverse_mean, inverse_max : with `inverse`, the file of a map S, |S(T(p)) - p| over the voxels p of the grid for
-        which T(p) lies between voxels of the domain of S, or over all where S is linear, world units
-
+    inverse_mean, inverse_max : with `inverse`, the file of a map S, |S(T(p)) - p| in world units over the voxels p of
+        the grid for which S knows T(p), see `fnreg.agreement.there_and_back`
     interpolation : of labels, "nearest" where it is not given, or "multilabel"
 
     Without transforms there is only "before"; None stands for what is no finite number.  Raises SettingsError where
@@ -112,11 +111,7 @@ def judge(
     if inverse is not None:
         back = read_chain([inverse])
         _same_axes(back, where.ndim, "the grid")
-        away = agreement.there_and_back(mapping, back, where)
-        found["after"] |= {
-            "inverse_mean": finite(away.mean()) if len(away) else None,
-            "inverse_max": finite(away.max()) if len(away) else None,
-        }
+        found["after"] |= agreement.way_back(mapping, back, where)
     return found
 
 

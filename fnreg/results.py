@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fnreg import extras, fields, io
-from fnreg.agreement import finite, regularity, there_and_back
+from fnreg.agreement import finite, regularity, way_back
 from fnreg.image import Image
 from fnreg.io.image import PICTURES, suffix
 from fnreg.io.itk import parts
@@ -21,7 +21,6 @@ from fnreg.registration import Registration
 from fnreg.settings import Settings
 from fnreg.solvers.base import Status
 from fnreg.transforms.base import Mapping
-from fnreg.transforms.domain import first_domain
 from fnreg.transforms.factors import decompose
 from fnreg.transforms.rotation import matrix_to_angle
 
@@ -125,10 +124,10 @@ def _of_folds(share: float, before: float, settings: Settings) -> str:
 
 
 class Inverse(NamedTuple):
-    """The inverse of a registration as far as it could be found."""
+    """The inverse of a registration as far as it could be found; away : see `way_back`."""
 
     result: Registration | None
-    residual: float | None  # see `residual`; None for linear maps and where there is no inverse
+    away: dict[str, float | None]
     note: str | None = None
 
 
@@ -137,22 +136,8 @@ def invert(result: Registration) -> Inverse:
     try:
         inverse = result.inverse()
     except ValueError as problem:
-        return Inverse(None, None, f"no inverse was written: {problem}")
-    linear = result.mapping.transform.linear
-    return Inverse(inverse, None if linear else finite(residual(result.mapping, inverse.mapping)))
-
-
-def residual(mapping: Mapping, inverse: Mapping) -> float:
-    """The largest |S(T(p)) - p| in voxels for the inverse S at the voxels p of the domain, see `there_and_back`.
-
-    A linear part has an exact inverse: T and S are the parts with a field, where there is one of them.
-    """
-    there = [part for part in parts(mapping) if not part.transform.linear]
-    back = [part for part in parts(inverse) if not part.transform.linear]
-    if len(there) == len(back) == 1:
-        mapping, inverse = there[0], back[0]
-    away = there_and_back(mapping, inverse, first_domain(mapping.domain), world=False)
-    return float(away.max()) if len(away) else 0.0
+        return Inverse(None, {}, f"no inverse was written: {problem}")
+    return Inverse(inverse, way_back(result.mapping, inverse.mapping, result.fixed_grid))
 
 
 def peak_megabytes(device: torch.device) -> float:

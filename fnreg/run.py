@@ -146,9 +146,8 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
         found["metrics"] = {"before": metrics_before, "after": metrics}
         notes += agreement.worse(metrics_before, metrics)
     saves = [name for name in settings.saves() if name != "figures" or plan.figures]
-    inverse = results.invert(result) if "inverse" in saves else results.Inverse(None, None)
-    if inverse.residual is not None:
-        found["inverse_residual"] = inverse.residual
+    inverse = results.invert(result) if "inverse" in saves else results.Inverse(None, {})
+    found |= inverse.away
     if inverse.note is not None:
         notes.append(inverse.note)
     title = f"{plan.files.moving.name} to {plan.files.fixed.name}: {settings.transform}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def test_a_field_leaves_all_it_promises(folder: Path, capsys: pytest.CaptureFixt
     told = fnreg.fields.statistics(moved, image.grid)
     assert record["jac_min"] == pytest.approx(float(told.min_determinant), abs=1e-5)
     assert record["jac_max"] == pytest.approx(float(told.max_determinant), abs=1e-5)
-    assert record["folds"] == 0 and record["status"] == "ok" and 0 < record["inverse_residual"] < 1
+    assert record["folds"] == 0 and record["status"] == "ok" and 0 < record["inverse_mean"] <= record["inverse_max"] < 1
     assert record["max_displacement"] == pytest.approx(float(moved.norm(dim=0).max()), abs=1e-4)
     assert len(record["linear_parts"]) == 1
     middle = image.grid.center[None]
@@ -284,7 +285,7 @@ def test_a_map_that_folds_is_told_and_has_no_inverse(folder: Path, capsys: pytes
     assert record["status"] == "warn" and record["folds"] > 0 and record["jac_min"] <= 0
     told = " ".join(record["warnings"])
     assert "the map folds at" in told and "--penalty bending=9e+03" in told and "no inverse was written" in told
-    assert "inverse_residual" not in record and listing(folder / "out") == ["run.json", "transform.safetensors"]
+    assert "inverse_max" not in record and listing(folder / "out") == ["run.json", "transform.safetensors"]
     weak = run(capsys, "-o", "weak", *options, "--penalty", "bending=1e-9")
     assert weak["folds"] > 0 and "a larger weight than bending=1e-9" in weak["warnings"][0]
     penalized = run(capsys, "-o", "smooth", *options, "--penalty", "bending=1e5")
@@ -753,8 +754,7 @@ def test_the_demo_bends_without_a_fold_where_it_says_so() -> None:
 
 
 def test_there_and_back_is_measured_where_the_map_stays() -> None:
-    from fnreg.agreement import there_and_back
-    from fnreg.results import residual
+    from fnreg.agreement import there_and_back, way_back
 
     grid = fnreg.Grid((8, 6), spacing=(2.0, 4.0))
     transform = fnreg.Displacement()
@@ -770,10 +770,15 @@ def test_there_and_back_is_measured_where_the_map_stays() -> None:
     missed[:, 3, 5] += torch.tensor([6.0, 16.0])  # by three voxels along x and four along y
     away = there_and_back(mapping(move), mapping(missed), grid, world=False)
     assert float(away.max()) == pytest.approx(5) and int((away > 0).sum()) == 1
-    assert residual(mapping(move), mapping(missed)) == pytest.approx(5)
+    assert way_back(mapping(move), mapping(missed), grid)["inverse_max"] == pytest.approx(math.hypot(6, 16))
     missed[:, :, :2] = 100.0  # where no voxel comes to
-    assert residual(mapping(move), mapping(missed)) == pytest.approx(5)
-    assert residual(mapping(move + 100), mapping(missed)) == 0  # no voxel stays
+    assert way_back(mapping(move), mapping(missed), grid)["inverse_max"] == pytest.approx(math.hypot(6, 16))
+    unknown = {"inverse_mean": None, "inverse_max": None}
+    assert way_back(mapping(move + 100), mapping(missed), grid) == unknown  # no voxel stays
+    # What the inverse does first is undone by a linear map, however far that is.
+    far = fnreg.linear_mapping(torch.tensor([[1.0, 0, 500], [0, 1, 0]], dtype=torch.float64), grid)
+    chain, back = far @ mapping(move), mapping(-move) @ far.inverse()
+    assert len(there_and_back(chain, back, grid)) == 36 and way_back(chain, back, grid)["inverse_max"] < 1e-9
 
 
 def test_demo_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ COLUMNS = {
     "jac_max": "largest determinant",
     "folds": "share of the fixed voxels at which the determinant is 0 or less",
     "sdlogj": "standard deviation of the logarithm of the determinant",
-    "inverse_consistency_mm": "mean distance of the way there and back, mm",
+    "inverse_mean": "mean distance of the way there and back, mm",
     "steps": "steps taken on all levels",
     "seconds": "time of the batch over its pairs",
     "peak_mb": "highest memory of the process, MB",
@@ -46,6 +46,7 @@ COLUMNS = {
 }
 OF_RECORDS = ("inputs", "beside", "history", "warnings", "time")  # what the ledger knows and the table does not tell
 MORE = {
+    "inverse_max": "largest distance of the way there and back, mm",
     "ended": "how the descent ended",
     "tre_max": "largest distance of the mapped fixed points from the moving ones, mm",
     "dice_mean_before": "mean Dice overlap of the labels at the start",

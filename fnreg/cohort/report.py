@@ -37,7 +37,7 @@ MEASURES = {"dice_mean": 1, "tre_mean": -1, "value_after": -1}  # by which pairs
 HISTOGRAMS = ("value_after", "dice_mean", "tre_mean", "folds", "seconds")
 TABLE = (
     "pair_id", "status", "group", "dice_mean", "tre_mean", "value_before", "value_after", "folds", "jac_min", "jac_max",
-    "sdlogj", "inverse_consistency_mm", "steps", "seconds", "reason",
+    "sdlogj", "inverse_mean", "steps", "seconds", "reason",
 )  # fmt: skip
 APART = (*OF_RECORDS, "settings_sha")  # shown elsewhere, or the same for all
 Pair = tuple[dict[str, str], Record]

@@ -82,12 +82,10 @@ def _results(outcome: Outcome, pair: Loaded, asked: Asked) -> Record:
     found: Record = now | {f"{name}_before": value for name, value in was.items() if name in ("dice_mean", "tre_mean")}
     notes += agreement.worse(was, now)
     saves = settings.saves()
-    inverse = results.invert(result) if "inverse" in saves else results.Inverse(None, None)
+    inverse = results.invert(result) if "inverse" in saves else results.Inverse(None, {})
     if inverse.note is not None:
         notes.append(inverse.note)
-    if inverse.result is not None:
-        away = agreement.there_and_back(result.mapping, inverse.result.mapping, grid)
-        found["inverse_consistency_mm"] = agreement.finite(away.mean()) if len(away) else None
+    found |= inverse.away
     files = files_of(pair.row, asked)
     with OutputFolder(files.output, overwrite=True, known=results.KNOWN) as folder:
         results.write(

@@ -104,13 +104,17 @@ def check_writable(path: PathLike, *, endings: tuple[str, ...] = ()) -> None:
     if endings and not place.name.lower().endswith(endings):
         known = " or ".join(part for part in (", ".join(endings[:-1]), endings[-1]) if part)
         raise WriteError(f"{place}: expected a name that ends in {known}")
+    _check_place(place)
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise WriteError(f"{place} cannot be written: {place.parent} cannot be written to")
+
+
+def _check_place(place: Path) -> None:
     if place.is_dir():
         raise WriteError(f"{place} is a folder: give the name of a file")
     if not place.parent.is_dir():
         what = "is not a folder" if place.parent.exists() else "does not exist"
         raise WriteError(f"{place} cannot be written: {place.parent} {what}")
-    if not os.access(place.parent, os.W_OK | os.X_OK):
-        raise WriteError(f"{place} cannot be written: {place.parent} cannot be written to")
 
 
 def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
@@ -119,8 +123,8 @@ def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
     The bytes, one part after the other, go to a temporary name in the same folder and to the disk, then take the name.
     Raises WriteError.
     """
-    check_writable(path)
     place = Path(path)
+    _check_place(place)
     scratch, later = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp"), _later.get()
     try:
         try:
