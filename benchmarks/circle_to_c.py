@@ -19,8 +19,8 @@ from benchmarks import deepali
 from benchmarks.measure import Absent, Options, Table, peer
 from fnreg import SVFFD, Image, Mapping, Registration, adam, bending, diffusion, mse, register, stack
 from fnreg.agreement import there_and_back
+from fnreg.circle import circle_to_c
 from fnreg.data import c_shape, circle
-from fnreg.demo import circle_to_c
 
 STEPS = (200, 200, 300, 100)
 QUICK: dict[str, Any] = {"steps": (70, 60, 50, 28), "optimizer": adam(0.8, decay=0.3)}

@@ -787,12 +787,12 @@ def test_demo_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow
 def test_demo_circle_to_c(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fnreg import demo
+    from fnreg import circle, demo
 
-    kept: list[demo.CircleToC] = []
-    once = demo.circle_to_c
+    kept: list[circle.CircleToC] = []
+    once = circle.circle_to_c
 
-    def keep(**options: Any) -> demo.CircleToC:
+    def keep(**options: Any) -> circle.CircleToC:
         kept.append(once(**options))
         return kept[0]
 
