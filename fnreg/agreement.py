@@ -22,7 +22,6 @@ from fnreg.fields import Statistics
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.io.files import ImageReadError, PointReadError, SpaceNeededError
-from fnreg.io.itk_parts import parts
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
 from fnreg.transforms.domain import first_domain
@@ -246,7 +245,7 @@ def there_and_back(mapping: Mapping, inverse: Mapping, grid: Grid, *, world: boo
     points = grid.points()
     there = points + mapping.displacement(grid).to(points).flatten(1).mT
     asked = there
-    for part in parts(inverse):
+    for part in inverse.parts():
         if not part.transform.linear:
             domain = first_domain(part.domain)
             index = domain.world_to_index(asked)

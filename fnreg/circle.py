@@ -126,5 +126,6 @@ def circle_table(found: CircleToC) -> Table:
 
 
 def determinants(result: Registration) -> tuple[float, float]:
+    """The lowest and the highest of the Jacobian matrix."""
     found = result.jacobian().data
     return float(found.min()), float(found.max())

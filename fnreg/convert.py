@@ -15,7 +15,6 @@ from fnreg.image import Image
 from fnreg.io.elastix_files import names
 from fnreg.io.files import check_writable
 from fnreg.io.itk import ITK_SUFFIXES
-from fnreg.io.itk_parts import parts
 from fnreg.io.nifti import SUFFIXES
 from fnreg.io.transform import TRANSFORM_SUFFIXES
 from fnreg.output import OutputError, check_file
@@ -80,7 +79,7 @@ def convert(
 def _ants(mapping: Mapping, output: Path, *, like: Path | None, overwrite: bool) -> list[str]:
     """The names of a warp and of the affine map after it, in the order in which antsApplyTransforms takes them."""
     warp, affine = (output.with_name(output.name + end) for end in ("1Warp.nii.gz", "0GenericAffine.mat"))
-    first, *rest = parts(mapping)
+    first, *rest = mapping.parts()
     split = not first.transform.linear and bool(rest) and all(part.transform.linear for part in rest)
     bent = first if split else mapping
     linear = join(rest) if split else mapping if mapping.transform.linear else None
@@ -107,7 +106,7 @@ def _elastix(mapping: Mapping, output: Path, *, like: Path | None, overwrite: bo
         check_file(output)
         output.mkdir()
     else:
-        for file in names(output, len(parts(mapping))):
+        for file in names(output, len(mapping.parts())):
             check_file(file, overwrite=overwrite)
     try:
         files = io.write_elastix(output, mapping, grid=grid)

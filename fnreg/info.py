@@ -12,7 +12,7 @@ from fnreg import fields, io
 from fnreg.image import Image
 from fnreg.io.field import holds_displacement
 from fnreg.io.image import NIFTI, PICTURES, suffix
-from fnreg.io.itk import ITK_SUFFIXES, parts
+from fnreg.io.itk import ITK_SUFFIXES
 from fnreg.io.volume import read_nifti
 from fnreg.notes import hearing
 from fnreg.pytree import batch_axes, tree_leaves
@@ -102,7 +102,7 @@ def _mapping(mapping: Mapping) -> dict[str, Any]:
 
 def _regularity(mapping: Mapping) -> dict[str, Any]:
     """Of a map with a field: its grid, how far it moves and how regular it is; linear parts count."""
-    grid = first_domain(next(part for part in parts(mapping) if not part.transform.linear).domain)
+    grid = first_domain(next(part for part in mapping.parts() if not part.transform.linear).domain)
     field = mapping.displacement(grid)
     told = fields.statistics(field, grid)
     found: dict[str, Any] = {
@@ -116,7 +116,7 @@ def _regularity(mapping: Mapping) -> dict[str, Any]:
         "folds at voxels": int(fields.folds(field, grid)),
         "folds in cells between": int(fields.folded_cells(field, grid)),
     }
-    linear = [part for part in parts(mapping) if part.transform.linear]
+    linear = [part for part in mapping.parts() if part.transform.linear]
     return found | ({"linear parts": [part.matrix().tolist() for part in linear]} if linear else {})
 
 

@@ -16,7 +16,6 @@ from fnreg import extras, fields, io
 from fnreg.agreement import finite, regularity, way_back
 from fnreg.image import Image
 from fnreg.io.image import PICTURES, suffix
-from fnreg.io.itk import parts
 from fnreg.registration import Registration
 from fnreg.settings import Settings
 from fnreg.solvers.base import Status
@@ -97,7 +96,7 @@ def _dense(result: Registration) -> dict[str, Any]:
     return {
         **{name: finite(value) for name, value in regularity(told).items()},
         "max_displacement": finite(told.max_displacement),
-        "linear_parts": [part.matrix().tolist() for part in parts(result.mapping) if part.transform.linear],
+        "linear_parts": [part.matrix().tolist() for part in result.mapping.parts() if part.transform.linear],
     }
 
 

@@ -37,7 +37,6 @@ from fnreg import (
 )
 from fnreg.extras import MissingExtraError
 from fnreg.io import TransformReadError, WriteError, read_transform, write_transform
-from fnreg.io.itk_parts import parts
 
 sitk: Any = pytest.importorskip("SimpleITK")
 
@@ -105,7 +104,7 @@ def to_sitk(image: Image) -> Any:
 def stays(mapping: Mapping, points: Tensor) -> Tensor:
     """Where no part of a composition gets points from beyond its domain: there ITK's parts do not move any."""
     inside = torch.ones(len(points), dtype=torch.bool)
-    for part in parts(mapping):
+    for part in mapping.parts():
         if not part.transform.linear:
             index = part.domain.world_to_index(points)
             inside &= ((index > -1e-9) & (index < tensor(part.domain.size) - 1 + 1e-9)).all(-1)
@@ -787,7 +786,7 @@ def test_in_memory_as_in_files(dimension: int, number: int) -> None:
         assert voxels(grid, mapped(theirs, points) - expected) < 1e-9
         again = io.from_sitk_transform(theirs)
         assert voxels(grid, again.map_points(points) - expected) < 1e-9
-        assert len(parts(again)) == len(parts(mapping)) or mapping.transform.linear
+        assert len(again.parts()) == len(mapping.parts()) or mapping.transform.linear
     # nothing is shared
     field = bent(Displacement(), grid)
     theirs = io.to_sitk_transform(field)

@@ -220,16 +220,6 @@ _LINEAR: dict[str, tuple[Callable[[int], int], Meaning]] = {
 # -- to parts ------------------------------------------------------------------------------------------------------
 
 
-def parts(mapping: Mapping) -> list[Mapping]:
-    """The mappings of which a composition consists, the one that acts first at the front."""
-    if not isinstance(mapping.transform, Sequential):
-        return [mapping]
-    transforms = mapping.transform.transforms
-    domains = (mapping.domain,) * len(transforms) if isinstance(mapping.domain, Grid) else mapping.domain
-    each = zip(mapping.params, domains, transforms, strict=True)
-    return [part for params, domain, transform in each for part in parts(Mapping(params, domain, transform))]
-
-
 def stored(mapping: Mapping) -> list[Part]:
     """A mapping as ITK stores it, what acts first at the front: affine maps, cubic splines, else displacement fields.
 
@@ -237,7 +227,7 @@ def stored(mapping: Mapping) -> list[Part]:
     """
     if mapping.transform.linear:
         return [_affine(mapping)]
-    return [_affine(part) if part.transform.linear else _bent(part) for part in parts(mapping)]
+    return [_affine(part) if part.transform.linear else _bent(part) for part in mapping.parts()]
 
 
 def _affine(mapping: Mapping) -> Part:
