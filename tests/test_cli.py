@@ -17,6 +17,7 @@ import torch
 
 import fnreg
 from fnreg import cli, extras, io
+from fnreg.doctor import kernels
 from fnreg.output import OutputError, OutputFolder
 from fnreg.progress import Bars, fraction
 from fnreg.settings import Settings
@@ -247,7 +248,7 @@ def test_a_field_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main([*PAIR[:-1], "-o", "out", *options]) == 0
     out = capsys.readouterr().out
     assert "determinant" in out and "no folds" in out and "displacement" in out and "bending" in out
-    assert "inverse      leaves" in out
+    assert "inverse      ends" in out
     assert cli.main(["info", "out/transform.safetensors"]) == 0
     assert "SVFFD(stride=4, steps=6)" in capsys.readouterr().out
 
@@ -723,6 +724,12 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FNREG_NATIVE", "0")
     assert cli.main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["compiled kernels"] == "not in use: switched off by FNREG_NATIVE=0"
+    monkeypatch.delenv("FNREG_NATIVE")
+    monkeypatch.setattr("fnreg.native.load", lambda: None)
+    monkeypatch.setenv("CC", f"{sys.executable} -O2")  # with arguments
+    assert kernels()[1].startswith(f"{sys.executable} -O2 could not build them")
+    monkeypatch.setenv("CC", "no-such-compiler -O2")
+    assert "the compiler that CC names, no-such-compiler -O2, is not there" in kernels()[1]
 
 
 def test_demo_where_it_cannot_write(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
