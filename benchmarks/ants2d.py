@@ -30,6 +30,7 @@ from fnreg import (
     ncc,
     register,
 )
+from fnreg.agreement import there_and_back
 
 FIGURE = Path(__file__).parent / "results" / "ants2d.png"
 SPLINE = SVFFD(stride=4, steps=8)
@@ -54,20 +55,13 @@ def correlation(fixed: Image, warped: Image) -> float:
     return float(torch.corrcoef(torch.stack([fixed.data.flatten(), warped.data.flatten()]))[0, 1])
 
 
-def there_and_back(result: Registration, moving: Image) -> tuple[float | None, float | None]:
-    """Mean and largest distance of fixed pixels from themselves under map and inverse; None without an inverse.
-
-    Only those pixels count that map into the moving image.
-    """
+def consistency(result: Registration) -> tuple[float | None, float | None]:
+    """Mean and largest distance of fixed pixels from themselves under map and inverse; None without an inverse."""
     try:
         back = result.inverse()
     except ValueError:  # the map folds, or nearly
         return None, None
-    points = result.fixed_grid.points()
-    mapped = result.map_points(points)
-    index = moving.grid.world_to_index(mapped)
-    inside = ((index >= 0) & (index <= 2 * moving.grid.index_center)).all(-1)
-    away = (back.map_points(mapped) - points).norm(dim=1)[inside]
+    away = there_and_back(result.mapping, back.mapping, result.fixed_grid)
     return float(away.mean()), float(away.max())
 
 
@@ -119,7 +113,7 @@ def run(options: Options) -> list[Table]:
         jacobian = result.jacobian().data
         found = correlation(fixed, result.warp(moving))
         folds = int(fields.folds(result.mapping.displacement(fixed.grid), fixed.grid))
-        told = (float(jacobian.min()), float(jacobian.max()), *there_and_back(result, moving))
+        told = (float(jacobian.min()), float(jacobian.max()), *consistency(result))
         table.rows.append((name, found, folds, *told, taken))
         if folds == 0 and told[2] is not None and (best is None or found > best[0]):
             best = found, result

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import fnreg
-from fnreg.demo import circle_to_c
+from fnreg.circle import circle_to_c
 
 
 def main() -> None:

@@ -9,27 +9,37 @@ landmarks p of the fixed and q of the moving image (Fitzpatrick and West 2001, d
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fnreg import io
+from fnreg import io, metrics
+from fnreg.fields import Statistics
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
-from fnreg.io.files import ImageReadError, PointReadError
+from fnreg.io.files import ImageReadError, PointReadError, SpaceNeededError
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
+from fnreg.transforms.domain import first_domain
 from fnreg.transforms.warping import warp
 
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """Files of labels and points, (fixed, moving); space : "LPS", "RAS" or "voxel", of points that do not say it."""
+    """Files of labels and points, (fixed, moving).
+
+    space : "LPS", "RAS" or "voxel", of points that do not say it
+    shared : whether it is that of many pairs, of which some have no points that need it; of one alone that is refused
+    """
 
     labels: tuple[Path | None, Path | None] = (None, None)
     points: tuple[Path | None, Path | None] = (None, None)
     space: str | None = None
+    shared: bool = False
 
     def named(self) -> dict[str, Path]:
         """Those that are given, by the names of the options."""
@@ -63,7 +73,7 @@ def read(paths: Paths, files: tuple[Path, Path], images: tuple[Image, Image]) ->
     Raises ImageReadError and PointReadError for what cannot be read or does not fit, SettingsError where points of one
     side alone are given, or their space without points.
     """
-    if paths.space is not None and paths.points == (None, None):
+    if paths.space is not None and paths.points == (None, None) and not paths.shared:
         raise SettingsError(f"--space {paths.space} is that of points, and none are given")
     labels = [_labels(*each) for each in zip(paths.labels, files, images, strict=True)]
     if (paths.points[0] is None) != (paths.points[1] is None):
@@ -71,8 +81,13 @@ def read(paths: Paths, files: tuple[Path, Path], images: tuple[Image, Image]) ->
         raise SettingsError(f"--{given}-points are given without --{other}-points: landmarks are compared in pairs")
     if paths.points[0] is None or paths.points[1] is None:
         return Known((labels[0], labels[1]))
-    sides = [_landmarks(*each, paths.space) for each in zip(paths.points, files, images, strict=True)]
-    points, notes = paired(paths.points[0], paths.points[1], sides[0], sides[1])
+    tables = paths.points[0], paths.points[1]
+    remedy, grids = "give --space LPS, RAS or voxel", [image.grid for image in images]
+    sides = landmarks(tables, paths.space, remedy, grids=grids, shared=paths.shared)
+    for table, found, of, grid in zip(tables, sides, files, grids, strict=True):
+        if (count := found.points.shape[1]) != grid.ndim:
+            raise PointReadError(f"{table} has points of {count} coordinates but {of} has {grid.ndim} axes")
+    points, notes = paired(*tables, *sides)
     return Known((labels[0], labels[1]), points, notes)
 
 
@@ -90,22 +105,34 @@ def _labels(path: Path | None, of: Path, image: Image) -> Tensor | None:
     return data
 
 
-def _landmarks(path: Path | None, of: Path, image: Image, space: str | None) -> io.Landmarks:
-    assert path is not None
-    found = landmarks(path, space, image.grid if space == "voxel" else None, "give --space LPS, RAS or voxel")
-    count, axes = found.points.shape[1], image.grid.ndim
-    if count != axes:
-        raise PointReadError(f"{path} has points of {count} coordinates but {of} has {axes} axes")
+def landmarks(
+    files: Sequence[Path], space: str | None, remedy: str, *, grids: Sequence[Grid] | None = None, shared: bool = False
+) -> list[io.Landmarks]:
+    """As `fnreg.io.read_points`, of several files.
+
+    space : of those that do not say theirs.  Where all do and it is `shared` it counts for none, else it has to be that
+        of all
+    remedy : what to do about a file that needs it, in words of the command line
+    grids : whose indices "voxel" are, one for each file
+
+    Raises PointReadError.
+    """
+    found: list[io.Landmarks] = []
+    each = grids or [None] * len(files)
+    where: list[dict[str, Any]] = [{"space": space, "grid": grid if space == "voxel" else None} for grid in each]
+    needed = shared or space is None
+    for path, told in zip(files, where, strict=True):
+        try:
+            found.append(io.read_points(path))
+        except SpaceNeededError as problem:
+            if space is None:
+                raise PointReadError(f"{problem.told}: {remedy}") from None
+            found.append(io.read_points(path, **told))
+            needed = True
+    if not needed:
+        for path, told in zip(files, where, strict=True):  # raises where it is another one
+            io.read_points(path, **told)
     return found
-
-
-def landmarks(path: Path, space: str | None, grid: Grid | None, remedy: str) -> io.Landmarks:
-    """As `fnreg.io.read_points`; where a file needs its space or its grid told, with a remedy of the command line."""
-    try:
-        return io.read_points(path, space=space, grid=grid)  # type: ignore[arg-type]
-    except PointReadError as problem:
-        told, asks, _ = str(problem).partition(": give space=")
-        raise PointReadError(f"{told}: {remedy}") from None if asks else problem
 
 
 def paired(
@@ -149,15 +176,10 @@ def agreement(
         assert warped is not None
         warped = warped.cpu()
         if ours is not None:
-            told |= _overlaps(ours, warped)
+            told |= overlaps(ours, warped)
     if known.points is not None:
         here, there = (points.to(fixed.center.device) for points in known.points)
-        away = (mapping.map_points(here) - there).norm(dim=-1)
-        told |= {
-            "tre_mean": _number(away.mean()),
-            "tre_p95": _number(torch.quantile(away, 0.95)),
-            "tre_max": _number(away.max()),
-        }
+        told |= errors(metrics.target_registration_error(mapping, here, there))
     return told, warped
 
 
@@ -174,23 +196,69 @@ def worse(before: dict[str, float | None], after: dict[str, float | None]) -> li
     return notes
 
 
-def _overlaps(ours: Tensor, warped: Tensor) -> dict[str, float | None]:
-    """Dice of every class of the fixed labels, and the mean over these."""
-    ours, warped = (values.reshape(-1).to(torch.int64) for values in (ours, warped))
-    low, high = min(int(ours.min()), int(warped.min())), max(int(ours.max()), int(warped.max()))
-    if high - low < 2**20:  # counting needs no sorting then
-        numbers, here, there = torch.arange(low, high + 1), ours - low, warped - low
-    else:
-        numbers, at = torch.unique(torch.cat([ours, warped]), return_inverse=True)
-        here, there = at[: len(ours)], at[len(ours) :]
-    count = len(numbers)
-    both = torch.bincount(here[here == there], minlength=count)
-    in_ours = torch.bincount(here, minlength=count)
-    sizes = in_ours + torch.bincount(there, minlength=count)
-    classes = [k for k in in_ours.nonzero().flatten().tolist() if int(numbers[k]) != 0]
-    each = {f"dice_{int(numbers[k])}": 2 * int(both[k]) / int(sizes[k]) for k in classes}
-    return {"dice_mean": sum(each.values()) / len(each), **each}
+# -- by the names of columns ---------------------------------------------------------------------------------------
 
 
-def _number(value: Tensor) -> float | None:
-    return float(value) if bool(torch.isfinite(value)) else None
+def overlaps(fixed: Tensor, warped: Tensor) -> dict[str, float | None]:
+    """Dice of every class of the fixed labels, and the mean over these: the same ones before and after."""
+    numbers = metrics.classes(fixed)
+    each = metrics.dice(fixed, warped, numbers=numbers)
+    found = {f"dice_{number}": finite(value) for number, value in zip(numbers, each, strict=True)}
+    return {"dice_mean": finite(each.mean()), **found}
+
+
+def errors(away: Tensor) -> dict[str, float | None]:
+    """Of distances of landmarks (N,) the mean, the 95th percentile and the largest."""
+    return {
+        "tre_mean": finite(away.mean()),
+        "tre_p95": finite(torch.quantile(away, 0.95)),
+        "tre_max": finite(away.max()),
+    }
+
+
+def regularity(told: Statistics) -> dict[str, Tensor]:
+    """What users of registrations know by these names, of one pair or of a batch; folds is a share of voxels."""
+    return {
+        "jac_min": told.min_determinant,
+        "jac_max": told.max_determinant,
+        "folds": told.folds,
+        "sdlogj": told.sd_log_determinant,
+    }
+
+
+def way_back(mapping: Mapping, inverse: Mapping, grid: Grid) -> dict[str, float | None]:
+    """The mean and the largest of `there_and_back`, world units; None where S knows T(p) of no voxel."""
+    away = there_and_back(mapping, inverse, grid)
+    known = len(away) > 0
+    return {
+        "inverse_mean": finite(away.mean()) if known else None,
+        "inverse_max": finite(away.max()) if known else None,
+    }
+
+
+def there_and_back(mapping: Mapping, inverse: Mapping, grid: Grid, *, world: bool = True) -> Tensor:
+    """|S(T(p)) - p| in world units, or in voxels, (N,) at the voxels p of a grid for which S knows T(p).
+
+    That is where the first part of S with a field is asked between the voxels of its domain, and everywhere where S is
+    linear; where T(p) is NaN the distance is as well.
+    """
+    points = grid.points()
+    there = points + mapping.displacement(grid).to(points).flatten(1).mT
+    asked = there
+    for part in inverse.parts():
+        if not part.transform.linear:
+            domain = first_domain(part.domain)
+            index = domain.world_to_index(asked)
+            inside = (index >= -1e-6) & (index <= 2 * domain.index_center + 1e-6)
+            known = inside.all(-1) | index.isnan().any(-1)
+            points, there = points[known], there[known]
+            break
+        asked = part.map_points(asked)
+    away = inverse.map_points(there) - points
+    return (away if world else grid.convert(away, "world", "index", vectors=True)).norm(dim=-1)
+
+
+def finite(value: Tensor | float) -> float | None:
+    """The number, or None where it is none: JSON has no such numbers."""
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -14,12 +14,12 @@ from fnreg.agreement import landmarks
 from fnreg.chains import grid_of, read_chain, told
 from fnreg.gather import Padding
 from fnreg.grid import Grid
-from fnreg.image import Image
-from fnreg.io.files import ImageReadError
-from fnreg.io.image import PICTURES, read_grid, suffix
+from fnreg.io.files import check_writable
+from fnreg.io.image import WRITABLE, read_grid, suffix
 from fnreg.io.nifti import SUFFIXES
+from fnreg.io.points import SUFFIXES as ENDINGS
 from fnreg.io.points import Space
-from fnreg.results import window_of
+from fnreg.results import byte_range
 from fnreg.sampling import interpolate
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
@@ -47,8 +47,9 @@ def apply_image(
 
     Raises ImageReadError, TransformReadError, WriteError, and ValueError for axes that differ.
     """
+    check_writable(output, endings=WRITABLE)
     mapping = read_chain(transforms, inverse=inverse)
-    labels = read_labels(image) if interpolation == "multilabel" else None
+    labels = io.read_labels(image) if interpolation == "multilabel" else None
     source = io.read_image(image) if labels is None else None
     place = labels[1] if labels is not None else source.grid if source is not None else None
     assert place is not None
@@ -56,15 +57,16 @@ def apply_image(
     if place.ndim != grid.ndim:
         raise ValueError(f"{image} has {place.ndim} axes but the transform has {grid.ndim}")
     if source is not None and interpolation == "nearest" and _whole(source.data):
-        labels = source.data.to(torch.int64), source.grid
+        labels = io.Labels(source.data.to(torch.int64), source.grid)
     kept = like if like is not None and {suffix(like), suffix(output)} <= set(SUFFIXES) else None
     if labels is not None and labels[0].shape[0] == 1:
-        warped = warp_labels(labels[0], labels[1], mapping, grid, interpolation=interpolation, padding=padding)
-        write_labels(output, warped, grid, like=kept)
+        numbers = labels[0].to(torch.int64)  # so that any padding is one of them
+        warped = warp_labels(numbers, labels[1], mapping, grid, interpolation=interpolation, padding=padding)
+        io.write_labels(output, io.Labels(warped, grid), like=kept)
     else:
         assert source is not None and interpolation != "multilabel"
         made = warp(source, mapping, grid, interpolation=interpolation, padding=padding)
-        window = window_of(source) if suffix(output) == ".png" else None
+        window = byte_range(source) if suffix(output) == ".png" else None
         io.write_image(output, made, window=window, like=kept)
     return {
         "image": str(image),
@@ -142,30 +144,6 @@ def warp_labels(
     return best.reshape(1, *grid.shape)
 
 
-def read_labels(path: Path) -> tuple[Tensor, Grid]:
-    """Labels (1, [Z,] Y, X) int64 with their grid; ImageReadError where values are no whole numbers."""
-    if suffix(path) not in PICTURES:
-        data, grid = io.read_labels(path)
-        return data.to(torch.int64), grid
-    image = io.read_image(path)
-    if image.channels != 1 or not _whole(image.data):
-        raise ImageReadError(f"{path} holds no labels: expected one channel of whole numbers, one for each class")
-    return image.data.to(torch.int64), image.grid
-
-
-def write_labels(path: Path, labels: Tensor, grid: Grid, *, like: Path | None = None) -> None:
-    """Write labels as they are, `like` as for `fnreg.io.write_labels`; ValueError for a PNG where they are no bytes."""
-    if suffix(path) not in PICTURES:
-        io.write_labels(path, io.Labels(labels, grid), like=like)
-        return
-    options: dict[str, Any] = {}
-    if suffix(path) == ".png":
-        if int(labels.min()) < 0 or int(labels.max()) > 255:
-            raise ValueError(f"{path} would have 8 bits, but labels are up to {int(labels.max())}: name it .tif")
-        options["window"] = (0.0, 255.0)
-    io.write_image(path, Image(labels, grid), **options)
-
-
 # -- points --------------------------------------------------------------------------------------------------------
 
 
@@ -191,9 +169,11 @@ def apply_points(
         raise SettingsError(
             "--space voxel goes with --like, the image of whose voxels the points are: give both or none"
         )
+    check_writable(output, endings=ENDINGS)
     mapping = read_chain(transforms, inverse=inverse)
     grid = None if like is None else read_grid(like)
-    found = landmarks(file, space, grid, "give --space LPS or RAS, or voxel with --like")
+    grids = None if grid is None else [grid]
+    (found,) = landmarks([file], space, "give --space LPS or RAS, or voxel with --like", grids=grids)
     points = found.points
     moved = mapping.map_points(points)
     if not bool(torch.isfinite(moved).all()):

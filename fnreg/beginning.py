@@ -13,7 +13,6 @@ from fnreg.gather import Padding
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.io.files import TransformReadError
-from fnreg.io.itk import parts
 from fnreg.pytree import over_batch, tree_leaves, tree_map
 from fnreg.registration import evaluate
 from fnreg.settings import SEARCHED, STARTS
@@ -55,7 +54,7 @@ def begin_from_file(start: str, first: Transform, grid: Grid) -> Begin | None:
     if found.transform.linear:
         matrix = linear_mapping(found.matrix(), grid)
         return Begin(initial=matrix) if first.linear else Begin(then=matrix)
-    dense, *after = parts(found)
+    dense, *after = found.parts()
     fits = dense.transform == first and isinstance(dense.domain, Grid) and dense.domain.same_as(grid)
     if not fits or not all(part.transform.linear for part in after):
         raise TransformReadError(

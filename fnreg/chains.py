@@ -7,11 +7,10 @@ from pathlib import Path
 
 from fnreg import io
 from fnreg.grid import Grid
-from fnreg.io.field import VECTOR_SUFFIXES
 from fnreg.io.files import TransformReadError
 from fnreg.io.image import read_grid
-from fnreg.io.itk_parts import joined, parts
-from fnreg.io.nifti import SUFFIXES
+from fnreg.io.itk_parts import joined
+from fnreg.io.nifti import SUFFIXES, VECTOR_SUFFIXES
 from fnreg.pytree import tree_leaves
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
@@ -59,7 +58,7 @@ def compose(mappings: Sequence[Mapping]) -> Mapping:
     if len(mappings) == 1:
         return mappings[0]
     groups: list[Mapping] = []
-    for part in (part for mapping in mappings for part in parts(mapping)):
+    for part in (part for mapping in mappings for part in mapping.parts()):
         if groups and part.transform.linear and groups[-1].transform.linear:
             grid = max(first_domain(groups[-1].domain), first_domain(part.domain), key=lambda grid: grid.numel)
             groups[-1] = linear_mapping(part.matrix() @ groups[-1].matrix(), grid)
@@ -75,7 +74,7 @@ def grid_of(mapping: Mapping, like: Path | None) -> Grid:
         if grid.ndim != _axes(mapping):
             raise ValueError(f"{like} has {grid.ndim} axes but the transform has {_axes(mapping)}")
         return grid
-    bent = [first_domain(part.domain) for part in parts(mapping) if not part.transform.linear]
+    bent = [first_domain(part.domain) for part in mapping.parts() if not part.transform.linear]
     grid = bent[0] if bent else first_domain(mapping.domain)
     if grid.numel == 1:
         raise ValueError("the transform has no grid of its own: give an image with --like")
@@ -97,4 +96,4 @@ def write_chain(file: Path, mapping: Mapping, *, like: Path | None = None) -> No
 
 def told(mapping: Mapping) -> str:
     """The transforms of a map in words."""
-    return " then ".join(str(part.transform) for part in parts(mapping))
+    return " then ".join(str(part.transform) for part in mapping.parts())

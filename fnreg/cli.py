@@ -32,7 +32,7 @@ from fnreg.commands.base import Json as _Json
 from fnreg.commands.base import Verbose as _Verbose
 from fnreg.commands.base import option as _option
 from fnreg.process import prepare
-from fnreg.settings import SAVES
+from fnreg.settings import SAVES, SPACES
 from fnreg.specs import SettingsError, choose
 
 DEMOS = ("story", "circle-to-c")
@@ -79,7 +79,7 @@ def register(
     """
     chosen = how.chosen(save)
     if space is not None:
-        choose("space", space, options.SPACES)
+        choose("space", space, SPACES)
     from fnreg import results, run
     from fnreg.agreement import Paths
     from fnreg.loading import Files
@@ -161,8 +161,8 @@ def _regularity(record: dict[str, Any]) -> list[str]:
     folds = "no folds" if record["folds"] == 0 else f"folds at {100 * (record['folds'] or 0):.3g} % of the pixels"
     lines = [f"  {'determinant':<12} {told['jac_min']} to {told['jac_max']}, {folds}"]
     lines.append(f"  {'displacement':<12} {told['max_displacement']} at most")
-    if "inverse_residual" in record:
-        lines.append(f"  {'inverse':<12} leaves {told['inverse_residual']} pixels at most")
+    if "inverse_max" in record:
+        lines.append(f"  {'inverse':<12} ends {told['inverse_max']} at most from where one began")
     return lines
 
 
@@ -222,22 +222,22 @@ def demo(
 # -- errors -------------------------------------------------------------------------------------------------------
 
 
+CODES = {  # of errors whose modules may import torch: what was not imported was not raised
+    ("fnreg.extras", "MissingExtraError"): ENVIRONMENT,
+    ("fnreg.cohort.cluster", "ClusterError"): ENVIRONMENT,
+    ("fnreg.loading", "DeviceError"): ENVIRONMENT,
+    ("fnreg.levels", "RegistrationError"): FAILED,
+}
+
+
 def _code(error: BaseException) -> int | None:
     """The exit code of an error that is the user's to mend; None for one that is ours."""
     if isinstance(error, (cyclopts.CycloptsError, SettingsError)):
         return USAGE
-    from fnreg.extras import MissingExtraError
-
-    if isinstance(error, MissingExtraError):
-        return ENVIRONMENT
-    from fnreg.cohort.cluster import ClusterError
-    from fnreg.levels import RegistrationError
-    from fnreg.loading import DeviceError
-
-    if isinstance(error, (DeviceError, ClusterError)):
-        return ENVIRONMENT
-    if isinstance(error, RegistrationError):
-        return FAILED
+    for (module, name), code in CODES.items():
+        found = sys.modules.get(module)
+        if found is not None and isinstance(error, getattr(found, name)):
+            return code
     return REFUSED if isinstance(error, (OSError, ValueError)) else None
 
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from fnreg import fields, io
+from fnreg.agreement import regularity, way_back
 from fnreg.chains import DISPLACEMENTS, grid_of, read_chain, told, write_chain
 from fnreg.chains import compose as join
 from fnreg.image import Image
 from fnreg.io.elastix_files import names
+from fnreg.io.files import check_writable
 from fnreg.io.itk import ITK_SUFFIXES
-from fnreg.io.itk_parts import parts
 from fnreg.io.nifti import SUFFIXES
+from fnreg.io.transform import TRANSFORM_SUFFIXES
 from fnreg.output import OutputError, check_file
-from fnreg.results import residual
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
 
@@ -25,19 +26,22 @@ LEAST = 1e-6  # determinant, in logarithms
 
 
 def invert(transform: Path, output: Path, *, like: Path | None = None) -> dict[str, Any]:
-    """Write the inverse; the record tells its residual, |S(T(p)) - p| in voxels at most, 0 for linear maps.
+    """Write the inverse; the record tells how far there and back ends from the start, see `fnreg.agreement.way_back`.
 
     Raises ValueError where the map has no inverse, and what reading and writing raise.
     """
+    check_writable(output, endings=TRANSFORM_SUFFIXES)
     mapping = read_chain([transform])
     inverse = mapping.inverse()
     write_chain(output, inverse, like=like)
-    left = 0.0 if mapping.transform.linear else residual(mapping, inverse)
-    return {"transform": str(transform), "map": told(mapping), "residual in voxels": left, "output": str(output)}
+    linear = mapping.transform.linear  # exact, and perhaps without a grid of its own
+    away = {"inverse_mean": 0.0, "inverse_max": 0.0} if linear else way_back(mapping, inverse, grid_of(mapping, None))
+    return {"transform": str(transform), "map": told(mapping), **away, "output": str(output)}
 
 
 def compose(transforms: Sequence[Path], output: Path, *, like: Path | None = None) -> dict[str, Any]:
     """Write transforms one after another as one, in the order of `fnreg.chains.read_chain`."""
+    check_writable(output, endings=TRANSFORM_SUFFIXES)
     mapping = read_chain(transforms)
     write_chain(output, mapping, like=like)
     return {"transforms": [str(path) for path in transforms], "map": told(mapping), "output": str(output)}
@@ -75,11 +79,13 @@ def convert(
 def _ants(mapping: Mapping, output: Path, *, like: Path | None, overwrite: bool) -> list[str]:
     """The names of a warp and of the affine map after it, in the order in which antsApplyTransforms takes them."""
     warp, affine = (output.with_name(output.name + end) for end in ("1Warp.nii.gz", "0GenericAffine.mat"))
-    first, *rest = parts(mapping)
+    first, *rest = mapping.parts()
     split = not first.transform.linear and bool(rest) and all(part.transform.linear for part in rest)
     bent = first if split else mapping
     linear = join(rest) if split else mapping if mapping.transform.linear else None
     files = [*([] if bent.transform.linear else [warp]), *([] if linear is None else [affine])]
+    if bent.transform.linear and like is not None:
+        raise SettingsError(f"--like {like} is the grid of a displacement, and the transform is linear: leave it out")
     grid = None if bent.transform.linear else grid_of(bent, like)
     for file in files:
         check_file(file, overwrite=overwrite)
@@ -100,7 +106,7 @@ def _elastix(mapping: Mapping, output: Path, *, like: Path | None, overwrite: bo
         check_file(output)
         output.mkdir()
     else:
-        for file in names(output, len(parts(mapping))):
+        for file in names(output, len(mapping.parts())):
             check_file(file, overwrite=overwrite)
     try:
         files = io.write_elastix(output, mapping, grid=grid)
@@ -120,6 +126,7 @@ def jacobian(
 
     log : its natural logarithm instead; where the map folds that of `LEAST`, for readers of NIfTI take NaN for 0
     """
+    check_writable(output, endings=SUFFIXES)
     mapping = read_chain(transforms)
     grid = grid_of(mapping, like)
     field = mapping.displacement(grid)
@@ -132,8 +139,6 @@ def jacobian(
         "map": told(mapping),
         "folds at voxels": int(fields.folds(field, grid)),
         "folds in cells between": int(fields.folded_cells(field, grid)),
-        "jac_min": float(statistics.min_determinant),
-        "jac_max": float(statistics.max_determinant),
-        "sdlogj": float(statistics.sd_log_determinant),
+        **{name: float(value) for name, value in regularity(statistics).items() if name != "folds"},
         "output": str(output),
     }

@@ -1,7 +1,7 @@
 """The story of `fnreg demo`: search, descend and get stuck, do better, bend, and do it a hundred times at once.
 
-The images are those that come with the package.  Everything told is measured as it runs.  `circle_to_c` is a story of
-its own, with settings that tutorial, example and benchmark share.
+The images are those that come with the package.  Everything told is measured as it runs.  The disc that becomes a C
+is a story of its own, see `fnreg.circle`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ import dataclasses
 import importlib
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fnreg import data, plot
+from fnreg.circle import LOSS, CircleToC, circle_figures, circle_table, circle_to_c, determinants
 from fnreg.doctor import kernels
 from fnreg.image import Image
 from fnreg.io.files import WriteError
-from fnreg.levels import Event
-from fnreg.losses.terms import bending, diffusion, mse
-from fnreg.optim import adam, sgd
+from fnreg.losses.terms import bending, mse
+from fnreg.optim import sgd
 from fnreg.progress import Bars
 from fnreg.registration import Registration, evaluate, register
-from fnreg.results import there_and_back
 from fnreg.stages import Stage
 from fnreg.transforms.base import Mapping, Transform
 from fnreg.transforms.linear import Rigid, Rotation
@@ -37,9 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
-
-_LOSS = "mean squared difference"
-STEPS = 7  # squarings of the flow from disc to C
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +65,6 @@ def _error(mapping: Mapping, truth: Mapping, image: Image) -> float:
     return float((mapping.map_points(points) - truth.map_points(points)).norm(dim=1).mean())
 
 
-def _range(result: Registration) -> tuple[float, float]:
-    found = result.jacobian().data
-    return float(found.min()), float(found.max())
-
-
 def _before(fixed: Image, moving: Image, transform: Transform) -> float:
     identity = Mapping(transform.init(fixed.grid), fixed.grid, transform)
     return float(evaluate(fixed, moving, identity)[0].mean())
@@ -100,7 +90,7 @@ class Story:
         before, after = _before(fixed, moving, Rigid()), float(result.terms["mse"].mean())
         degrees = _degrees(result.mapping) if pairs == 1 and linear else None
         error = None if truth is None else _error(result.mapping, truth, fixed)
-        determinant = None if linear else _range(result)
+        determinant = None if linear else determinants(result)
         self.rows.append(Row(part, what, before, after, seconds, degrees, error, pairs, determinant))
         return result
 
@@ -126,7 +116,7 @@ class Story:
             f"{name}: {_degrees(one.mapping) % 360:.1f}°": (_degrees(one.mapping) % 360, float(one.value))
             for name, one in found.items()
         }
-        self.figures["nines-search"] = plot.search(angles, values, objective=_LOSS, others=points)
+        self.figures["nines-search"] = plot.search(angles, values, objective=LOSS, others=points)
         self.figures["nines"] = plot.overview(
             fixed, moving, many.warp(moving), unit="pixels", title="Two nines, rotated by the best of 36 starts"
         )
@@ -154,7 +144,7 @@ class Story:
         warped = result.warp(moving)
         self.figures["brain"] = plot.overview(fixed, moving, warped, unit="mm", title="Two slices of a brain, rigid")
         self.figures["brain-checkerboard"] = plot.checkerboard(fixed, warped, unit="mm")
-        self.figures["brain-losses"] = plot.losses(result, objective=_LOSS)
+        self.figures["brain-losses"] = plot.losses(result, objective=LOSS)
 
     def free_form(self) -> None:
         """Two nines again: after the best rotation, bent freely, with more care, and without a fold."""
@@ -180,7 +170,7 @@ class Story:
         result = self._register("100 pairs of digits", "one call, rigid", fixed, moving, Rigid(), levels=2, pairs=100)
         title = "The first of a hundred pairs, rigid, registered in one call"
         self.figures["hundred-pairs"] = plot.batch(fixed, moving, result.warp(moving), title=title)
-        self.figures["hundred-losses"] = plot.losses(result, objective=_LOSS)
+        self.figures["hundred-losses"] = plot.losses(result, objective=LOSS)
 
 
 def _table(rows: list[Row]) -> Table:
@@ -191,7 +181,7 @@ def _table(rows: list[Row]) -> Table:
         box=box.SIMPLE,
         padding=0,
         show_edge=False,  # 80 characters hold it
-        caption=f"loss: {_LOSS}; error: mean distance from the true map; det J: its lowest",
+        caption=f"loss: {LOSS}; error: mean distance from the true map; det J: its lowest",
     )
     table.add_column("", no_wrap=True)
     for name in ("loss", "angle", "error/mm", "det J", "seconds", "pairs/s"):
@@ -208,108 +198,6 @@ def _table(rows: list[Row]) -> Table:
         determinant = "" if row.determinant is None else f"{row.determinant[0]:.2f}"
         speed = f"{row.pairs / row.seconds:.1f}" if row.pairs > 1 else ""
         table.add_row(f"  {row.what}", loss, degrees, error, determinant, f"{row.seconds:.2f}", speed)
-    return table
-
-
-# -- a disc becomes a C -------------------------------------------------------------------------------------------
-
-
-class CircleToC(NamedTuple):
-    """The classic test of large deformations, and how it ended.
-
-    forward, backward : mean squared difference of the warped disc to the C, and of the C warped back to the disc
-    determinant : lowest and highest of the Jacobian
-    consistency : mean and largest |S(T(p)) - p| in voxels, S the inverse of the map T, at the voxels p that T leaves
-        in the image
-    seconds : of the registration
-    """
-
-    c: Image  # fixed
-    disc: Image  # moving
-    result: Registration
-    inverse: Registration
-    forward: float
-    backward: float
-    determinant: tuple[float, float]
-    consistency: tuple[float, float]
-    seconds: float
-
-
-def circle_to_c(*, progress: Callable[[Event], None] | None = None) -> CircleToC:
-    """Register a disc to a C of 128 x 128 voxels by a velocity of splines, and invert the map.
-
-    The outside of the disc has to pass through the slot and fill the hole, almost half of the image's width.  The
-    mapping of the result samples the flow of the same spline at thirds of voxels: what map and inverse lack of each
-    other is the error of interpolation, which falls with the square of the spacing.
-    """
-    c, disc = data.c_shape(128, blur=2.0), data.circle(128, blur=2.0)
-    begin = time.perf_counter()
-    result = register(
-        c,
-        disc,
-        SVFFD(stride=4, steps=STEPS),
-        objective=mse + 3e-4 * diffusion + 1e-3 * bending,
-        optimizer=adam(0.5, decay=0.3),
-        levels=4,
-        steps=(300, 200, 100, 40),  # it is the coarse levels that have to find the way
-        padding="border",
-        stop=None,
-        progress=progress,
-    )
-    seconds = time.perf_counter() - begin
-    thirds = Mapping(result.mapping.params, c.grid.resize(3 * 128), SVFFD(stride=3 * 4, steps=STEPS + 2))
-    result = dataclasses.replace(result, mapping=thirds)
-    inverse = result.inverse()
-    away = there_and_back(result.mapping, inverse.mapping, c.grid)
-    return CircleToC(
-        c,
-        disc,
-        result,
-        inverse,
-        forward=_mean_square(result.warp(disc, padding="border"), c),
-        backward=_mean_square(inverse.warp(c, padding="border"), disc),
-        determinant=_range(result),
-        consistency=(float(away.mean()), float(away.max())),
-        seconds=seconds,
-    )
-
-
-def _mean_square(warped: Image, fixed: Image) -> float:
-    return float((warped.data - fixed.data).square().mean())
-
-
-def circle_figures(found: CircleToC) -> dict[str, Figure]:
-    """Images, coordinate lines of both maps, and the Jacobian determinant."""
-    c, disc, result, inverse = found.c, found.disc, found.result, found.inverse
-    unit: dict[str, Any] = {"unit": "pixels"}
-    there, back = result.warp(disc, padding="border"), inverse.warp(c, padding="border")
-    return {
-        "circle-to-c": plot.overview(c, disc, there, title="A disc becomes a C", **unit),
-        "circle-to-c-inverse": plot.overview(disc, c, back, title="The C becomes a disc, by the inverse map", **unit),
-        "circle-to-c-grid": plot.warped_grid(result, image=disc, lines=41, title="Lines of the C in the disc", **unit),
-        "circle-to-c-inverse-grid": plot.warped_grid(
-            inverse, image=c, lines=41, title="Lines of the disc in the C", **unit
-        ),
-        "circle-to-c-jacobian": plot.jacobian(result.jacobian(), title="Jacobian determinant", **unit),
-        "circle-to-c-losses": plot.losses(result, objective=f"{_LOSS} and penalties"),
-    }
-
-
-def _circle_table(found: CircleToC) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, pad_edge=False, show_header=False, title="a disc becomes a C", title_justify="left")
-    mean, largest = found.consistency
-    low, high = found.determinant
-    for name, value in (
-        (f"{_LOSS}, disc to C", f"{found.forward:.2e}"),
-        (f"{_LOSS}, C to disc by the inverse", f"{found.backward:.2e}"),
-        ("Jacobian determinant", f"{low:.3f} to {high:.2f}"),
-        ("there and back, mean and largest", f"{mean:.3f} and {largest:.2f} voxels"),
-        ("seconds", f"{found.seconds:.1f}"),
-    ):
-        table.add_row(name, value)
     return table
 
 
@@ -340,7 +228,7 @@ def run_circle_to_c(output: Path) -> CircleToC:
         found = circle_to_c(progress=bars.add("a disc becomes a C"))
     figures = circle_figures(found)
     _save(figures, output)
-    console.print(_circle_table(found))
+    console.print(circle_table(found))
     _list(console, figures, output)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 from importlib import metadata
 
@@ -29,10 +30,10 @@ def kernels() -> tuple[bool, str]:
     library = native.load()
     if library is not None:
         return True, f"loaded from {library._name}"
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    compiler = native.compiler()
+    if not compiler:
         return False, "there is no C compiler: install gcc or clang; plain torch is used, slower"
-    if shutil.which(compiler) is None:
+    if shutil.which(shlex.split(compiler)[0]) is None:
         return False, f"the compiler that CC names, {compiler}, is not there; plain torch is used, slower"
     return False, f"{compiler} could not build them, or the cache folder cannot be written (FNREG_CACHE names another)"
 

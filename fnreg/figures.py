@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from fnreg import fields, io
 from fnreg.chains import grid_of, read_chain, told
-from fnreg.extras import require
 from fnreg.image import Image
-from fnreg.io.field import VECTOR_SUFFIXES
+from fnreg.io.field import holds_displacement
 from fnreg.io.files import write_bytes
-from fnreg.io.image import NIFTI, PICTURES, suffix
+from fnreg.io.image import PICTURES, suffix
 from fnreg.io.itk import ITK_SUFFIXES
 from fnreg.io.transform import LOSSLESS
-from fnreg.io.volume import VECTOR, read_nifti
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
 from fnreg.transforms.domain import first_domain
@@ -80,25 +78,7 @@ def draw(
 
 def is_transform(path: Path) -> bool:
     """Whether a file is a transform by its name, or holds the vectors of a displacement."""
-    kind = suffix(path)
-    if kind in (LOSSLESS, *ITK_SUFFIXES):
-        return True
-    if not path.is_file():
-        return False
-    if kind in NIFTI:
-        header, _, values = read_nifti(path)
-        return int(header.fields["intent_code"]) == VECTOR and len(values) == header.grid.ndim and not header.colour
-    if kind not in VECTOR_SUFFIXES:
-        return False
-    sitk: Any = require("SimpleITK", "itk", f"reading {path}")
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        return False  # what is wrong is told by who reads it
-    floats = reader.GetPixelID() in (sitk.sitkVectorFloat32, sitk.sitkVectorFloat64)  # colours are bytes
-    return floats and reader.GetNumberOfComponents() == reader.GetDimension()
+    return suffix(path) in (LOSSLESS, *ITK_SUFFIXES) or (path.is_file() and holds_displacement(path))
 
 
 def _choose(images: list[Image], mapping: Mapping | None, kind: str | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,11 @@ import torch
 
 from fnreg import fields, io
 from fnreg.image import Image
+from fnreg.io.field import holds_displacement
 from fnreg.io.image import NIFTI, PICTURES, suffix
-from fnreg.io.itk import ITK_SUFFIXES, parts
-from fnreg.io.volume import VECTOR, read_nifti
+from fnreg.io.itk import ITK_SUFFIXES
+from fnreg.io.volume import read_nifti
+from fnreg.notes import hearing
 from fnreg.pytree import batch_axes, tree_leaves
 from fnreg.transforms.base import Mapping
 from fnreg.transforms.domain import first_domain
@@ -33,16 +34,21 @@ def describe(file: Path) -> dict[str, Any]:
     if kind in ITK_SUFFIXES:
         mapping = io.read_transform(file)
         return told | (_linear(mapping) if mapping.transform.linear else _regularity(mapping))
-    return told | _image(io.read_image(file) if kind in PICTURES else io.read_series(file))
+    return told | (_image(io.read_image(file)) if kind in PICTURES else _voxels(file))
+
+
+def _voxels(file: Path) -> dict[str, Any]:
+    """Of a displacement or of images."""
+    if holds_displacement(file):
+        return _regularity(io.read_displacement(file))
+    return _image(io.read_series(file))
 
 
 def _nifti(file: Path) -> dict[str, Any]:
     """What the header says, and of displacements or images what they hold."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", io.GeometryWarning)
-        header, extensions, values = read_nifti(file)
-        vectors = int(header.fields["intent_code"]) == VECTOR and len(values) == header.grid.ndim and not header.colour
-        rest = _regularity(io.read_displacement(file)) if vectors else _image(io.read_series(file))
+    with hearing() as heard:
+        header, extensions, _ = read_nifti(file, voxels=False)
+        rest = _voxels(file)
     fields = header.fields
     text = bytes(fields["descrip"]).split(b"\0")[0].decode("latin1")
     order = "little" if header.dtype.newbyteorder("=").newbyteorder("<") == header.dtype else "big"
@@ -57,7 +63,7 @@ def _nifti(file: Path) -> dict[str, Any]:
     found |= {"slope and intercept": [header.slope, header.inter]} if (header.slope, header.inter) != (1, 0) else {}
     found |= {"description": text} if text else {}
     found |= {"bytes of extensions": len(extensions) - 4} if len(extensions) > 4 else {}
-    notes = [str(warning.message).removeprefix(f"{file} ") for warning in caught]
+    notes = [note.text.removeprefix(f"{file} ") for note in heard if note.kind is io.GeometryWarning]
     return found | ({"warning": notes[0]} if notes else {}) | rest
 
 
@@ -96,7 +102,7 @@ def _mapping(mapping: Mapping) -> dict[str, Any]:
 
 def _regularity(mapping: Mapping) -> dict[str, Any]:
     """Of a map with a field: its grid, how far it moves and how regular it is; linear parts count."""
-    grid = first_domain(next(part for part in parts(mapping) if not part.transform.linear).domain)
+    grid = first_domain(next(part for part in mapping.parts() if not part.transform.linear).domain)
     field = mapping.displacement(grid)
     told = fields.statistics(field, grid)
     found: dict[str, Any] = {
@@ -110,7 +116,7 @@ def _regularity(mapping: Mapping) -> dict[str, Any]:
         "folds at voxels": int(fields.folds(field, grid)),
         "folds in cells between": int(fields.folded_cells(field, grid)),
     }
-    linear = [part for part in parts(mapping) if part.transform.linear]
+    linear = [part for part in mapping.parts() if part.transform.linear]
     return found | ({"linear parts": [part.matrix().tolist() for part in linear]} if linear else {})
 
 

@@ -12,21 +12,10 @@ from torch import Tensor
 
 from fnreg.pytree import is_concrete
 from fnreg.surfaces import SurfaceDistances as SurfaceDistances
+from fnreg.surfaces import check_integers
+from fnreg.surfaces import classes as classes
 from fnreg.surfaces import surface_distances as surface_distances
 from fnreg.transforms.base import Mapping
-
-
-def classes(*labels: Tensor) -> tuple[int, ...]:
-    """The numbers that occur in any of the label images, in increasing order, without the background 0.
-
-    Raises TypeError for what are no integers; ValueError inside vmap, where values cannot be read.
-    """
-    for values in labels:
-        _check_integers(values)
-        if not is_concrete(values):
-            raise ValueError("labels inside vmap: which numbers occur cannot be read there; give numbers")
-    found = {int(number) for values in labels for number in torch.unique(values).tolist()}
-    return tuple(sorted(found - {0}))
 
 
 def dice(first: Tensor, second: Tensor, *, numbers: Sequence[int] | None = None) -> Tensor:
@@ -83,11 +72,6 @@ def target_registration_error(mapping: Mapping | None, fixed_points: Tensor, mov
     return (mapped - moving_points).norm(dim=-1)
 
 
-def _check_integers(labels: Tensor) -> None:
-    if labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"labels are {labels.dtype}: expected integers, one number for each class")
-
-
 def _counts(first: Tensor, second: Tensor, numbers: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
     """Voxels of each class in both, in the first and in the second, (K,)."""
     if first.shape != second.shape:
@@ -95,11 +79,31 @@ def _counts(first: Tensor, second: Tensor, numbers: Sequence[int] | None) -> tup
             f"labels have shapes {tuple(first.shape)} and {tuple(second.shape)}: warp one to the grid of the other"
         )
     for values in (first, second):
-        _check_integers(values)
+        check_integers(values)
     chosen = classes(first, second) if numbers is None else tuple(numbers)
-    found = [[(a & b).sum(), a.sum(), b.sum()] for a, b in ((first == k, second == k) for k in chosen)]
-    if not found:
-        empty = torch.zeros(0, dtype=torch.float64, device=first.device)
+    if not chosen or not first.numel():
+        empty = torch.zeros(len(chosen), dtype=torch.float64, device=first.device)
         return empty, empty, empty
+    if is_concrete(first) and is_concrete(second):
+        return _counted(first, second, chosen)
+    found = [[(a & b).sum(), a.sum(), b.sum()] for a, b in ((first == k, second == k) for k in chosen)]
     both, one, other = (torch.stack(column).to(torch.float64) for column in zip(*found, strict=True))
     return both, one, other
+
+
+def _counted(first: Tensor, second: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one pass over the voxels, however many classes there are."""
+    here, there = (values.reshape(-1).to(torch.int64) for values in (first, second))
+    low, high = min(int(here.min()), int(there.min())), max(int(here.max()), int(there.max()))
+    if high - low < 2**20:  # counting needs no sorting then
+        known, here, there = torch.arange(low, high + 1, device=here.device), here - low, there - low
+    else:
+        known, at = torch.unique(torch.cat([here, there]), return_inverse=True)
+        here, there = at[: len(here)], at[len(here) :]
+    wanted = torch.tensor(chosen, dtype=torch.int64, device=here.device)
+    place = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
+    there_is = known[place] == wanted
+    both, one, other = (
+        torch.bincount(values, minlength=len(known))[place] * there_is for values in (here[here == there], here, there)
+    )
+    return both.to(torch.float64), one.to(torch.float64), other.to(torch.float64)

@@ -111,18 +111,23 @@ def _build(folder: Path, key: str, compiler: list[str], unit: str) -> Path:
         return built.replace(target)  # atomic: two processes may build at once
 
 
+def compiler() -> str:
+    """The command of the C compiler, which may have arguments; "" where there is none."""
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or ""
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had."""
     if os.environ.get("FNREG_NATIVE", "1") == "0":
         return None
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or ""
+    command = compiler()
     try:
         unit, folder = _unit(), _folder()
-        key = _digest("\n".join((unit, *FLAGS, _machine(), compiler)).encode())
+        key = _digest("\n".join((unit, *FLAGS, _machine(), command)).encode())
         library = _cached(folder, key)
-        if library is None and compiler:
-            library = _build(folder, key, shlex.split(compiler), unit)
+        if library is None and command:
+            library = _build(folder, key, shlex.split(command), unit)
         return None if library is None else ctypes.CDLL(str(library))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
         return None

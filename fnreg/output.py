@@ -9,28 +9,20 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from fnreg.io.files import WriteError, check_writable
+
 LAST = "run.json"  # written last: where it is, the folder is complete
 
 
-class OutputError(OSError):
+class OutputError(WriteError):
     """The output folder is in the way or cannot be written."""
 
 
 def check_file(path: Path, *, overwrite: bool = False) -> None:
-    """OutputError where a file is in the way, or where its folder is not there or cannot be written to.
-
-    To be asked before the work begins; whether the disk is full, the writing tells.
-    """
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder: give the name of a file")
+    """OutputError where a file is in the way, WriteError where none can be written, see `check_writable`."""
+    check_writable(path)
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists: give another name, or --overwrite")
-    folder = path.parent
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise OutputError(f"{path} cannot be written: {folder} {what}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{path} cannot be written: {folder} cannot be written to")
 
 
 class OutputFolder:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fnreg import agreement, fields, io, metrics
-from fnreg.apply import Interp, read_labels, warp_labels
+from fnreg.agreement import finite
+from fnreg.apply import Interp, warp_labels
 from fnreg.chains import grid_of, read_chain
 from fnreg.grid import Grid
 from fnreg.io.points import Space
+from fnreg.notes import warn
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
 from fnreg.transforms.domain import first_domain
@@ -30,7 +30,7 @@ def judge(
     moving_points: Path | None = None,
     like: Path | None = None,
     space: Space | None = None,
-    interpolation: Interp = "nearest",
+    interpolation: Interp | None = None,
     surfaces: bool = False,
     inverse: Path | None = None,
 ) -> dict[str, dict[str, float | None]]:
@@ -42,8 +42,9 @@ def judge(
         world units, see `fnreg.metrics.surface_distances`; surface_mean, surface_p95 the means over classes,
         surface_max the largest; a class that the warped labels do not have leaves them unknown
     jac_min, jac_max, folds, sdlogj : of maps that are not linear; folds is a share of voxels
-    inverse_mean, inverse_max : with `inverse`, the file of a map S, |S(T(p)) - p| over the voxels p of the grid for
-        which T(p) lies between voxels of the domain of S, or over all where S is linear, world units
+    inverse_mean, inverse_max : with `inverse`, the file of a map S, |S(T(p)) - p| in world units over the voxels p of
+        the grid for which S knows T(p), see `fnreg.agreement.there_and_back`
+    interpolation : of labels, "nearest" where it is not given, or "multilabel"
 
     Without transforms there is only "before"; None stands for what is no finite number.  Raises SettingsError where
     there is nothing to judge by, or an option has nothing to act on, ValueError where sides do not fit.  Warns of
@@ -59,6 +60,10 @@ def judge(
         raise SettingsError("there is nothing to evaluate: give labels or points of both images, or a transform")
     if surfaces and fixed_labels is None:
         raise SettingsError("--surfaces are those of labels: give --fixed-labels and --moving-labels")
+    if interpolation is not None and fixed_labels is None:
+        raise SettingsError(
+            f"--interpolation {interpolation} is that of labels: give --fixed-labels and --moving-labels"
+        )
     if space is not None and fixed_points is None:
         raise SettingsError(f"--space {space} is that of points, and none are given")
     if like is not None and not transforms:
@@ -72,7 +77,7 @@ def judge(
     found: dict[str, dict[str, float | None]] = {name: {} for name in stages}
     grid: Grid | None = None
     if fixed_labels is not None and moving_labels is not None:
-        labels, other = read_labels(fixed_labels), read_labels(moving_labels)
+        labels, other = (io.read_labels(path) for path in (fixed_labels, moving_labels))
         grid = labels[1]
         _same_axes(mapping, grid.ndim, str(fixed_labels))
         _same_axes(mapping, other[1].ndim, str(moving_labels))
@@ -83,74 +88,40 @@ def judge(
             raise ValueError(f"{fixed_labels} is 0 everywhere, which is the background: there is no class to compare")
         for name, stage in stages.items():
             through = linear_mapping(torch.eye(grid.ndim + 1, dtype=torch.float64), grid) if stage is None else stage
-            warped = warp_labels(other[0], other[1], through, grid, interpolation=interpolation)
-            found[name] |= _overlaps(labels[0], warped, numbers)
+            warped = warp_labels(*other, through, grid, interpolation=interpolation or "nearest")
+            found[name] |= agreement.overlaps(labels[0], warped)
+            found[name]["jaccard_mean"] = finite(metrics.jaccard(labels[0], warped, numbers=numbers).mean())
             if surfaces:
                 found[name] |= _surfaces(labels[0], warped, grid, numbers)
     if fixed_points is not None and moving_points is not None:
-        sides = [_landmarks(path, space) for path in (fixed_points, moving_points)]
+        remedy = "expected points of the world, give --space LPS or RAS"
+        sides = agreement.landmarks([fixed_points, moving_points], space, remedy)
         _same_axes(mapping, sides[0].points.shape[-1], str(fixed_points))
         (here, there), notes = agreement.paired(fixed_points, moving_points, *sides)
         for note in notes:
-            warnings.warn(note, stacklevel=2)
+            warn(note, stacklevel=2)
         for name, stage in stages.items():
-            distance = metrics.target_registration_error(stage, here, there)
-            found[name] |= {
-                "tre_mean": _number(distance.mean()),
-                "tre_p95": _number(torch.quantile(distance, 0.95)),
-                "tre_max": _number(distance.max()),
-            }
+            found[name] |= agreement.errors(metrics.target_registration_error(stage, here, there))
     if mapping is None or (mapping.transform.linear and inverse is None):
         return found
     where = grid if grid is not None and like is None else grid_of(mapping, like)
     if not mapping.transform.linear:
         told = fields.statistics(mapping.displacement(where), where)
-        found["after"] |= {
-            "jac_min": _number(told.min_determinant),
-            "jac_max": _number(told.max_determinant),
-            "folds": _number(told.folds),
-            "sdlogj": _number(told.sd_log_determinant),
-        }
+        found["after"] |= {name: finite(value) for name, value in agreement.regularity(told).items()}
     if inverse is not None:
         back = read_chain([inverse])
         _same_axes(back, where.ndim, "the grid")
-        found["after"] |= _there_and_back(mapping, back, where)
+        found["after"] |= agreement.way_back(mapping, back, where)
     return found
-
-
-def _overlaps(fixed: Tensor, warped: Tensor, numbers: tuple[int, ...]) -> dict[str, float | None]:
-    each = metrics.dice(fixed, warped, numbers=numbers)
-    mean = metrics.jaccard(fixed, warped, numbers=numbers).mean()
-    found = {f"dice_{number}": _number(value) for number, value in zip(numbers, each, strict=True)}
-    return found | {"dice_mean": _number(each.mean()), "jaccard_mean": _number(mean)}
 
 
 def _surfaces(fixed: Tensor, warped: Tensor, grid: Grid, numbers: tuple[int, ...]) -> dict[str, float | None]:
     each = metrics.surface_distances(fixed, warped, grid, numbers=numbers)
     found: dict[str, float | None] = {}
     for name, values in (("mean", each.mean), ("p95", each.p95), ("max", each.hausdorff)):
-        found |= {f"surface_{name}_{n}": _number(value) for n, value in zip(numbers, values, strict=True)}
-        found[f"surface_{name}"] = _number(values.amax() if name == "max" else values.mean())
+        found |= {f"surface_{name}_{n}": finite(value) for n, value in zip(numbers, values, strict=True)}
+        found[f"surface_{name}"] = finite(values.amax() if name == "max" else values.mean())
     return found
-
-
-def _there_and_back(mapping: Mapping, back: Mapping, grid: Grid) -> dict[str, float | None]:
-    """|S(T(p)) - p| where S knows T(p); None where that is nowhere."""
-    points = grid.points()
-    there = points + mapping.displacement(grid).to(points).flatten(1).mT
-    if not back.transform.linear:
-        domain = first_domain(back.domain)
-        index = domain.world_to_index(there)
-        known = ((index >= -1e-6) & (index <= torch.tensor(domain.size) - 1 + 1e-6)).all(-1) | index.isnan().any(-1)
-        points, there = points[known], there[known]
-    if not len(points):
-        return {"inverse_mean": None, "inverse_max": None}
-    away = (back.map_points(there) - points).norm(dim=-1)
-    return {"inverse_mean": _number(away.mean()), "inverse_max": _number(away.max())}
-
-
-def _landmarks(path: Path, space: Space | None) -> io.Landmarks:
-    return agreement.landmarks(path, space, None, "expected points of the world, give --space LPS or RAS")
 
 
 def _same_axes(mapping: Mapping | None, axes: int, name: str) -> None:
@@ -158,8 +129,3 @@ def _same_axes(mapping: Mapping | None, axes: int, name: str) -> None:
         return
     if (ndim := first_domain(mapping.domain).ndim) != axes:
         raise ValueError(f"{name} has {axes} axes but the transform has {ndim}")
-
-
-def _number(value: Tensor) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None

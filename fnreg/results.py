@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from fnreg import extras, fields, io
-from fnreg.grid import Grid
+from fnreg.agreement import finite, regularity, way_back
 from fnreg.image import Image
 from fnreg.io.image import PICTURES, suffix
-from fnreg.io.itk import parts
 from fnreg.registration import Registration
 from fnreg.settings import Settings
 from fnreg.solvers.base import Status
 from fnreg.transforms.base import Mapping
-from fnreg.transforms.domain import first_domain
 from fnreg.transforms.factors import decompose
 from fnreg.transforms.rotation import matrix_to_angle
 
@@ -60,16 +58,16 @@ def outcome(result: Registration, before: float, before_terms: dict[str, Tensor]
     center = result.fixed_grid.center
     found: dict[str, Any] = {
         "ended": Status(int(result.status)).name.lower(),
-        "value_before": number(before),
-        "value_after": number(float(result.value)),
+        "value_before": finite(before),
+        "value_after": finite(result.value),
         # where the images do not overlap no voxel was looked at
-        "terms_before": {n: number(float(v)) if math.isfinite(before) else None for n, v in before_terms.items()},
-        "terms_after": {name: number(float(value)) for name, value in result.terms.items()},
+        "terms_before": {n: finite(v) if math.isfinite(before) else None for n, v in before_terms.items()},
+        "terms_after": {name: finite(value) for name, value in result.terms.items()},
         "steps": result.steps.tolist(),
         "translation_of_center": (result.map_points(center[None])[0] - center).tolist(),
         "history": [
-            {"stage": trace.stage, "level": trace.level, "value": _finite(trace.value)}
-            | {"terms": {name: _finite(value) for name, value in trace.terms.items()}}
+            {"stage": trace.stage, "level": trace.level, "value": _plain(trace.value)}
+            | {"terms": {name: _plain(value) for name, value in trace.terms.items()}}
             for trace in result.history
         ],
     }
@@ -78,7 +76,7 @@ def outcome(result: Registration, before: float, before_terms: dict[str, Tensor]
     return found | (_linear(result.mapping) if result.mapping.transform.linear else _dense(result))
 
 
-def _finite(values: Tensor) -> list[float]:
+def _plain(values: Tensor) -> list[float]:
     return [value for value in values.tolist() if math.isfinite(value)]
 
 
@@ -96,12 +94,9 @@ def _dense(result: Registration) -> dict[str, Any]:
     grid = result.fixed_grid
     told = fields.statistics(result.mapping.displacement(grid), grid)
     return {
-        "jac_min": number(float(told.min_determinant)),
-        "jac_max": number(float(told.max_determinant)),
-        "folds": number(float(told.folds)),  # share of voxels
-        "sdlogj": number(float(told.sd_log_determinant)),
-        "max_displacement": number(float(told.max_displacement)),
-        "linear_parts": [part.matrix().tolist() for part in parts(result.mapping) if part.transform.linear],
+        **{name: finite(value) for name, value in regularity(told).items()},
+        "max_displacement": finite(told.max_displacement),
+        "linear_parts": [part.matrix().tolist() for part in result.mapping.parts() if part.transform.linear],
     }
 
 
@@ -128,10 +123,10 @@ def _of_folds(share: float, before: float, settings: Settings) -> str:
 
 
 class Inverse(NamedTuple):
-    """The inverse of a registration as far as it could be found."""
+    """The inverse of a registration as far as it could be found; away : see `way_back`."""
 
     result: Registration | None
-    residual: float | None  # see `residual`; None for linear maps and where there is no inverse
+    away: dict[str, float | None]
     note: str | None = None
 
 
@@ -140,38 +135,8 @@ def invert(result: Registration) -> Inverse:
     try:
         inverse = result.inverse()
     except ValueError as problem:
-        return Inverse(None, None, f"no inverse was written: {problem}")
-    linear = result.mapping.transform.linear
-    return Inverse(inverse, None if linear else number(residual(result.mapping, inverse.mapping)))
-
-
-def residual(mapping: Mapping, inverse: Mapping) -> float:
-    """The largest |S(T(p)) - p| in voxels for the inverse S at the voxels p of the domain that stay within it.
-
-    A linear part has an exact inverse: T and S are the parts with a field, where there is one of them.
-    """
-    there = [part for part in parts(mapping) if not part.transform.linear]
-    back = [part for part in parts(inverse) if not part.transform.linear]
-    if len(there) == len(back) == 1:
-        mapping, inverse = there[0], back[0]
-    away = there_and_back(mapping, inverse, first_domain(mapping.domain))
-    return float(away.max()) if len(away) else 0.0
-
-
-def there_and_back(mapping: Mapping, inverse: Mapping, grid: Grid, *, world: bool = False) -> Tensor:
-    """|S(T(p)) - p| in voxels, or in world units, (N,) at the voxels p of a grid that T leaves within it."""
-    points = grid.points()
-    moved = mapping.map_points(points)
-    index = grid.world_to_index(moved)
-    stays = ((index >= 0) & (index <= 2 * grid.index_center)).all(-1)
-    away = inverse.map_points(moved) - points
-    away = away if world else grid.convert(away, "world", "index", vectors=True)
-    return away.norm(dim=-1)[stays]
-
-
-def number(value: float) -> float | None:
-    """The value, or None where it is not finite: JSON has no such numbers."""
-    return value if math.isfinite(value) else None
+        return Inverse(None, {}, f"no inverse was written: {problem}")
+    return Inverse(inverse, way_back(result.mapping, inverse.mapping, result.fixed_grid))
 
 
 def peak_megabytes(device: torch.device) -> float:
@@ -241,7 +206,7 @@ def _write_warped(folder: Path, warped: Image, moving: Image, like: Path) -> Non
     """In the format of the fixed image, or in the one nearest to it that can be written."""
     if suffix(like) in PICTURES and like.is_file():
         io.write_image(folder / "warped.tif", warped)
-        io.write_image(folder / "warped.png", warped, window=window_of(moving))
+        io.write_image(folder / "warped.png", warped, window=byte_range(moving))
         return
     kept, kind = _format(like)
     io.write_image(folder / f"warped{kind}", warped, like=kept)
@@ -294,9 +259,10 @@ def _draw(
         figure.savefig(folder / f"{name}.png")
 
 
-def window_of(moving: Image) -> tuple[float, float]:
+def byte_range(moving: Image) -> tuple[float, float]:
     """The window of the moving image, so that the warped picture looks like it: bytes stay bytes."""
-    low, high = float(moving.data.min()), float(moving.data.max())
+    finite = moving.data[torch.isfinite(moving.data)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     if low >= 0 and 1 < high <= 255:
         return 0.0, 255.0
     return (low, high) if low < high else (low, low + 1)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import platform
 import time
-import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -23,10 +22,11 @@ import fnreg
 from fnreg import agreement, extras, results
 from fnreg.beginning import Begin, before, begin_from_file, starting
 from fnreg.image import Subject
-from fnreg.io.files import write_bytes
+from fnreg.io.files import Print, fingerprints, write_bytes
 from fnreg.lattice import Lattice, own, own_mapping
 from fnreg.levels import Event
 from fnreg.loading import Files, device_of, read, settings_stages, try_stage
+from fnreg.notes import hearing
 from fnreg.output import OutputFolder
 from fnreg.registration import SpeedWarning, register
 from fnreg.settings import Settings
@@ -49,21 +49,22 @@ class Plan:
     lattice: Lattice | None
     figures: bool
     notes: list[str]
+    prints: dict[str, Print]  # of the bytes that were read
 
     def record(self) -> dict[str, Any]:
         """What is about to be done, for run.json and --dry-run."""
-        inputs: dict[str, Any] = {}
-        start = None if self.begin is None else Path(self.settings.start)
-        for name in ("fixed", "moving", "fixed_mask", "moving_mask"):
-            if (path := getattr(self.files, name)) is not None:
-                inputs[name] = _told(path)
-        inputs |= {name: _told(path) for name, path in self.files.known.named().items()}
-        if start is not None:
-            inputs["start"] = _told(start)
+        names = ("fixed", "moving", "fixed_mask", "moving_mask")
+        paths = {name: path for name in names if (path := getattr(self.files, name)) is not None}
+        paths |= self.files.known.named()
+        paths |= {} if self.begin is None else {"start": Path(self.settings.start)}
+        inputs = {name: self._told(path) for name, path in paths.items()}
+        known = {str(path) for path in paths.values()}
+        beside = [name for name in self.prints if name not in known and str(Path(name).parent) not in known]
         versions = {name: metadata.version(name) for name in ("torch", "torchopt", "numpy", "safetensors")}
         return {
             "fnreg": fnreg.__version__,
             "inputs": inputs,
+            "beside": [self._told(Path(name)) for name in beside],  # such as the voxels of a header
             "output": str(self.files.output),
             "settings": self.settings.given(),
             "stages": [repr(stage if self.settings.preset else stage.transform) for stage in self.stages],
@@ -73,14 +74,13 @@ class Plan:
             "threads": torch.get_num_threads(),
         }
 
-
-def _told(path: Path) -> dict[str, Any]:
-    if path.is_dir():  # of slices
-        files = sorted(file for file in path.iterdir() if file.is_file())
-        whole = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
-        return {"path": str(path), "files": len(files), "sha256": whole.hexdigest()}
-    data = path.read_bytes()
-    return {"path": str(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    def _told(self, path: Path) -> dict[str, Any]:
+        if str(path) in self.prints:
+            size, _, sha = self.prints[str(path)]
+            return {"path": str(path), "bytes": size, "sha256": sha}
+        slices = sorted(name for name in self.prints if Path(name).parent == path)
+        whole = hashlib.sha256(b"".join(bytes.fromhex(self.prints[name][2]) for name in slices))
+        return {"path": str(path), "files": len(slices), "sha256": whole.hexdigest()}
 
 
 def prepare(files: Files, settings: Settings) -> Plan:
@@ -94,7 +94,8 @@ def prepare(files: Files, settings: Settings) -> Plan:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     figures = "figures" in settings.saves()
-    pair = read(files, settings.start, stages[0].transform)
+    with fingerprints() as prints:
+        pair = read(files, settings.start, stages[0].transform)
     notes, subjects = list(pair.notes), pair.subjects(device)
     if figures and not all(extras.present("plot").values()):
         figures = False
@@ -108,8 +109,10 @@ def prepare(files: Files, settings: Settings) -> Plan:
             domain, _ = lattice.grids(domain, subjects[1].image.grid)
         except ValueError as problem:
             raise SettingsError(str(problem)) from None
-    begun = begin_from_file(settings.start, stages[0].transform, domain)
-    return Plan(files, settings, *subjects, pair.known, stages, options, begun, lattice, figures, notes)
+    with fingerprints() as of_start:
+        begun = begin_from_file(settings.start, stages[0].transform, domain)
+    prints |= of_start
+    return Plan(files, settings, *subjects, pair.known, stages, options, begun, lattice, figures, notes, prints)
 
 
 def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] | None = None) -> dict[str, Any]:
@@ -127,16 +130,14 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
         fixed, moving = plan.lattice.place(fixed, moving)
     how = starting(begun, settings.start, first, fixed.image.grid)
     how |= {} if initial is None else {"initial": initial, "start": "header"}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with hearing() as heard:
         looks = {name: plan.options[name] for name in ("padding", "symmetric") if name in plan.options}
         start, value, terms = before(fixed, moving, begun, plan.stages, **looks)
         result = register(fixed, moving, plan.stages, **how, progress=progress, **plan.options)
     if plan.lattice is not None:
         start, result = own_mapping(start, grid), own(result, grid, plan.moving.image.grid)
     seconds = time.perf_counter() - clock
-    ours = UserWarning, SpeedWarning  # not those of what torch imports
-    notes = [str(warning.message) for warning in caught if warning.category in ours]
+    notes = [note.text for note in heard if note.kind in (UserWarning, SpeedWarning)]
     found = results.outcome(result, float(value), terms)
     notes += results.remarks(float(value), float(result.value), found.get("folds"), settings)
     (metrics_before, unmoved), (metrics, labels) = (
@@ -146,9 +147,8 @@ def execute(plan: Plan, folder: OutputFolder, progress: Callable[[Event], None] 
         found["metrics"] = {"before": metrics_before, "after": metrics}
         notes += agreement.worse(metrics_before, metrics)
     saves = [name for name in settings.saves() if name != "figures" or plan.figures]
-    inverse = results.invert(result) if "inverse" in saves else results.Inverse(None, None)
-    if inverse.residual is not None:
-        found["inverse_residual"] = inverse.residual
+    inverse = results.invert(result) if "inverse" in saves else results.Inverse(None, {})
+    found |= inverse.away
     if inverse.note is not None:
         notes.append(inverse.note)
     title = f"{plan.files.moving.name} to {plan.files.fixed.name}: {settings.transform}"

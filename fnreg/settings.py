@@ -48,6 +48,7 @@ OBJECTIVE_NEEDED = {"newton-cg": "NewtonCG", "lbfgs": "LBFGS"}  # solvers whose 
 STARTS = ("auto", "header", "center", "moments", "search")
 LATTICES = ("none", "auto")
 PADDINGS = ("none", "zeros", "border", "reflection")
+SPACES = ("LPS", "RAS", "voxel")  # of points
 DRAWN = ("worst", "all", "none")  # pairs of whom a report has pictures
 SAVES = ("params", "xfm", "warped", "figures", "inverse", "displacement", "jacobian")
 PRESETS = {
@@ -344,7 +345,7 @@ def _read(file: Path) -> dict[str, Any]:
         if kinds[key] is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         if type(value) is not kinds[key]:
-            expected = "text" if kinds[key] is str else "true or false" if kinds[key] is bool else "a number"
+            expected = "text" if kinds[key] is str else "true or false" if kinds[key] is bool else "a whole number"
             raise SettingsError(f"{place}: {key} is {value!r}, expected {expected}")
         made[key] = value
     return made

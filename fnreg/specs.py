@@ -30,18 +30,19 @@ def choose(what: str, name: str, choices: Iterable[str]) -> str:
     raise SettingsError(f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}")
 
 
+WORDY = ("similarity", "optimizer")  # whose options may be words
 Option = float | bool | str | tuple[float, ...]
 
 
 def parse_spec(what: str, text: str) -> tuple[str, dict[str, Option]]:
     """A name with options: `ffd:stride=4x8` gives ("ffd", {"stride": (4.0, 8.0)}), one number or one per axis, and of
-    similarities words, `lncc:window=gaussian`."""
+    `WORDY` settings words, `lncc:window=gaussian`."""
     name, colon, rest = text.strip().partition(":")
     options: dict[str, Option] = {}
     for part in rest.split(",") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
         try:
-            options[key] = _option(value, words=what == "similarity")
+            options[key] = _option(value, words=what in WORDY)
         except ValueError:
             equals = ""
         if not (key and equals):
@@ -54,7 +55,7 @@ def parse_spec(what: str, text: str) -> tuple[str, dict[str, Option]]:
 def _option(text: str, *, words: bool) -> Option:
     if text in ("true", "false"):
         return text == "true"
-    if words and text.isalpha() and text not in ("inf", "nan"):
+    if words and text.replace("-", "").isalpha() and text not in ("inf", "nan"):
         return text
     numbers = tuple(float(part) for part in text.split("x"))
     return numbers[0] if len(numbers) == 1 else numbers
@@ -77,7 +78,11 @@ def make(what: str, text: str, factory: Callable[..., Any], options: Mapping[str
 def _kinds(factory: Any) -> dict[str, str | tuple[str, ...]]:
     """The options of a dataclass or a term, with what each takes: its annotation, or the words to choose from."""
     if isinstance(factory, type):
-        return {field.name: str(field.type) for field in dataclasses.fields(factory)}
+        hints = get_type_hints(factory)
+        fields = {field.name: str(field.type) for field in dataclasses.fields(factory)}
+        return {
+            name: get_args(hints[name]) if get_origin(hints[name]) is Literal else kind for name, kind in fields.items()
+        }
     found: dict[str, str | tuple[str, ...]] = {}
     parameters, hints = inspect.signature(factory.function).parameters, get_type_hints(factory.function)
     for name in factory.known_options:

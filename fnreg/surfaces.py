@@ -1,4 +1,4 @@
-"""How far the surfaces of labels are apart, with the extra `itk`."""
+"""Which classes labels have, and how far the surfaces of these are apart, with the extra `itk`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,25 @@ class SurfaceDistances(NamedTuple):
     mean: Tensor
     p95: Tensor
     hausdorff: Tensor
+
+
+def classes(*labels: Tensor) -> tuple[int, ...]:
+    """The numbers that occur in any of the label images, in increasing order, without the background 0.
+
+    Raises TypeError for what are no integers; ValueError inside vmap, where values cannot be read.
+    """
+    for values in labels:
+        check_integers(values)
+        if not is_concrete(values):
+            raise ValueError("labels inside vmap: which numbers occur cannot be read there; give numbers")
+    found = {int(number) for values in labels for number in torch.unique(values).tolist()}
+    return tuple(sorted(found - {0}))
+
+
+def check_integers(labels: Tensor) -> None:
+    """TypeError for labels that are no integers."""
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels are {labels.dtype}: expected integers, one number for each class")
 
 
 def surface_distances(
@@ -55,8 +74,7 @@ def surface_distances(
     """
     sides = [_values(labels, grid) for labels in (first, second)]
     sitk: Any = require("SimpleITK", "itk", "distances of surfaces")
-    if numbers is None:
-        numbers = sorted({int(n) for side in sides for n in np.unique(side)} - {0})
+    numbers = classes(first, second) if numbers is None else numbers
     spacing: list[float] = grid.spacing.tolist()
     found = [_of_masks(sitk, [side == number for side in sides], spacing) for number in numbers]
     columns = torch.tensor(found, dtype=torch.float64).reshape(-1, 3).unbind(-1)
@@ -64,8 +82,7 @@ def surface_distances(
 
 
 def _values(labels: Tensor, grid: Grid) -> np.ndarray:
-    if labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"labels are {labels.dtype}: expected integers, one number for each class")
+    check_integers(labels)
     if not (is_concrete(labels) and is_concrete(grid.spacing)):
         raise ValueError("labels inside vmap: surfaces cannot be found there; go through the pairs in a loop")
     if grid.ndim not in (2, 3) or grid.spacing.ndim != 1:

@@ -136,6 +136,14 @@ def test_points_of_plain_tables_need_their_space(folder: Path, capfd: pytest.Cap
     assert cli.main([*BASE, *plain, "--space", "voxel", "-n", "2", "--save", "params"]) == 0
     record = json.loads(Path("out/run.json").read_text())
     assert record["metrics"]["before"]["tre_mean"] == pytest.approx(SHIFT)
+    # Only those that do not say it are in this space.
+    mixed = ["--fixed-points", "fixed.csv", "--moving-points", "moving-voxels.csv"]
+    options = ["-n", "2", "--save", "params", "--overwrite"]
+    assert cli.main([*BASE, *options, *mixed, "--space", "voxel"]) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["metrics"]["before"]["tre_mean"] == pytest.approx(SHIFT)
+    capfd.readouterr()
+    refused(capfd, [*BASE, "--overwrite", *POINTS, "--space", "RAS"], 3, "says that its points are LPS, but space is")
 
 
 def test_landmarks_on_one_side_only_are_a_warning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 
 import fnreg
 from fnreg import cli, extras, io
+from fnreg.doctor import kernels
 from fnreg.output import OutputError, OutputFolder
 from fnreg.progress import Bars, fraction
 from fnreg.settings import Settings
@@ -219,7 +222,7 @@ def test_a_field_leaves_all_it_promises(folder: Path, capsys: pytest.CaptureFixt
     told = fnreg.fields.statistics(moved, image.grid)
     assert record["jac_min"] == pytest.approx(float(told.min_determinant), abs=1e-5)
     assert record["jac_max"] == pytest.approx(float(told.max_determinant), abs=1e-5)
-    assert record["folds"] == 0 and record["status"] == "ok" and 0 < record["inverse_residual"] < 1
+    assert record["folds"] == 0 and record["status"] == "ok" and 0 < record["inverse_mean"] <= record["inverse_max"] < 1
     assert record["max_displacement"] == pytest.approx(float(moved.norm(dim=0).max()), abs=1e-4)
     assert len(record["linear_parts"]) == 1
     middle = image.grid.center[None]
@@ -245,7 +248,7 @@ def test_a_field_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main([*PAIR[:-1], "-o", "out", *options]) == 0
     out = capsys.readouterr().out
     assert "determinant" in out and "no folds" in out and "displacement" in out and "bending" in out
-    assert "inverse      leaves" in out
+    assert "inverse      ends" in out
     assert cli.main(["info", "out/transform.safetensors"]) == 0
     assert "SVFFD(stride=4, steps=6)" in capsys.readouterr().out
 
@@ -283,7 +286,7 @@ def test_a_map_that_folds_is_told_and_has_no_inverse(folder: Path, capsys: pytes
     assert record["status"] == "warn" and record["folds"] > 0 and record["jac_min"] <= 0
     told = " ".join(record["warnings"])
     assert "the map folds at" in told and "--penalty bending=9e+03" in told and "no inverse was written" in told
-    assert "inverse_residual" not in record and listing(folder / "out") == ["run.json", "transform.safetensors"]
+    assert "inverse_max" not in record and listing(folder / "out") == ["run.json", "transform.safetensors"]
     weak = run(capsys, "-o", "weak", *options, "--penalty", "bending=1e-9")
     assert weak["folds"] > 0 and "a larger weight than bending=1e-9" in weak["warnings"][0]
     penalized = run(capsys, "-o", "smooth", *options, "--penalty", "bending=1e5")
@@ -454,6 +457,10 @@ USAGE = {
         "optimizer lbfgs needs a stated objective, which diffeomorphism does not descend: choose svffd",
     ),
     "iterations": (["--transform", "ffd", "--optimizer", "newton-cg:iterations=0"], "expected iterations"),
+    "curvature": (
+        ["--transform", "ffd", "--optimizer", "newton-cg:curvature=exact"],
+        "curvature is exact: choose from gauss-newton, hessian",
+    ),
     "memory": (["--transform", "ffd", "--optimizer", "lbfgs:memory=0"], "expected memory"),
     "center of a field": (["--transform", "ffd", "--start", "center"], "does not begin with a shift"),
     "search of a field": (["--transform", "svf", "--start", "search"], "does not begin with a rotation"),
@@ -515,7 +522,8 @@ def test_incomplete(folder: Path, capsys: pytest.CaptureFixture[str], arguments:
     ("text", "told"),
     [
         ("transfrom = 'rigid'", "unknown setting in s.toml, line 1: 'transfrom': did you mean transform?"),
-        ("levels = 'three'", "s.toml, line 1: levels is 'three', expected a number"),
+        ("levels = 'three'", "s.toml, line 1: levels is 'three', expected a whole number"),
+        ("levels = 2.5", "s.toml, line 1: levels is 2.5, expected a whole number"),
         ("seed = 1\nlevels = ", "is not valid TOML: Invalid value (at end of document"),
         ("seed = 1\nlevels = 2\nlevels = 3", "is not valid TOML: Cannot overwrite a value (at end of document"),
         ("# note\n\nsymmetric = 1", "s.toml, line 3: symmetric is 1, expected true or false"),
@@ -721,6 +729,12 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FNREG_NATIVE", "0")
     assert cli.main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["compiled kernels"] == "not in use: switched off by FNREG_NATIVE=0"
+    monkeypatch.delenv("FNREG_NATIVE")
+    monkeypatch.setattr("fnreg.native.load", lambda: None)
+    monkeypatch.setenv("CC", f"{sys.executable} -O2")  # with arguments
+    assert kernels()[1].startswith(f"{sys.executable} -O2 could not build them")
+    monkeypatch.setenv("CC", "no-such-compiler -O2")
+    assert "the compiler that CC names, no-such-compiler -O2, is not there" in kernels()[1]
 
 
 def test_demo_where_it_cannot_write(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -752,7 +766,7 @@ def test_the_demo_bends_without_a_fold_where_it_says_so() -> None:
 
 
 def test_there_and_back_is_measured_where_the_map_stays() -> None:
-    from fnreg.results import residual, there_and_back
+    from fnreg.agreement import there_and_back, way_back
 
     grid = fnreg.Grid((8, 6), spacing=(2.0, 4.0))
     transform = fnreg.Displacement()
@@ -762,16 +776,21 @@ def test_there_and_back_is_measured_where_the_map_stays() -> None:
     def mapping(field: torch.Tensor) -> fnreg.Mapping:
         return fnreg.Mapping({"displacement": field}, grid, transform)
 
-    away = there_and_back(mapping(move), mapping(-move), grid)
+    away = there_and_back(mapping(move), mapping(-move), grid, world=False)
     assert len(away) == 36 and float(away.max()) == 0
     missed = -move
     missed[:, 3, 5] += torch.tensor([6.0, 16.0])  # by three voxels along x and four along y
-    away = there_and_back(mapping(move), mapping(missed), grid)
+    away = there_and_back(mapping(move), mapping(missed), grid, world=False)
     assert float(away.max()) == pytest.approx(5) and int((away > 0).sum()) == 1
-    assert residual(mapping(move), mapping(missed)) == pytest.approx(5)
+    assert way_back(mapping(move), mapping(missed), grid)["inverse_max"] == pytest.approx(math.hypot(6, 16))
     missed[:, :, :2] = 100.0  # where no voxel comes to
-    assert residual(mapping(move), mapping(missed)) == pytest.approx(5)
-    assert residual(mapping(move + 100), mapping(missed)) == 0  # no voxel stays
+    assert way_back(mapping(move), mapping(missed), grid)["inverse_max"] == pytest.approx(math.hypot(6, 16))
+    unknown = {"inverse_mean": None, "inverse_max": None}
+    assert way_back(mapping(move + 100), mapping(missed), grid) == unknown  # no voxel stays
+    # What the inverse does first is undone by a linear map, however far that is.
+    far = fnreg.linear_mapping(torch.tensor([[1.0, 0, 500], [0, 1, 0]], dtype=torch.float64), grid)
+    chain, back = far @ mapping(move), mapping(-move) @ far.inverse()
+    assert len(there_and_back(chain, back, grid)) == 36 and way_back(chain, back, grid)["inverse_max"] < 1e-9
 
 
 def test_demo_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -780,12 +799,12 @@ def test_demo_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow
 def test_demo_circle_to_c(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fnreg import demo
+    from fnreg import circle, demo
 
-    kept: list[demo.CircleToC] = []
-    once = demo.circle_to_c
+    kept: list[circle.CircleToC] = []
+    once = circle.circle_to_c
 
-    def keep(**options: Any) -> demo.CircleToC:
+    def keep(**options: Any) -> circle.CircleToC:
         kept.append(once(**options))
         return kept[0]
 
@@ -843,3 +862,68 @@ def test_the_start_is_chosen_and_told(folder: Path, capsys: pytest.CaptureFixtur
     plain = json.loads((folder / "plain" / "run.json").read_text())
     assert "start" not in plain
     assert plain["value_after"] > 10 * found["value_after"]
+
+
+def test_what_is_told_of_files_is_of_the_bytes_that_were_registered(folder: Path) -> None:
+    from fnreg import run
+    from fnreg.loading import Files
+
+    content = Path("fixed.png").read_bytes()
+    made = run.prepare(Files(Path("fixed.png"), Path("moving.png"), Path("out")), Settings(levels=1, steps="2"))
+    Path("fixed.png").write_bytes(b"changed")
+    Path("moving.png").unlink()
+    with OutputFolder(Path("out")) as output:
+        record = run.execute(made, output)
+    told = {"path": "fixed.png", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert record["inputs"]["fixed"] == told and len(record["inputs"]["moving"]["sha256"]) == 64
+    assert Path("out/run.json").is_file() and record["beside"] == []
+
+
+def test_voxels_beside_a_header_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    for name, end in (("fixed", "mhd"), ("moving", "nhdr")):
+        sitk.WriteImage(io.to_sitk(io.read_image(f"{name}.png")), f"{name}.{end}")
+    assert cli.main(["register", "fixed.mhd", "moving.nhdr", "-o", "out", *QUICK]) == 0
+    beside = json.loads(Path("out/run.json").read_text())["beside"]
+    assert [told["path"] for told in beside] == ["fixed.raw", "moving.raw"]
+    for told in beside:
+        assert told["sha256"] == hashlib.sha256(Path(told["path"]).read_bytes()).hexdigest()
+
+
+def test_a_word_of_an_optimizer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["register", "fixed.png", "moving.png", "-o", "out", "--transform", "ffd", *SHORT, "--save", "params"]
+    assert cli.main([*base, "--optimizer", "newton-cg:curvature=hessian", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert "curvature='hessian'" in record["solver"]
+
+
+def test_warnings_of_others_are_not_those_of_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go where warnings go, and the filters of the process stay."""
+    from fnreg import notes, run
+
+    true = run.register
+
+    def register(*arguments: Any, **options: Any) -> Any:
+        notes.warn("of fnreg")
+        warnings.warn("of another", stacklevel=1)
+        return true(*arguments, **options)
+
+    monkeypatch.setattr(run, "register", register)
+    shown: list[str] = []
+    monkeypatch.setattr(cli, "_warn", lambda message, *_, **__: shown.append(str(message)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # here they are errors otherwise
+        assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", "-n", "2", "--save", "params"]) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["warnings"] == ["of fnreg"] and shown == ["of another"]
+
+
+def test_labels_of_pictures_judge(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("fixed", "moving"):
+        image = io.read_image(f"{name}.png")
+        io.write_labels(f"{name}-labels.png", io.Labels((image.data > 128).long(), image.grid))
+    labels = ["--fixed-labels", "fixed-labels.png", "--moving-labels", "moving-labels.png"]
+    assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", *QUICK, *labels]) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["metrics"]["after"]["dice_1"] > record["metrics"]["before"]["dice_1"]
+    assert "warped_labels.nii.gz" in record["written"]

@@ -177,7 +177,7 @@ def test_a_second_run_is_refused(rows: list[Row], capsys: Captured) -> None:
 
 
 def test_a_settings_file_says_what_is_saved(rows: list[Row]) -> None:
-    Path("settings.toml").write_text('save = "xfm"\nlevels = 1\nsteps = 3\ninit = "header"\n')
+    Path("settings.toml").write_text('save = "xfm"\nlevels = 1\nsteps = 3\nstart = "header"\n')
     assert cli.main(["run", "pairs.tsv", "-o", "out", "--settings", "settings.toml", "--figures", "none"]) == 0
     assert [path.name for path in Path("out/pairs/p000").iterdir()] == ["transform.tfm"]
     assert 'transform = "rigid"\n' in Path("out/settings.toml").read_text()
@@ -203,3 +203,26 @@ def test_a_bar_on_a_terminal(rows: list[Row], monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert cli.main(["run", "pairs.tsv", "-o", "out", *SHORT]) == 0
     assert "3/3" in capsys.readouterr().err
+
+
+def test_where_nothing_is_left_the_counts_are_those_of_the_table(rows: list[Row], capsys: Captured) -> None:
+    rows[1].files["moving"].write_bytes(b"no image")
+    assert cli.main(["run", "pairs.tsv", "-o", "out", *SHORT]) == 1
+    Path("pairs.tsv").write_bytes(write_manifest([rows[0], rows[2]]))
+    capsys.readouterr()
+    assert cli.main(["run", "pairs.tsv", "-o", "out", *SHORT]) == 0
+    assert capsys.readouterr().out.startswith("2 pairs: 2 ok; nothing was left to do")
+    told = json.loads(Path("out/run.json").read_text())
+    assert (told["pairs"], told["counts"]) == (2, {"ok": 2}) and told["done"] == 3  # of the run that did the work
+
+
+def test_a_suffix_without_bids(rows: list[Row], capsys: Captured) -> None:
+    for command in (["run", "-o", "out"], ["validate"]):
+        refused(capsys, [*command, "pairs.tsv", "--suffix", "T2w"], 2, "--suffix T2w is that of BIDS images")
+        refused(capsys, [*command, "--glob", "*.nii", "--all-pairs", "--suffix", "T1w"], 2, "give --bids as well")
+
+
+@pytest.mark.parametrize("command", [["validate", "none.tsv"], ["status", "none"], ["run", "none.tsv", "-o", "out"]])
+def test_refusing_is_quick(rows: list[Row], command: list[str]) -> None:
+    code = f"import sys\nfrom fnreg import cli\nassert cli.main({command}) == 3\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -201,3 +201,18 @@ def test_voxels_beside_a_header_and_folders_of_slices_are_inputs_too(tmp_path: P
     assert unchanged(row, *found.inputs)
     spoil(tmp_path / "moving.raw", lambda data: data[::-1])
     assert not unchanged(row, *found.inputs)
+
+
+def test_the_space_of_a_study_is_that_of_the_points_that_need_it(row: Row, tmp_path: Path) -> None:
+    wanted = Asked.of(Settings(), tmp_path / "study", "RAS")
+    plain = Row("b", {name: row.files[name] for name in ("fixed", "moving")})
+    assert isinstance(load(plain, wanted), Loaded)
+    stated = load(row, wanted)  # its points say LPS themselves
+    assert isinstance(stated, Loaded) and stated.known.points is not None
+    assert torch.equal(stated.known.points[0], GRID.points()[:5])
+    x, y, z = GRID.points()[:1].T.tolist()
+    row.files["moving_points"].write_text(f"x,y,z\n{-x[0]},{-y[0]},{z[0]}\n")
+    row.files["fixed_points"].write_text(f"# space = LPS\nx,y,z\n{x[0]},{y[0]},{z[0]}\n")
+    mixed = load(row, wanted)
+    assert isinstance(mixed, Loaded) and mixed.known.points is not None
+    assert torch.equal(*mixed.known.points)

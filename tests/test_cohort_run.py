@@ -123,7 +123,7 @@ def test_what_is_saved_is_what_was_asked_for(tmp_path: Path) -> None:
         "transform.safetensors", "warped.nii", "inverse.safetensors", "jacobian.nii.gz",
     }  # fmt: skip
     record = cohort.read_ledger(tmp_path / "a")["p001"]
-    assert 0 < record["inverse_consistency_mm"] < 0.05
+    assert 0 < record["inverse_mean"] < 0.05
     mapping = io.read_transform(tmp_path / "a" / record["transform"])
     warped = fnreg.warp(io.read_image(rows[1].files["moving"]), mapping)
     assert torch.allclose(io.read_image(tmp_path / "a" / "pairs" / "p001" / "warped.nii").data, warped.data, atol=1e-6)
@@ -500,3 +500,19 @@ def test_a_ledger_that_is_held_is_let_go(tmp_path: Path) -> None:
     register(pairs(tmp_path, 1), tmp_path / "study")
     with Ledger(tmp_path / "study"):
         pass
+
+
+def test_a_space_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="unknown space 'ras': choose from LPS, RAS, voxel"):
+        register(pairs(tmp_path, 1), tmp_path / "study", space="ras")
+    assert not (tmp_path / "study").exists()
+
+
+def test_an_unexpected_fault_of_saving_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr("fnreg.cohort.save.agreement.agreement", broken)
+    (record,) = register(pairs(tmp_path, 1), tmp_path / "study").values()
+    assert record["status"] == "failed" and record["reason"] == "KeyError: 'oops'"
+    assert "in broken" in (tmp_path / "study" / "errors" / "p000.txt").read_text()

@@ -231,3 +231,32 @@ def test_other_transforms_of_itk_are_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     with pytest.raises(MissingExtraError, match="itk"):
         read_itk(tmp_path / "b.h5")
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.mha", "a.nrrd"])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.float16, torch.bfloat16, torch.bool])
+def test_types_that_hold_no_displacement(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    grid = fnreg.Grid((4, 3))
+    mapping = fnreg.Mapping(fnreg.Displacement().init(grid), grid, fnreg.Displacement())
+    with pytest.raises(ValueError, match=r"expected torch\.float32 or torch\.float64"):
+        io.write_transform(tmp_path / name, mapping, dtype=dtype)
+    half = fnreg.Mapping({"displacement": mapping.params["displacement"].half()}, grid, fnreg.Displacement())
+    with pytest.raises(ValueError, match=r"dtype is torch\.float16: expected torch\.float32 or torch\.float64"):
+        io.write_transform(tmp_path / name, half)
+    io.write_transform(tmp_path / name, half, dtype=torch.float32)
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
+def test_displacements_of_itk_are_written_and_told_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    grid = fnreg.Grid((5, 4, 3), spacing=(1.0, 1.5, 2.0))
+    field = torch.rand(3, *grid.shape, dtype=torch.float64)
+    mapping = fnreg.Mapping({"displacement": field}, grid, fnreg.Displacement())
+    io.write_displacement(tmp_path / name, mapping)
+    again = io.read_displacement(tmp_path / name)
+    assert_close(again.params["displacement"], field, atol=1e-12, rtol=0)  # T(p) - p is rounded
+    assert again.domain.same_as(grid)
+    assert cli.main(["info", str(tmp_path / name), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["largest displacement"] == pytest.approx(float(field.norm(dim=0).max()))

@@ -687,3 +687,31 @@ def test_itk_text_holds_one_linear_map(tmp_path: Path, rng: torch.Generator) -> 
     with pytest.raises(ValueError, match="one map of 2 or 3 axes"):
         write_itk(tmp_path / "t.tfm", many)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "most"), [("a.png", 255), ("a.tif", 2**24)])
+def test_labels_in_pictures(tmp_path: Path, name: str, most: int) -> None:
+    grid = fnreg.Grid((4, 3))
+    labels = torch.arange(12).reshape(1, 3, 4)
+    labels[0, 0, 0] = most
+    fnreg.io.write_labels(tmp_path / name, fnreg.io.Labels(labels, grid))
+    found = fnreg.io.read_labels(tmp_path / name)
+    assert not found.data.is_floating_point() and torch.equal(found.data.long(), labels)
+    labels[0, 0, 0] = most + 1
+    with pytest.raises(ValueError, match="labels"):
+        fnreg.io.write_labels(tmp_path / name, fnreg.io.Labels(labels, grid))
+    labels[0, 0, 0] = -most - 1
+    with pytest.raises(ValueError, match="labels"):
+        fnreg.io.write_labels(tmp_path / name, fnreg.io.Labels(labels, grid))
+
+
+def test_pictures_that_hold_no_labels(tmp_path: Path) -> None:
+    """A palette's numbers stand for colours; their luminance is no label."""
+    palette = Pillow.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4), "L").convert("P")
+    palette.putpalette([7 * k % 256 for k in range(768)])
+    palette.save(tmp_path / "palette.png")
+    Pillow.fromarray(np.full((3, 4), 1.5, np.float32)).save(tmp_path / "half.tif")
+    Pillow.fromarray(np.full((3, 4), np.inf, np.float32)).save(tmp_path / "infinite.tif")
+    for name in ("palette.png", "half.tif", "infinite.tif"):
+        with pytest.raises(fnreg.io.ImageReadError, match="holds no labels: expected a grey picture of whole numbers"):
+            fnreg.io.read_labels(tmp_path / name)

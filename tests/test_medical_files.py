@@ -173,6 +173,7 @@ META = {
     "elsewhere": (b"ElementDataFile = LOCAL", b"ElementDataFile = ../a.raw", "voxels elsewhere, in ../a.raw"),
     "anywhere": (b"ElementDataFile = LOCAL", b"ElementDataFile = /etc/passwd", "voxels elsewhere"),
     "missing": (b"ElementDataFile = LOCAL", b"ElementDataFile = b.raw", "b.raw does not exist"),
+    "channels": (b"NDims = 3", b"NDims = 3\nElementNumberOfChannels = 3 10", "expected one number"),
     "many": (b"ElementDataFile = LOCAL", b"ElementDataFile = LIST", "in several files"),
 }
 
@@ -508,3 +509,67 @@ def test_gradients_go_through_monais_tensors() -> None:
     image = io.from_monai(MetaTensor(data, torch.eye(4)))
     image.data.square().sum().backward()
     assert data.grad is not None and torch.allclose(data.grad, 2 * data)
+
+
+@pytest.mark.parametrize("place", [35.0, 0.0])
+def test_one_slice_of_torchio_keeps_its_place(monkeypatch: pytest.MonkeyPatch, place: float) -> None:
+    module = types.ModuleType("torchio")
+    vars(module)["ScalarImage"] = ScalarImage
+    monkeypatch.setitem(__import__("sys").modules, "torchio", module)
+    grid = fnreg.Grid((6, 5, 1), spacing=(1.0, 1.5, 3.0), origin=(1.0, 2.0, place))
+    image = fnreg.Image(torch.rand(1, *grid.shape), grid)
+    same(io.from_torchio(io.to_torchio(image)), image)
+
+
+def test_colours_of_nibabel() -> None:
+    kind = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+    numbers = np.random.default_rng(0).integers(0, 255, (6, 5, 4, 3), np.uint8)
+
+    def image(values: np.ndarray) -> Any:
+        return nibabel.Nifti1Image(np.ascontiguousarray(values).view(kind)[..., 0], np.eye(4))
+
+    plane, volume = io.from_nibabel(image(numbers[:, :, 0])), io.from_nibabel(image(numbers))
+    assert plane.grid.size == (6, 5) and volume.grid.size == (6, 5, 4)
+    assert torch.equal(plane.data, torch.from_numpy(numbers[:, :, 0].T.copy()))
+    assert torch.equal(volume.data, torch.from_numpy(numbers.T.copy()))
+    same(io.from_nibabel(image(numbers[:, :, :, None])), volume)
+    with pytest.raises(ValueError, match=r"\(6, 5, 4, 2.*a series"):
+        io.from_nibabel(image(np.stack([numbers, numbers], 3)))
+
+
+def test_colours_of_dicom_become_luminance_or_channels(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(0, 255, (1, 5, 6, 3), np.uint8)
+    one = sitk.GetImageFromArray(numbers, isVector=True)
+    tags = {"0008|0060": "MR", "0020|000e": "1.2.3", "0020|000d": "1.2", "0008|0018": "1.2.3.4", "0018|0050": "2"}
+    tags |= {"0020|0032": "1\\2\\3", "0020|0037": "1\\0\\0\\0\\1\\0"}
+    for name, text in tags.items():
+        one.SetMetaData(name, text)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    (tmp_path / "colour").mkdir()
+    writer.SetFileName(str(tmp_path / "colour" / "a.dcm"))
+    writer.Execute(one)
+    colour = read_image(tmp_path / "colour", channels=True)
+    np.testing.assert_array_equal(colour.numpy(), np.moveaxis(numbers, -1, 0))
+    grey = read_image(tmp_path / "colour")
+    picture = tmp_path / "a.png"
+    io.write_image(picture, fnreg.Image(colour.data[:, 0], fnreg.Grid((6, 5))), window=(0, 255))
+    assert torch.equal(grey.data[:, 0], read_image(picture).data)
+
+
+def test_an_axis_that_nifti_1_cannot_count(tmp_path: Path) -> None:
+    grid = fnreg.Grid((32768, 4))
+    with pytest.raises(ValueError, match=r"\[32768, 4\] voxels.*counts to 32767: name it .mha or .nrrd"):
+        write_image(tmp_path / "a.nii", fnreg.Image(torch.zeros(1, *grid.shape), grid))
+    write_image(tmp_path / "a.mha", fnreg.Image(torch.zeros(1, *grid.shape), grid))
+
+
+def test_a_folder_that_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path, **_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", closed)
+    monkeypatch.setattr(Path, "exists", closed)
+    monkeypatch.setattr(Path, "is_dir", closed)
+    with pytest.raises(ImageReadError, match="cannot be read: Permission denied"):
+        io.files.read_bytes(tmp_path / "a.nii", ImageReadError)

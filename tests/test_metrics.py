@@ -88,3 +88,18 @@ def test_what_does_not_fit() -> None:
         metrics.jaccard(torch.zeros(3).long(), torch.zeros(4).long())
     with pytest.raises(ValueError, match="give pairs, row by row"):
         metrics.target_registration_error(None, tensor([[0, 0]]), tensor([[0, 0], [1, 1]]))
+
+
+@given(seed=st.integers(0, 2**32), spread=st.sampled_from([1, 7, 2**40]))
+def test_counting_is_comparing_one_by_one(seed: int, spread: int) -> None:
+    """What is counted in one pass is what vmap compares class by class, also for classes that are not there."""
+    rng = torch.Generator().manual_seed(seed)
+    first, second = (spread * torch.randint(-2, 3, (1, 4, 5), generator=rng) for _ in range(2))
+    numbers = (-2 * spread, spread, 3 * spread, 5)
+    for measure in (metrics.dice, metrics.jaccard):
+
+        def one(a: Tensor, b: Tensor, measure: Any = measure) -> Tensor:
+            return measure(a, b, numbers=numbers)
+
+        found = torch.func.vmap(one)(first[None], second[None])[0]
+        assert torch.equal(measure(first, second, numbers=numbers).nan_to_num(-1), found.nan_to_num(-1))

@@ -27,7 +27,7 @@ from fnreg.cli import main
 from fnreg.cohort.album import _key, figures_of
 from fnreg.cohort.figures import NAMES
 from fnreg.cohort.ledger import Ledger
-from fnreg.cohort.report import COURSE, INSIDE, _course, as_script, read_pairs, worst_first, write_report
+from fnreg.cohort.report import COURSE, INSIDE, _course, _data, as_script, read_pairs, worst_first, write_report
 from fnreg.cohort.study import StudyError
 
 needs_browser = pytest.mark.skipif(BINARY is None, reason="needs Chromium: install Debian's package chromium")
@@ -580,3 +580,9 @@ def test_five_thousand_pairs_load_in_seconds(browser: Browser, many: Path) -> No
     assert shown.evaluate("document.querySelectorAll('#body tr').length") == 100
     assert (many / "report.html").stat().st_size < 6e6
     assert shown.problems() == []
+
+
+def test_what_the_ledger_keeps_for_itself_is_no_column(made: Path) -> None:
+    pairs = [({"pair_id": "a", "fixed": "f", "moving": "m"}, {"status": "ok", "beside": {}, "time": 1.7e9})]
+    names = [column["name"] for column in _data(made, "made", pairs, "", {"a": []}, {})["columns"]]
+    assert names == ["pair_id", "status", "fixed", "moving"]

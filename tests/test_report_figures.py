@@ -243,7 +243,7 @@ def test_ids_do_not_leave_the_study(tmp_path: Path) -> None:
 
 def test_threads_of_torch_are_as_before(tmp_path: Path) -> None:
     study, before = make_study(tmp_path, count=2), torch.get_num_threads()
-    draw_pairs(study.folder, pairs_of(study), workers=1)
+    draw_pairs(study.folder, pairs_of(study))
     assert torch.get_num_threads() == before
 
 

@@ -6,10 +6,13 @@ import csv
 import io
 import json
 import os
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from fnreg.cohort.ledger import Ledger
 from fnreg.cohort.manifest import Row, read_manifest
@@ -153,3 +156,9 @@ def test_a_row_for_every_pair_whatever_happened_to_it(rows: list[Row], tmp_path:
     assert set(COLUMNS) <= set(table[0]) == set(json.loads((study.folder / "pairs.json").read_text()))
     assert "inputs" not in table[0]
     assert set(row["status"] for row in table) <= set(STATUSES)
+
+
+@given(st.text())
+@example('\U0001f9e0\x7f\u2028\x00"\\\n')
+def test_any_text_comes_back_from_settings(text: str) -> None:
+    assert tomllib.loads(toml({"start": text})) == {"start": text}

@@ -37,7 +37,6 @@ from fnreg import (
 )
 from fnreg.extras import MissingExtraError
 from fnreg.io import TransformReadError, WriteError, read_transform, write_transform
-from fnreg.io.itk_parts import parts
 
 sitk: Any = pytest.importorskip("SimpleITK")
 
@@ -105,7 +104,7 @@ def to_sitk(image: Image) -> Any:
 def stays(mapping: Mapping, points: Tensor) -> Tensor:
     """Where no part of a composition gets points from beyond its domain: there ITK's parts do not move any."""
     inside = torch.ones(len(points), dtype=torch.bool)
-    for part in parts(mapping):
+    for part in mapping.parts():
         if not part.transform.linear:
             index = part.domain.world_to_index(points)
             inside &= ((index > -1e-9) & (index < tensor(part.domain.size) - 1 + 1e-9)).all(-1)
@@ -787,7 +786,7 @@ def test_in_memory_as_in_files(dimension: int, number: int) -> None:
         assert voxels(grid, mapped(theirs, points) - expected) < 1e-9
         again = io.from_sitk_transform(theirs)
         assert voxels(grid, again.map_points(points) - expected) < 1e-9
-        assert len(parts(again)) == len(parts(mapping)) or mapping.transform.linear
+        assert len(again.parts()) == len(mapping.parts()) or mapping.transform.linear
     # nothing is shared
     field = bent(Displacement(), grid)
     theirs = io.to_sitk_transform(field)
@@ -828,3 +827,13 @@ def test_in_memory_bad_input() -> None:
         io.to_sitk_transform(Mapping({"displacement": torch.full((2, *grid.shape), torch.nan)}, grid, Displacement()))
     with pytest.raises(ValueError, match=r"has shape \(3, 2, .*one map of 2 or 3 axes"):
         io.to_sitk_transform(Mapping({"displacement": torch.zeros(3, 2, *grid.shape)}, grid, Displacement()))
+
+
+def test_splines_that_are_not_finite(tmp_path: Path) -> None:
+    made = sitk.BSplineTransform(2, 3)
+    made.SetTransformDomainMeshSize((3, 3))
+    made.SetParameters([float("nan"), *made.GetParameters()[1:]])
+    sitk.WriteTransform(made, str(tmp_path / "a.h5"))
+    for read in (lambda: io.read_itk(tmp_path / "a.h5"), lambda: io.from_sitk_transform(made)):
+        with pytest.raises(io.TransformReadError, match="does not hold finite numbers"):
+            read()

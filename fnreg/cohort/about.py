@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections import Counter
 from importlib import metadata
 from typing import Any
 
 from fnreg import __version__
+from fnreg.cohort.columns import OF_RECORDS, tally
 from fnreg.cohort.ledger import read_ledger
-from fnreg.cohort.study import OF_RECORDS, STATUSES, Study
+from fnreg.cohort.study import Study
 from fnreg.io.files import write_bytes
 
-BIDS = "1.10.0"
+BIDS, RUN = "1.10.0", "run.json"
 
 
 def counts(study: Study) -> dict[str, int]:
     """How many pairs have each status, in the order of `STATUSES`; those without a record are pending."""
     known = read_ledger(study.folder, without=OF_RECORDS)
-    found = Counter(known.get(row.pair_id, {}).get("status", "pending") for row in study.rows)
-    return {status: found[status] for status in STATUSES if found[status]}
+    return tally(known.get(row.pair_id, {}).get("status", "pending") for row in study.rows)
 
 
 def write_description(study: Study) -> None:
@@ -45,7 +44,17 @@ def write_run(study: Study, told: dict[str, Any]) -> None:
         "versions": {"python": platform.python_version(), **versions},
         "argv": sys.argv,
         **told,
-        "pairs": len(study.rows),
-        "counts": counts(study),
+        **_how_far(study),
     }
-    write_bytes(study.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_bytes(study.folder / RUN, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def update_run(study: Study) -> None:
+    """run.json where nothing was done: it is of the run that did the work, but the table may be another one since."""
+    record = json.loads((study.folder / RUN).read_text(encoding="utf-8"))
+    if (now := record | _how_far(study)) != record:
+        write_bytes(study.folder / RUN, (json.dumps(now, indent=2) + "\n").encode())
+
+
+def _how_far(study: Study) -> dict[str, Any]:
+    return {"pairs": len(study.rows), "counts": counts(study)}

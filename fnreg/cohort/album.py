@@ -25,7 +25,7 @@ from fnreg.io.transform import read_transform
 
 VERSION = 1  # of the pictures: raised when these change, so that those of before are drawn again
 FIGURES, STAMP, TRANSFORM = "figures", "figures.json", "transform.safetensors"
-WORKERS = 2
+WORKERS = 2  # threads; torch is held to one thread in each, for the planes are small
 
 
 class Drawn(NamedTuple):
@@ -61,13 +61,11 @@ def draw_pairs(
     study: str | os.PathLike[str],
     pairs: Sequence[tuple[Mapping[str, str], Record]],
     *,
-    workers: int = WORKERS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Drawn]:
     """Draw the pictures of pairs that have none, or older ones; what cannot be drawn is told and nothing else stops.
 
     pairs : the row of the table, paths by column, and the last record of each
-    workers : threads; torch is held to one thread in each, for the planes are small
     progress : is told how many pairs are done, and of how many
 
     Raises MissingExtraError without Pillow.
@@ -76,8 +74,8 @@ def draw_pairs(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            for count, one in enumerate(_each(pool, home, pairs, 4 * workers), 1):
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for count, one in enumerate(_each(pool, home, pairs, 4 * WORKERS), 1):
                 found.append(one)
                 if progress is not None:
                     progress(count, len(pairs))

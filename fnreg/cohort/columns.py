@@ -6,7 +6,8 @@ This module does not import torch: a table is checked, and a study asked how far
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Container, Iterable
 
 OK, WARN = "ok", "warn"
 DONE = (OK, WARN)
@@ -35,7 +36,7 @@ COLUMNS = {
     "jac_max": "largest determinant",
     "folds": "share of the fixed voxels at which the determinant is 0 or less",
     "sdlogj": "standard deviation of the logarithm of the determinant",
-    "inverse_consistency_mm": "mean distance of the way there and back, mm",
+    "inverse_mean": "mean distance of the way there and back, mm",
     "steps": "steps taken on all levels",
     "seconds": "time of the batch over its pairs",
     "peak_mb": "highest memory of the process, MB",
@@ -45,12 +46,24 @@ COLUMNS = {
 }
 OF_RECORDS = ("inputs", "beside", "history", "warnings", "time")  # what the ledger knows and the table does not tell
 MORE = {
+    "inverse_max": "largest distance of the way there and back, mm",
     "ended": "how the descent ended",
     "tre_max": "largest distance of the mapped fixed points from the moving ones, mm",
     "dice_mean_before": "mean Dice overlap of the labels at the start",
     "tre_mean_before": "mean distance of the points at the start, mm",
 }
 _OF_LABEL = re.compile(r"dice_\d+\Z")
+
+
+def tally(statuses: Iterable[str], order: Iterable[str] = STATUSES) -> dict[str, int]:
+    """How many there are of each status, in an order; what is unknown comes last.
+
+    >>> tally(["warn", "odd", "ok", "warn"])
+    {'ok': 1, 'warn': 2, 'odd': 1}
+    """
+    found = Counter(statuses)
+    known = list(order)
+    return {name: found[name] for name in [*known, *sorted(set(found) - set(known))] if found[name]}
 
 
 def is_result(name: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fnreg.cohort.about import write_description, write_run
+from fnreg.cohort.about import RUN, update_run, write_description, write_run
 from fnreg.cohort.batches import Sizes
 from fnreg.cohort.cluster import cluster
 from fnreg.cohort.ledger import Ledger, Record, read_attempts, read_ledger
@@ -33,7 +33,7 @@ from fnreg.cohort.worker import Order
 from fnreg.extras import require
 from fnreg.io.files import PathLike, TransformReadError
 from fnreg.settings import SAVES as EACH
-from fnreg.settings import STARTS, Settings
+from fnreg.settings import SPACES, STARTS, Settings
 from fnreg.specs import SettingsError, choose
 
 SAVES = tuple(name for name in EACH if name != "figures")  # those are of the report
@@ -95,6 +95,8 @@ def run(
     chosen.check()
     for name in chosen.saves():
         choose("save of a study", name, SAVES)
+    if space is not None:
+        choose("space", space, SPACES)
     part, parts = shard
     if not 1 <= part <= parts:
         raise SettingsError(f"shard is {part}/{parts}: expected i/N with i from 1 to N")
@@ -174,5 +176,7 @@ def _run(
             told = {"seed": asked.settings.seed, "threads": torch.get_num_threads(), **about}
             told |= {"began": begun, "seconds": time.time() - begun, **work.now._asdict()}
             study.write_table()
-            if work.now.done or not (study.folder / "run.json").is_file():  # else it is of the run that did the work
+            if work.now.done or not (study.folder / RUN).is_file():
                 write_run(study, told)
+            else:
+                update_run(study)

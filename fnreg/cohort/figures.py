@@ -18,23 +18,24 @@ from torch import Tensor
 from fnreg.cohort.mosaic import Cells, cells_of, drawing, mosaic, photo, pillow, places_of, size_of
 from fnreg.cohort.planes import (
     BACK,
+    LINES,
+    SAMPLES,
     Pixels,
     Plane,
     determinants,
     displayed,
     flat,
     grey,
-    lines_of,
     map_planes,
     mapped_plane,
     planes_of,
     small,
-    window_of,
+    trimmed_range,
 )
 from fnreg.filters import gaussian
 from fnreg.image import Image
 from fnreg.io.image import Labels
-from fnreg.plot.canvas import Box, Cut, around, box_of, single
+from fnreg.plot.canvas import Box, Cut, around, box_of, coordinate_lines, single
 from fnreg.transforms.base import Mapping
 
 BAR = 20  # pixels below the determinants, for the key of colours
@@ -83,9 +84,9 @@ def draw(
     sides = {BEFORE: [flat(plane.cut, moving) for plane in planes]}
     if mapping is not None:
         sides[AFTER] = [flat(plane.cut._replace(points=mapped_plane(plane)), moving) for plane in planes]
-    window = window_of([part for parts in sides.values() for part in parts])
+    window = trimmed_range([part for parts in sides.values() for part in parts])
     made: dict[str, bytes] = {}
-    for name, parts, limits in [(FIXED, flats, window_of(flats)), *((name, sides[name], window) for name in sides)]:
+    for name, parts, limits in [(FIXED, flats, trimmed_range(flats)), *((name, sides[name], window) for name in sides)]:
         panels = [grey(part, limits) for part in parts]
         made[name] = photo(mosaic(panels, cells, planes, letters=marks))
     made[CONTOURS] = drawing(_contours(planes, flats, cells, labels))
@@ -180,7 +181,7 @@ def _warped_grid(planes: Sequence[Plane]) -> Any:
         panel = images.new("RGB", (fine * cell[0], fine * cell[1]), PAPER)
         pen = pen_of(panel)
         flip = plane.cut.names[1] == "z"
-        frame = lines_of(plane.cut.grid)
+        frame = coordinate_lines(plane.cut.grid, LINES, SAMPLES)
         for line in [*frame[:1], *_last(frame)]:
             points = _on_panel(line, box, panel.size, flip=flip)
             for k in range(0, len(points) - 1, 4):

@@ -192,7 +192,7 @@ def files_of(row: Row, asked: Asked) -> Files:
     labels, points = (
         (known(f"fixed_{what}"), known(f"moving_{what}")) for what in ("labels", "points")
     )  # of either side
-    paths = agreement.Paths(labels, points, asked.space)
+    paths = agreement.Paths(labels, points, asked.space, shared=True)
     output = asked.folder / PAIRS / row.pair_id
     return Files(row.files["fixed"], row.files["moving"], output, known("fixed_mask"), known("moving_mask"), paths)
 
@@ -205,7 +205,7 @@ def load(row: Row, asked: Asked) -> Loaded | Refused:
         except MissingExtraError:
             raise
         except Exception as problem:
-            return Refused(row, told(problem), _inputs(row, seen), _trace(problem))
+            return Refused(row, told(problem), _inputs(row, seen), trace_of(problem))
     return dataclasses.replace(found, inputs=_inputs(row, seen))
 
 
@@ -247,7 +247,8 @@ def told(problem: BaseException) -> str:
     return text if ours else f"{type(problem).__name__}: {text}" if text else type(problem).__name__
 
 
-def _trace(problem: BaseException) -> str:
+def trace_of(problem: BaseException) -> str:
+    """Where an error came from, where it is not one of those that fnreg words itself."""
     return "" if isinstance(problem, (ValueError, OSError)) else "".join(traceback.format_exception(problem))
 
 

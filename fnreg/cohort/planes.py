@@ -15,7 +15,7 @@ from torch import Tensor
 from fnreg.derivatives import determinant
 from fnreg.grid import Grid
 from fnreg.image import Image
-from fnreg.plot.canvas import Cut, cuts, upright
+from fnreg.plot.canvas import Cut, coordinate_lines, cuts, upright
 from fnreg.transforms.base import Mapping
 
 Pixels = np.ndarray[Any, Any]
@@ -58,7 +58,7 @@ def planes_of(fixed: Image) -> list[Plane]:
 
 def _plane(world: Grid, cut: Cut) -> Plane:
     axes = tuple("xyz".index(name) for name in cut.names)
-    lines = lines_of(cut.grid)
+    lines = coordinate_lines(cut.grid, LINES, SAMPLES)
     if world.ndim == 2:
         return Plane(cut, cut.grid, axes, lines)
     through = ({0, 1, 2} - set(axes)).pop()
@@ -70,18 +70,6 @@ def _plane(world: Grid, cut: Cut) -> Plane:
     inside = cut.points[:1].expand(lines[..., 0].numel(), -1).clone()
     inside[:, axes] = lines.reshape(-1, 2)
     return Plane(cut, slab, axes, inside.reshape(*lines.shape[:-1], 3))
-
-
-def lines_of(grid: Grid) -> Tensor:
-    """World points (L, SAMPLES, 2) of lines along both axes of a plane, from border to border."""
-    along = torch.linspace(-1, 1, SAMPLES, dtype=torch.float64)
-    found: list[Tensor] = []
-    for across in (0, 1):
-        count = max(2, round((LINES - 1) * float(grid.extent[across] / grid.extent.max())) + 1)
-        level, run = torch.meshgrid(torch.linspace(-1, 1, count, dtype=torch.float64), along, indexing="ij")
-        found.append(torch.stack([level, run] if across == 0 else [run, level], -1))
-    cube = torch.cat(found)
-    return grid.convert(cube.reshape(-1, 2), "cube", "world").reshape(cube.shape)
 
 
 def map_planes(planes: Sequence[Plane], mapping: Mapping) -> list[Plane]:
@@ -112,7 +100,7 @@ def displayed(cut: Cut, pixels: Pixels) -> Pixels:
     return np.ascontiguousarray(pixels[::-1]) if cut.names[1] == "z" else pixels
 
 
-def window_of(parts: Sequence[Pixels]) -> tuple[float, float]:
+def trimmed_range(parts: Sequence[Pixels]) -> tuple[float, float]:
     """The range of grey: all intensities but the darkest and brightest in two hundred, which a few bright voxels would
     else leave dark."""
     values = np.concatenate([part[np.isfinite(part)] for part in parts])

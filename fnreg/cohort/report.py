@@ -15,14 +15,13 @@ import math
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fnreg import __version__
-from fnreg.cohort.columns import COLUMNS, STATUSES, meaning
+from fnreg.cohort.columns import COLUMNS, OF_RECORDS, STATUSES, meaning, tally
 from fnreg.cohort.ledger import Record, read_ledger
 from fnreg.cohort.manifest import ManifestError, read_table
 from fnreg.cohort.study import PAIRS, StudyError, command, read_settings
@@ -38,9 +37,9 @@ MEASURES = {"dice_mean": 1, "tre_mean": -1, "value_after": -1}  # by which pairs
 HISTOGRAMS = ("value_after", "dice_mean", "tre_mean", "folds", "seconds")
 TABLE = (
     "pair_id", "status", "group", "dice_mean", "tre_mean", "value_before", "value_after", "folds", "jac_min", "jac_max",
-    "sdlogj", "inverse_consistency_mm", "steps", "seconds", "reason",
+    "sdlogj", "inverse_mean", "steps", "seconds", "reason",
 )  # fmt: skip
-APART = ("inputs", "history", "warnings", "settings_sha")  # shown elsewhere, or the same for all
+APART = (*OF_RECORDS, "settings_sha")  # shown elsewhere, or the same for all
 Pair = tuple[dict[str, str], Record]
 
 
@@ -64,12 +63,10 @@ def write_report(
     drawn, why, notes = _draw(folder, pairs, figures, progress)
     content = list(_page(folder, pairs, measure, why))
     write_bytes(folder / REPORT, *content)
-    statuses = Counter(str(record["status"]) for _, record in pairs)
-    order = [*SEVERITY, *sorted(set(statuses) - set(SEVERITY))]
     return {
         "report": str(folder / REPORT),
         "pairs": len(pairs),
-        "statuses": {name: statuses[name] for name in order if statuses[name]},
+        "statuses": tally((str(record["status"]) for _, record in pairs), SEVERITY),
         "drawn": drawn,
         "not_drawn": dict(list(why.items())[:20]),
         "notes": notes,

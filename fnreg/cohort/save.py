@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fnreg import agreement, results
 from fnreg.cohort.ledger import Record
-from fnreg.cohort.load import Asked, Loaded, Refused, files_of, told
+from fnreg.cohort.load import Asked, Loaded, Refused, files_of, told, trace_of
 from fnreg.cohort.manifest import Row
 from fnreg.cohort.solve import Outcome
 from fnreg.cohort.study import DONE, OK, PAIRS, WARN, command, is_scratch
@@ -52,7 +52,7 @@ def _save(outcome: Outcome | Refused, asked: Asked) -> Record:
             if isinstance(problem, OSError) and not isinstance(problem, ValueError):
                 raise  # of the disk; what cannot be read is a ValueError too, and of the pair
             found |= {"status": "failed", "reason": told(problem)}
-            trace = repr(problem)
+            trace = trace_of(problem)
     _told(row, asked, found, trace)
     return found
 
@@ -82,12 +82,10 @@ def _results(outcome: Outcome, pair: Loaded, asked: Asked) -> Record:
     found: Record = now | {f"{name}_before": value for name, value in was.items() if name in ("dice_mean", "tre_mean")}
     notes += agreement.worse(was, now)
     saves = settings.saves()
-    inverse = results.invert(result) if "inverse" in saves else results.Inverse(None, None)
+    inverse = results.invert(result) if "inverse" in saves else results.Inverse(None, {})
     if inverse.note is not None:
         notes.append(inverse.note)
-    if inverse.result is not None:
-        away = results.there_and_back(result.mapping, inverse.result.mapping, grid, world=True)
-        found["inverse_consistency_mm"] = results.number(float(away.mean())) if len(away) else None
+    found |= inverse.away
     files = files_of(pair.row, asked)
     with OutputFolder(files.output, overwrite=True, known=results.KNOWN) as folder:
         results.write(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fnreg import fields, lattice, notes
+from fnreg.agreement import finite, regularity
 from fnreg.beginning import Before, before, starting
 from fnreg.cohort.batches import Sizes
 from fnreg.cohort.load import Asked, Loaded, told
@@ -20,7 +21,6 @@ from fnreg.cohort.memory import Peak, is_lack
 from fnreg.cohort.study import OK
 from fnreg.pytree import in_parts, over_batch, stack, tree_map, tree_take
 from fnreg.registration import Registration, SpeedWarning, register, slower
-from fnreg.results import number
 from fnreg.settings import STARTS
 from fnreg.solvers.base import Status, Stop
 from fnreg.transforms.base import Mapping
@@ -107,7 +107,7 @@ def solve(batch: Sequence[Loaded], asked: Asked, *, width: int) -> list[Outcome]
     outcomes: list[Outcome] = []
     for place, pair in enumerate(batch):
         code = Status(int(result.status[place]))
-        values = {name: number(column[place]) for name, column in columns.items()}
+        values = {name: finite(column[place]) for name, column in columns.items()}
         values |= {"steps": int(result.steps[place].sum()), "ended": code.name.lower()}
         if code > Status.CONVERGED:
             status = STATUS.get(code, "invalid_input")
@@ -134,12 +134,7 @@ def _numbers(result: Registration, batch: Sequence[Loaded]) -> dict[str, Tensor]
         known = over_batch(fields.statistics, displacement=(field, grid.ndim + 1), grid=(grid, grid.ranks()))
     else:
         known = lattice.statistics(field, [pair.grids[0] for pair in batch])
-    return {
-        "jac_min": known.min_determinant,
-        "jac_max": known.max_determinant,
-        "folds": known.folds,
-        "sdlogj": known.sd_log_determinant,
-    }
+    return regularity(known)
 
 
 def _history(result: Registration) -> list[list[list[float]]]:

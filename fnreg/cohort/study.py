@@ -171,9 +171,13 @@ def command(row: Mapping[str, str], settings: Mapping[str, Any]) -> str:
 
 
 def toml(settings: Mapping[str, Any]) -> str:
-    """Plain values by name as TOML; a JSON string is one of TOML."""
-    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
-    return "\n".join(lines) + "\n"
+    """Plain values by name as TOML.
+
+    A JSON string is one of TOML but for what lies beyond U+FFFF, which JSON may write as two escapes and TOML not, and
+    for U+007F, which TOML wants as an escape.
+    """
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items()]
+    return "\n".join(lines).replace("\x7f", "\\u007f") + "\n"
 
 
 def fingerprint(path: Path) -> Print:

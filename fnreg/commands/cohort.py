@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 
+from fnreg.cohort.columns import DONE, OF_RECORDS, tally
 from fnreg.commands import options
 from fnreg.commands.base import FAILED, INTERRUPTED, OK, Json, Verbose, app, option, print_table
 from fnreg.commands.report import Figures, drawn
@@ -28,7 +29,7 @@ Table = Annotated[Path | None, cyclopts.Parameter(help="Table of pairs: CSV, TSV
 AllTo = Annotated[Path | None, option("In place of TABLE: register all images to this one.")]
 AllPairs = Annotated[bool, option("In place of TABLE: register each image to each other.")]
 Bids = Annotated[Path | None, option("Images for --all-to or --all-pairs: those of a BIDS data set.")]
-Suffix = Annotated[str, option("Of BIDS images. [default: T1w]")]
+Suffix = Annotated[str | None, option("Of BIDS images. [default: T1w]")]
 Glob = Annotated[str | None, option("Images for --all-to or --all-pairs: a pattern in quotes, as 'scans/**/*.nii.gz'.")]
 
 
@@ -41,7 +42,7 @@ def run(
     all_to: AllTo = None,
     all_pairs: AllPairs = False,
     bids: Bids = None,
-    suffix: Suffix = "T1w",
+    suffix: Suffix = None,
     glob: Glob = None,
     how: options.How = options.How(),
     space: options.Space = None,
@@ -71,8 +72,6 @@ def run(
     Interrupt once to end after the batch that is being registered, twice to end now.
     """
     chosen = how.chosen(save, {"save": "params"})
-    if space is not None:
-        choose("space", space, options.SPACES)
     choose("figures", figures, DRAWN)
     part = _shard(shard)
     rows = _rows(table, all_to, all_pairs, bids, suffix, glob, output)
@@ -127,7 +126,6 @@ def status(study: Path, /, *, as_json: Json = False, verbose: Verbose = False) -
     study
         The folder that run writes to; it may be at work.
     """
-    from fnreg.cohort.columns import OF_RECORDS, STATUSES
     from fnreg.cohort.ledger import read_ledger
     from fnreg.cohort.manifest import ManifestError, read_table
 
@@ -135,11 +133,9 @@ def status(study: Path, /, *, as_json: Json = False, verbose: Verbose = False) -
     if not table.is_file():
         raise ManifestError(f"{study} holds no study: it has no manifest.tsv")
     known = read_ledger(study, without=OF_RECORDS)
-    found = Counter(known.get(row["pair_id"], {}).get("status", "pending") for row in read_table(table))
-    order = [*STATUSES, *sorted(set(found) - set(STATUSES))]
-    counts = {name: found[name] for name in order if found[name]}
-    print_table({"study": str(study), "pairs": sum(found.values()), **counts}, as_json)
-    return _code(found, (1, 1))
+    counts = tally(known.get(row["pair_id"], {}).get("status", "pending") for row in read_table(table))
+    print_table({"study": str(study), "pairs": sum(counts.values()), **counts}, as_json)
+    return _code(counts, (1, 1))
 
 
 @app.command
@@ -150,7 +146,7 @@ def validate(
     all_to: AllTo = None,
     all_pairs: AllPairs = False,
     bids: Bids = None,
-    suffix: Suffix = "T1w",
+    suffix: Suffix = None,
     glob: Glob = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -169,7 +165,7 @@ def _rows(
     all_to: Path | None,
     all_pairs: bool,
     bids: Path | None,
-    suffix: str,
+    suffix: str | None,
     glob: str | None,
     output: Path | None = None,
 ) -> list[Row]:
@@ -177,6 +173,8 @@ def _rows(
     from fnreg.cohort import manifest
 
     made = all_to is not None or all_pairs
+    if suffix is not None and bids is None:
+        raise SettingsError(f"--suffix {suffix} is that of BIDS images: give --bids as well, or leave it out")
     if table is not None:
         if made or bids is not None or glob is not None:
             raise SettingsError("a table is given beside --all-to, --all-pairs, --bids or --glob: give one of the two")
@@ -185,7 +183,7 @@ def _rows(
         raise SettingsError(
             "no pairs are given: give a table, or images by --glob or --bids with --all-to IMAGE or --all-pairs"
         )
-    images = manifest.find_bids(bids, suffix) if bids is not None else manifest.find_images(glob or "")
+    images = manifest.find_bids(bids, suffix or "T1w") if bids is not None else manifest.find_images(glob or "")
     if output is not None:
         images = [image for image in images if output.absolute() not in image.absolute().parents]
     return manifest.all_pairs(images) if all_to is None else manifest.all_to(all_to, images)
@@ -203,7 +201,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _code(counts: dict[str, int], part: tuple[int, int]) -> int:
     """OK where all pairs have a result; what other parts have still to do is not this one's."""
-    left = {"ok", "warn", *(["pending"] if part[1] > 1 else [])}
+    left = {*DONE, *(["pending"] if part[1] > 1 else [])}
     return OK if set(counts) <= left else FAILED
 
 
@@ -263,7 +261,7 @@ class _Told:
 
     def record(self, record: dict[str, Any]) -> None:
         """A pair is done."""
-        if record["status"] in ("ok", "warn"):
+        if record["status"] in DONE:
             return
         self._failed += 1
         if self._failed <= self.LINES:
@@ -280,7 +278,7 @@ class _Told:
         lines = [f"{record['pairs']} pairs: {counts}"]
         lines += [f"  {'this run':<12} {self.done} pairs in {record['seconds']:.1f} s, {rate:.3g} a second"]
         lines += [f"  {'written':<12} {output / 'pairs.tsv'}"]
-        if set(record["counts"]) - {"ok", "warn", "pending"}:
+        if set(record["counts"]) - {*DONE, "pending"}:
             lines += [f"  {'why':<12} {output / 'errors'}, with the command for each pair; --retry-failed tries again"]
         return "\n".join(lines)
 

@@ -18,13 +18,12 @@ from fnreg.settings import (
     PENALTIES,
     PRESETS,
     SIMILARITIES,
+    SPACES,
     SYMMETRIC,
     TRANSFORMS,
     Settings,
     pointing,
 )
-
-SPACES = ("LPS", "RAS", "voxel")
 
 Preset = Annotated[
     str | None, option(f"Tuned settings in place of --transform to --steps and --padding: {', '.join(PRESETS)}.")

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, cast
 import cyclopts
 
 from fnreg.commands.base import OK, Json, Verbose, app, option, print_table
-from fnreg.commands.transforms import SPACES
-from fnreg.settings import PRESETS
+from fnreg.settings import PRESETS, SPACES
 from fnreg.specs import choose
 
 if TYPE_CHECKING:
+    from fnreg.apply import Interp
     from fnreg.io.points import Space
 
 LABELS = ("nearest", "multilabel")
@@ -30,7 +30,7 @@ def evaluate(
         Path | None, option("Image on whose grid folds are counted. [default: the labels, or the transform]")
     ] = None,
     space: Annotated[str | None, option(f"Where the points of a plain table are: {' or '.join(SPACES[:2])}.")] = None,
-    interpolation: Annotated[str, option(f"Of labels: {' or '.join(LABELS)}. [default: nearest]")] = "nearest",
+    interpolation: Annotated[str | None, option(f"Of labels: {' or '.join(LABELS)}. [default: nearest]")] = None,
     surfaces: Annotated[
         bool, option("Tell also how far the surfaces of labels are apart, in mm; needs the extra itk.")
     ] = False,
@@ -48,7 +48,8 @@ def evaluate(
     transforms
         Files, as of apply: they map fixed points to moving points. Without any, the state before is told.
     """
-    choose("interpolation", interpolation, LABELS)
+    if interpolation is not None:
+        choose("interpolation", interpolation, LABELS)
     if space is not None:
         choose("space", space, SPACES[:2])
     from fnreg.quality import judge
@@ -56,7 +57,7 @@ def evaluate(
     found = judge(
         transforms, fixed_labels=fixed_labels, moving_labels=moving_labels, fixed_points=fixed_points,
         moving_points=moving_points, like=like, space=cast("Space | None", space),
-        interpolation="nearest" if interpolation == "nearest" else "multilabel", surfaces=surfaces, inverse=inverse,
+        interpolation=cast("Interp | None", interpolation), surfaces=surfaces, inverse=inverse,
     )  # fmt: skip
     if as_json:
         print(json.dumps(found, indent=2))

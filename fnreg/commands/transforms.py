@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from fnreg.commands.base import OK, File, Json, Like, Overwrite, Verbose, app, option, print_table
-from fnreg.settings import PADDINGS
+from fnreg.settings import PADDINGS, SPACES
 from fnreg.specs import SettingsError, choose
 
 INTERPS = ("linear", "nearest", "cubic", "multilabel")
 FORMS = ("itk", "ants", "elastix", "fnreg", "displacement", "l2r")
-SPACES = ("LPS", "RAS", "voxel")
 
 Inverse = Annotated[bool, option("Use the inverse of all of them: it maps moving points to fixed points.")]
 

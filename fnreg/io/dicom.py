@@ -16,6 +16,7 @@ from fnreg.io.files import ImageReadError, PathLike, read_bytes
 from fnreg.io.stored import Stored, affine_grid
 
 _POSITION, _ORIENTATION, _SPACING, _THICKNESS = "0020|0032", "0020|0037", "0028|0030", "0018|0050"
+_PHOTOMETRIC = "0028|0004"
 EVEN = 0.01  # steps between slices may differ by this share of a step: positions are texts with few digits
 STRAIGHT = 1e-3  # of a step along the normal: what slices may lie aside
 
@@ -26,6 +27,7 @@ class _Slice(NamedTuple):
     position: np.ndarray  # (3,)
     axes: np.ndarray  # (3, 2) steps along rows and columns, in mm
     thickness: float | None  # mm, where the file says it
+    colour: bool  # whether its values are red, green and blue
 
 
 def stored_series(folder: PathLike, *, series: str | None = None) -> Stored:
@@ -64,7 +66,8 @@ def _stored(sitk: Any, folder: Path, series: str | None) -> Stored:
     grid = affine_grid(folder, values.shape[1:4], linear, slices[0].position)
     alone = len(slices) == 1 and slices[0].thickness is None
     notes = ("has one slice, which does not say how thick it is: taken is 1 mm",) if alone else ()
-    return Stored(np.moveaxis(values, -1, 1), grid, notes=notes)
+    colour = slices[0].colour and values.dtype == np.uint8
+    return Stored(np.moveaxis(values, -1, 1), grid, colour=colour, notes=notes)
 
 
 def _skipped(sitk: Any, folder: Path, found: list[str]) -> None:
@@ -96,7 +99,8 @@ def _slice(sitk: Any, name: str) -> _Slice:
         raise ImageReadError(f"{name} holds {size[2]} frames: expected a series of one slice in each file")
     if position.shape != (3,) or not (np.isfinite(position).all() and np.isfinite(axes).all()):
         raise ImageReadError(f"{name} is damaged: its position or orientation is not of finite numbers")
-    return _Slice(name, size, position, axes, _thickness(reader))
+    colour = reader.GetNumberOfComponents() == 3 and reader.GetMetaData(_PHOTOMETRIC).strip() == "RGB"
+    return _Slice(name, size, position, axes, _thickness(reader), colour)
 
 
 def _thickness(reader: Any) -> float | None:

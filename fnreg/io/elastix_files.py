@@ -13,7 +13,7 @@ import numpy as np
 
 from fnreg.grid import Grid
 from fnreg.io.files import PathLike, write_bytes
-from fnreg.io.itk_parts import Part, parts, stored
+from fnreg.io.itk_parts import Part, stored
 from fnreg.transforms.base import Mapping
 from fnreg.transforms.domain import first_domain
 from fnreg.transforms.held import Held
@@ -42,7 +42,7 @@ def write_elastix(folder: PathLike, mapping: Mapping, *, grid: Grid | None = Non
     ...     file.name, fnreg.io.read_transform(file).domain
     ('TransformParameters.0.txt', Grid(size=(4, 3), spacing=[1.0, 1.0], origin=[0.0, 0.0]))
     """
-    for part in parts(mapping):
+    for part in mapping.parts():
         transform = part.transform
         while isinstance(transform, Held):
             transform = transform.transform

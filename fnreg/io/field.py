@@ -12,18 +12,46 @@ from typing import Any
 
 import numpy as np
 
-from fnreg.extras import require
+from fnreg.extras import quiet, require
 from fnreg.io.files import ImageReadError, PathLike, TransformReadError, read_bytes
+from fnreg.io.header import Header
 from fnreg.io.itk import ITK_SUFFIXES
 from fnreg.io.itk_parts import Part, field_mapping, grid_mapping, joined, known, mapping_of
 from fnreg.io.itk_text import parse_mat, parse_text
-from fnreg.io.nifti import SUFFIXES
+from fnreg.io.nifti import SUFFIXES, VECTOR_SUFFIXES
 from fnreg.io.simpleitk import CHECKS
 from fnreg.io.stored import tell
 from fnreg.io.volume import VECTOR, read_nifti
 from fnreg.transforms.base import Mapping
 
-VECTOR_SUFFIXES = (".mha", ".nrrd")  # of vector images that SimpleITK reads and writes
+
+def holds_displacement(path: PathLike) -> bool:
+    """Whether a file is one for `read_displacement`, by its name and what its header says of its values.
+
+    Raises ImageReadError for headers of NIfTI that cannot be read, MissingExtraError without SimpleITK where it is
+    needed; what else is wrong tells who reads the file.
+    """
+    kind = str(path).lower()
+    if kind.endswith(SUFFIXES):
+        return _is_field(read_nifti(path, voxels=False).header)
+    if not kind.endswith(VECTOR_SUFFIXES):
+        return False
+    sitk: Any = require("SimpleITK", "itk", f"reading {path}")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        with quiet(sitk):
+            reader.ReadImageInformation()
+    except RuntimeError:
+        return False
+    floats = reader.GetPixelID() in (sitk.sitkVectorFloat32, sitk.sitkVectorFloat64)  # colours are bytes
+    return floats and reader.GetNumberOfComponents() == reader.GetDimension()
+
+
+def _is_field(header: Header) -> bool:
+    """One vector for each voxel, with as many components as there are axes."""
+    vectors = int(header.fields["intent_code"]) == VECTOR and not header.colour
+    return vectors and header.shape[:2] == (header.grid.ndim, 1)
 
 
 def read_displacement(path: PathLike) -> Mapping:
@@ -47,7 +75,7 @@ def read_displacement(path: PathLike) -> Mapping:
     except ImageReadError as problem:
         raise TransformReadError(str(problem)) from problem
     grid, intent = header.grid, int(header.fields["intent_code"])
-    if intent != VECTOR or header.colour or values.shape[:2] != (grid.ndim, 1):
+    if not _is_field(header):
         shape = " x ".join(map(str, values.shape[::-1]))
         raise TransformReadError(
             f"{path} holds values of shape {shape} and intent {intent}: expected the vectors of a displacement, "
@@ -161,6 +189,4 @@ def _part(sitk: Any, path: PathLike, transform: Any) -> Mapping:
     linear = np.column_stack(columns)
     center = fixed[:dimension] if len(fixed) >= dimension else np.zeros(dimension)
     parameters = np.concatenate([linear.flatten(), origin - center + linear @ center])
-    if not np.isfinite(parameters).all():
-        raise TransformReadError(f"{path} does not hold finite numbers")
     return mapping_of(path, Part("AffineTransform", dimension, parameters, center))

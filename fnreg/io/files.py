@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -29,6 +30,14 @@ class PointReadError(OSError, ValueError):
     """A file of points is missing, damaged, or not of a supported kind."""
 
 
+class SpaceNeededError(PointReadError):
+    """A file of points does not say where they are; told : that, without what to do about it."""
+
+    def __init__(self, told: str, remedy: str = "") -> None:
+        super().__init__(f"{told}: {remedy}" if remedy else told)
+        self.told = told
+
+
 class TransformReadError(OSError, ValueError):
     """A transform file is missing, damaged, or not of a supported kind."""
 
@@ -48,19 +57,19 @@ def read_array(path: PathLike, error: Callable[[str], Exception]) -> np.ndarray:
 
 
 def _read(path: PathLike, error: Callable[[str], Exception], how: Callable[[Path], _Bytes]) -> _Bytes:
-    place = Path(path)
-    if not place.exists():
-        raise error(f"{place} does not exist: check the path")
-    if place.is_dir():
-        raise error(f"{place} is a folder: expected a file")
-    seen = _prints.get()
+    place, seen = Path(path), _prints.get()
     try:
-        changed = 0 if seen is None else place.stat().st_mtime_ns
-        data = how(place)
+        about = place.stat()  # raises too where a folder above is closed
+        folder = stat.S_ISDIR(about.st_mode)
+        data = None if folder else how(place)
+    except (FileNotFoundError, NotADirectoryError):
+        raise error(f"{place} does not exist: check the path") from None
     except OSError as problem:
         raise error(f"{place} cannot be read: {problem.strerror or problem}") from problem
+    if data is None:
+        raise error(f"{place} is a folder: expected a file")
     if seen is not None:
-        seen[str(place)] = (len(data), changed, hashlib.sha256(data).hexdigest())  # type: ignore[arg-type]
+        seen[str(place)] = (len(data), about.st_mtime_ns, hashlib.sha256(data).hexdigest())  # type: ignore[arg-type]
     if not len(data):
         raise error(f"{place} is empty: it holds no bytes")
     return data
@@ -85,6 +94,29 @@ def add_fingerprints(prints: Mapping[str, Print]) -> None:
         seen.update(prints)
 
 
+def check_writable(path: PathLike, *, endings: tuple[str, ...] = ()) -> None:
+    """WriteError where a name does not end in one of `endings`, is that of a folder, or its folder is not there or
+    cannot be written to.
+
+    To be asked before the work begins; whether the disk is full, the writing tells.
+    """
+    place = Path(path)
+    if endings and not place.name.lower().endswith(endings):
+        known = " or ".join(part for part in (", ".join(endings[:-1]), endings[-1]) if part)
+        raise WriteError(f"{place}: expected a name that ends in {known}")
+    _check_place(place)
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise WriteError(f"{place} cannot be written: {place.parent} cannot be written to")
+
+
+def _check_place(place: Path) -> None:
+    if place.is_dir():
+        raise WriteError(f"{place} is a folder: give the name of a file")
+    if not place.parent.is_dir():
+        what = "is not a folder" if place.parent.exists() else "does not exist"
+        raise WriteError(f"{place} cannot be written: {place.parent} {what}")
+
+
 def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
     """Write a file so that under its name there is all of it or what was there before, even if the process dies.
 
@@ -92,11 +124,7 @@ def write_bytes(path: PathLike, *parts: bytes | memoryview) -> None:
     Raises WriteError.
     """
     place = Path(path)
-    if place.is_dir():
-        raise WriteError(f"{place} is a folder: give the name of a file")
-    if not place.parent.is_dir():
-        what = "is not a folder" if place.parent.exists() else "does not exist"
-        raise WriteError(f"{place} cannot be written: {place.parent} {what}")
+    _check_place(place)
     scratch, later = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp"), _later.get()
     try:
         try:

@@ -11,7 +11,7 @@ import torch
 from fnreg.grid import Grid
 from fnreg.image import Image
 from fnreg.io.dicom import stored_series
-from fnreg.io.files import ImageReadError, PathLike, WriteError
+from fnreg.io.files import ImageReadError, PathLike, WriteError, check_writable
 from fnreg.io.header import Form
 from fnreg.io.picture import read_picture, write_picture
 from fnreg.io.simpleitk import CHECKS, single, stored_itk, write_itk_image
@@ -42,7 +42,8 @@ def read_image(
 
     path : its suffix says how it is read: NIfTI (.nii, .nii.gz, .hdr with .img); with the extra `itk` MetaImage (.mha,
         .mhd), NRRD (.nrrd, .nhdr) and a folder that holds a DICOM series; with the extra `plot` PNG, JPEG and TIFF
-    channels : colours as three channels (3, Y, X), red, green and blue, instead of their luminance (1, Y, X)
+    channels : colours as three channels (3, Y, X), red, green and blue, instead of their luminance (1, Y, X); three
+        numbers at a voxel of MetaImage and NRRD may be a vector, so there they are channels always
     volume : which one of a series, counted from 0
     form : of NIfTI, which of "sform" and "qform" tells the place; default the sform where there is one
     series : of DICOM, the UID of the one that is meant where a folder holds several
@@ -95,13 +96,21 @@ def read_labels(
 ) -> Labels:
     """Read labels (1, [Z,] Y, X) as the integers they are, with their grid: for `Subject.labels`; else as `read_image`.
 
-    Integers never pass through floats; files of floats are taken where all values are whole.  Raises ImageReadError
-    for other values, for channels, and for pictures, whose numbers may stand for colours.
+    Integers never pass through floats; files of floats are taken where all values are whole, and grey pictures.  Raises
+    ImageReadError for other values, for channels, and for colours, also those that the numbers of a palette stand for.
     """
     kind = _kind(path)
     if kind in PICTURES:
-        raise ImageReadError(f"{path} is a picture: labels are read from NIfTI, MetaImage, NRRD and DICOM")
+        return _labels_of_picture(path)
     return as_labels(_stored(path, kind, form, series), path, volume=volume)
+
+
+def _labels_of_picture(path: PathLike) -> Labels:
+    image = read_picture(path, channels=True)
+    data = image.data
+    if not bool(((data == data[:1]) & (data == data.round()) & data.isfinite()).all()):
+        raise ImageReadError(f"{path} holds no labels: expected a grey picture of whole numbers, one for each class")
+    return Labels(data[:1].to(torch.int64 if data.dtype == torch.float64 else torch.int32), image.grid)
 
 
 def _kind(path: PathLike) -> str:
@@ -167,19 +176,31 @@ def write_image(
 def write_labels(path: PathLike, labels: Labels, *, like: PathLike | None = None) -> None:
     """Write labels as the smallest of uint8, int16, int32 and int64 that holds them; `like` as in `write_image`.
 
-    Raises TypeError for labels that are no integers, ValueError for shapes that do not fit.
+    Pictures hold few: PNG bytes, TIFF what float32 does not round.  Raises TypeError for labels that are no integers,
+    ValueError for shapes that do not fit and for numbers that a picture cannot hold.
     """
     data, grid = labels
     if data.is_floating_point() or data.is_complex():
         raise TypeError(f"labels are {data.dtype}: expected integers; labels.round().long()")
     if tuple(data.shape) != (1, *grid.shape):
         raise ValueError(f"labels have shape {tuple(data.shape)}: expected {(1, *grid.shape)} as their grid")
-    if suffix(path) not in WRITABLE or suffix(path) in PICTURES:
-        raise WriteError(f"{path}: labels are written as .nii, .nii.gz, .mha or .nrrd")
+    check_writable(path, endings=WRITABLE)
     values = data.detach().cpu().numpy()
     low, high = int(values.min()), int(values.max())
+    if suffix(path) in PICTURES:
+        _write_labels_as_picture(path, labels, low, high, like)
+        return
     fits = (kind for kind in ("u1", "i2", "i4", "i8") if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
     _write(path, values.astype(next(fits)), grid, like)
+
+
+def _write_labels_as_picture(path: PathLike, labels: Labels, low: int, high: int, like: PathLike | None) -> None:
+    png = suffix(path) == ".png"
+    if png and (low < 0 or high > 255):
+        raise ValueError(f"{path} would have 8 bits, but labels are from {low} to {high}: name it .tif")
+    if max(-low, high) > 2**24:
+        raise ValueError(f"{path} would hold floats, which round labels up to {max(-low, high)}: name it .nii.gz")
+    write_image(path, Image(labels.data, labels.grid), window=(0.0, 255.0) if png else None, like=like)
 
 
 def _write(path: PathLike, values: np.ndarray, grid: Grid, like: PathLike | None) -> None:

@@ -63,9 +63,10 @@ def check_meta(path: PathLike) -> None:
             raise ImageReadError(
                 f"{path} has {name} = {fields[name]}, which ITK ignores: save the values that it means"
             )
-    channels = (
-        int(*_numbers(path, fields, "ElementNumberOfChannels", int)) if "ElementNumberOfChannels" in fields else 1
-    )
+    many = _numbers(path, {"ElementNumberOfChannels": "1"} | fields, "ElementNumberOfChannels", int)
+    if len(many) != 1:
+        raise ImageReadError(f"{path} is damaged: its header has ElementNumberOfChannels = {many}, expected one number")
+    channels = many[0]
     expected = math.prod(sizes) * channels * _META[kind]
     if min(*sizes, channels) < 1:
         raise ImageReadError(f"{path} is damaged: its header claims {sizes} voxels")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fnreg.image import Image
-from fnreg.io.header import RAS, TYPES, is_plane
+from fnreg.io.header import RAS, is_plane
 from fnreg.io.simpleitk import single
 from fnreg.io.stored import affine_grid
 from fnreg.io.volume import ras_affine
@@ -28,12 +28,14 @@ def from_nibabel(image: Any) -> Image:
     ValueError for a series, for axes that are not at right angles, and for integers that no float holds.
     """
     values = np.asanyarray(image.dataobj)
-    if values.dtype.names:
-        values = np.stack([values[name] for name in values.dtype.names], -1).reshape(*values.shape[:3], 1, -1)
+    plane = values.ndim == 2
+    if values.dtype.names:  # colours: five axes, of which the fifth is that of channels
+        colours = np.stack([values[name] for name in values.dtype.names], -1)
+        values = colours.reshape(*values.shape, *(1,) * (4 - values.ndim), -1)
     if values.ndim > 3 and values.shape[3] > 1:
         raise ValueError(f"the image has shape {values.shape}: a series, take one volume by image.slicer[..., 0]")
     affine = np.diag([_unit(image)] * 3 + [1.0]) @ image.affine
-    dimension = 2 if values.ndim == 2 or (values.ndim == 5 and values.shape[2] == 1 and is_plane(affine)) else 3
+    dimension = 2 if plane or (values.ndim == 5 and values.shape[2] == 1 and is_plane(affine)) else 3
     if values.ndim not in (2, 3, 4, 5) or values.dtype.kind not in "iufb":
         raise ValueError(f"the image has shape {values.shape} of {values.dtype}: expected (X, Y[, Z]) of real numbers")
     values = values.reshape(*values.shape[:dimension], -1).T  # (C, [Z,] Y, X)
@@ -60,7 +62,7 @@ def to_nibabel(image: Image) -> Any:
     import nibabel  # here, for it takes a while
 
     values = single(image)
-    if values.dtype.str[1:] not in TYPES.values() or image.grid.ndim not in (2, 3):
+    if image.grid.ndim not in (2, 3):
         raise ValueError(f"the image has {image.grid.ndim} axes: NIfTI holds 2 or 3")
     values = values.T  # (X, Y[, Z], C)
     if values.shape[-1] == 1:
@@ -99,12 +101,13 @@ def to_monai(image: Image) -> Any:
 def from_torchio(image: Any) -> Image:
     """An Image of TorchIO's ScalarImage, whose data are (C, X, Y, Z), by its `affine` to RAS.
 
-    TorchIO's 2-D images have one voxel along Z: where they lie in the plane of x and y the Image is 2-D.
+    TorchIO's 2-D images have one voxel along Z: the Image is 2-D where they lie as `read_image` wants it of one slice
+    with channels, at z = 0 with a thickness of 1.
     """
     data, affine = image.data, np.asarray(image.affine, dtype=np.float64)
     if data.ndim != 4:
         raise ValueError(f"the image has shape {tuple(data.shape)}: expected (C, X, Y, Z)")
-    flat = data.shape[-1] == 1 and not np.abs(affine[2, :2]).any()
+    flat = data.shape[-1] == 1 and is_plane(affine)
     return _from_ras(_backward(data[..., 0] if flat else data), affine, 2 if flat else 3, "the image of TorchIO")
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from fnreg.extras import require
 from fnreg.io.files import PathLike, WriteError, write_bytes
 from fnreg.io.itk_parts import Part, stored
-from fnreg.io.itk_parts import parts as parts
 from fnreg.io.itk_text import mat_of, text_of
 from fnreg.transforms.base import Mapping
 from fnreg.transforms.domain import first_domain

@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 def part_of(path: PathLike, name: str, parameters: np.ndarray, fixed: np.ndarray) -> Part:
-    """The part that a file names; TransformReadError where the name is none, or numbers are not finite."""
+    """The part that a file names; TransformReadError where the name is none."""
     found = _NAME.fullmatch(name)
     if found is None or found[2] not in "23" or found[2] != found[3]:
         raise TransformReadError(
@@ -51,8 +51,6 @@ def part_of(path: PathLike, name: str, parameters: np.ndarray, fixed: np.ndarray
         )
     if found[4] not in (None, "3"):
         raise TransformReadError(f"{path} holds a {found[1]} of order {found[4]}: readable are cubic ones, order 3")
-    if not (np.isfinite(parameters).all() and np.isfinite(fixed).all()):
-        raise TransformReadError(f"{path} does not hold finite numbers")
     return Part(found[1], int(found[2]), parameters, fixed)
 
 
@@ -65,7 +63,10 @@ def known(part: Part) -> bool:
 
 
 def mapping_of(path: PathLike, part: Part) -> Mapping:
-    """A part of a known kind as a mapping; TransformReadError, naming the file, for what does not fit."""
+    """A part of a known kind as a mapping; TransformReadError, naming the file, for what does not fit and numbers that
+    are not finite."""
+    if not (np.isfinite(part.parameters).all() and np.isfinite(part.fixed).all()):
+        raise TransformReadError(f"{path} does not hold finite numbers")
     if part.kind == "BSplineTransform":
         return _spline(path, part)
     if part.kind == "DisplacementFieldTransform":
@@ -219,16 +220,6 @@ _LINEAR: dict[str, tuple[Callable[[int], int], Meaning]] = {
 # -- to parts ------------------------------------------------------------------------------------------------------
 
 
-def parts(mapping: Mapping) -> list[Mapping]:
-    """The mappings of which a composition consists, the one that acts first at the front."""
-    if not isinstance(mapping.transform, Sequential):
-        return [mapping]
-    transforms = mapping.transform.transforms
-    domains = (mapping.domain,) * len(transforms) if isinstance(mapping.domain, Grid) else mapping.domain
-    each = zip(mapping.params, domains, transforms, strict=True)
-    return [part for params, domain, transform in each for part in parts(Mapping(params, domain, transform))]
-
-
 def stored(mapping: Mapping) -> list[Part]:
     """A mapping as ITK stores it, what acts first at the front: affine maps, cubic splines, else displacement fields.
 
@@ -236,7 +227,7 @@ def stored(mapping: Mapping) -> list[Part]:
     """
     if mapping.transform.linear:
         return [_affine(mapping)]
-    return [_affine(part) if part.transform.linear else _bent(part) for part in parts(mapping)]
+    return [_affine(part) if part.transform.linear else _bent(part) for part in mapping.parts()]
 
 
 def _affine(mapping: Mapping) -> Part:

@@ -1,4 +1,4 @@
-"""Fields and maps of numbers as NIfTI, with their place in the world: `.nii` and `.nii.gz`.
+"""Fields and maps of numbers as NIfTI, with their place in the world: `.nii` and `.nii.gz`; fields as `.mha`, `.nrrd`.
 
 NIfTI's world is RAS, ours and ITK's is LPS: the affine is turned.  Vectors are stored as ITK, ANTs and greedy read them
 (X, Y, Z, 1, D), intent 1007, with components in LPS.
@@ -12,11 +12,13 @@ from torch import Tensor
 from fnreg.grid import Grid
 from fnreg.image import Image
 from fnreg.io.files import PathLike
+from fnreg.io.simpleitk import write_itk_image
 from fnreg.io.volume import VECTOR, write_nifti
 from fnreg.transforms.base import Mapping
 from fnreg.transforms.domain import first_domain
 
 SUFFIXES = (".nii", ".nii.gz")
+VECTOR_SUFFIXES = (".mha", ".nrrd")  # of vector images that SimpleITK reads and writes
 
 
 def write_displacement(
@@ -24,20 +26,25 @@ def write_displacement(
 ) -> None:
     """Write T(p) - p at the voxels of a grid as a vector image of 2 or 3 axes; all of the file or nothing.
 
-    path : ends in .nii or .nii.gz
+    path : ends in .nii or .nii.gz; or, with the extra `itk`, in .mha or .nrrd, which keep the grid in double precision
     grid : default the mapping's own domain
-    dtype : of the values, default that of the displacement
+    dtype : of the values, torch.float32 or torch.float64, default that of the displacement
 
     The values are world vectors.  ITK makes a `DisplacementFieldTransform` of it, ANTs
     and greedy a warp; they know no displacement outside of the grid.  Raises ValueError for a batch and for values
-    that are not finite, WriteError where the file cannot be written.
+    that are not finite, WriteError where the file cannot be written, MissingExtraError without SimpleITK where it is
+    needed.
     """
-    where, field = first_domain(mapping.domain) if grid is None else grid, finite_displacement(mapping, grid)
-    _write(path, field if dtype is None else field.to(dtype), where, VECTOR)
+    where, field = first_domain(mapping.domain) if grid is None else grid, finite_displacement(mapping, grid, dtype)
+    if str(path).lower().endswith(VECTOR_SUFFIXES):
+        write_itk_image(path, field.detach().cpu().contiguous().numpy(), where.to("cpu"))
+        return
+    _write(path, field, where, VECTOR)
 
 
-def finite_displacement(mapping: Mapping, grid: Grid | None) -> Tensor:
-    """T(p) - p at the voxels of a grid, (D, [Z,] Y, X); ValueError for a batch and for what is not finite."""
+def finite_displacement(mapping: Mapping, grid: Grid | None, dtype: torch.dtype | None = None) -> Tensor:
+    """T(p) - p at the voxels of a grid, (D, [Z,] Y, X); ValueError for a batch, for what is not finite, and for a type
+    that files of vectors do not have."""
     where = first_domain(mapping.domain) if grid is None else grid
     field = mapping.displacement(grid)
     if field.ndim != where.ndim + 1:
@@ -46,7 +53,10 @@ def finite_displacement(mapping: Mapping, grid: Grid | None) -> Tensor:
         )
     if not bool(torch.isfinite(field).all()):
         raise ValueError("the displacement is not finite: other programs could not use it")
-    return field
+    kind = field.dtype if dtype is None else dtype
+    if kind not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype is {kind}: expected torch.float32 or torch.float64")
+    return field.to(kind)
 
 
 def write_learn2reg(path: PathLike, mapping: Mapping, *, grid: Grid | None = None) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from fnreg.extras import require
 from fnreg.image import Image
-from fnreg.io.files import ImageReadError, PathLike, WriteError, read_bytes, write_bytes
+from fnreg.io.files import ImageReadError, PathLike, read_bytes, write_bytes
 
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _BYTES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -109,7 +109,7 @@ def write_picture(path: PathLike, image: Image, *, window: tuple[float, float] |
     pillow = require("PIL.Image", "plot", f"writing {path}")
     stream = io.BytesIO()
     if str(path).lower().endswith(".png"):
-        low, high = _window(data, window)
+        low, high = _limits(data, window)
         unit = torch.nan_to_num((data.double() - low) / (high - low), nan=0, posinf=1, neginf=0)
         scaled = (unit.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
         pillow.fromarray(scaled[0] if len(scaled) == 1 else scaled.transpose(1, 2, 0).copy()).save(stream, "PNG")
@@ -122,7 +122,7 @@ def write_picture(path: PathLike, image: Image, *, window: tuple[float, float] |
     write_bytes(path, stream.getvalue())
 
 
-def _window(data: torch.Tensor, window: tuple[float, float] | None) -> tuple[float, float]:
+def _limits(data: torch.Tensor, window: tuple[float, float] | None) -> tuple[float, float]:
     """The intensities that become black and white."""
     if window is None:
         finite = data[torch.isfinite(data)]
@@ -132,6 +132,3 @@ def _window(data: torch.Tensor, window: tuple[float, float] | None) -> tuple[flo
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"window is {window}: expected two finite intensities, the first below the second")
     return low, high
-
-
-__all__ = ["WriteError", "read_picture", "write_picture"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fnreg.grid import Grid
-from fnreg.io.files import PathLike, PointReadError, WriteError, read_bytes, write_bytes
+from fnreg.io.files import PathLike, PointReadError, SpaceNeededError, WriteError, read_bytes, write_bytes
 from fnreg.io.markups import READERS, SPACES, WRITERS, Refused
 
 Space = Literal["LPS", "RAS", "voxel"]
@@ -67,8 +67,8 @@ def read_points(path: PathLike, *, space: Space | None = None, grid: Grid | None
         raise PointReadError(f"{path} says that its points are {stated}, but space is {space!r}: leave it out")
     where = stated or space
     if where is None:
-        raise PointReadError(
-            f'{path} does not say the space of its points: give space="LPS", "RAS", or "voxel" with grid='
+        raise SpaceNeededError(
+            f"{path} does not say the space of its points", 'give space="LPS", "RAS", or "voxel" with grid='
         )
     values = np.array(numbers, dtype=np.float64)
     if not values.size:
@@ -124,7 +124,7 @@ def _flip(points: Tensor) -> Tensor:
 def _to_world(path: PathLike, points: Tensor, space: str, grid: Grid | None) -> Tensor:
     if space == "voxel":
         if grid is None:
-            raise PointReadError(f'{path} holds indices of voxels: give space="voxel" and grid= of their image')
+            raise SpaceNeededError(f"{path} holds indices of voxels", 'give space="voxel" and grid= of their image')
         if grid.ndim != points.shape[1]:
             raise PointReadError(f"{path} has points of {points.shape[1]} axes, but the grid has {grid.ndim}")
         return grid.to("cpu").index_to_world(points)

@@ -8,14 +8,13 @@ import torch
 
 from fnreg.grid import Grid
 from fnreg.io.elastix import is_elastix, read_elastix
-from fnreg.io.field import VECTOR_SUFFIXES, read_displacement, read_itk
+from fnreg.io.field import read_displacement, read_itk
 from fnreg.io.files import PathLike, TransformReadError, WriteError, read_bytes
 from fnreg.io.image import suffix
 from fnreg.io.itk import ITK_SUFFIXES, write_itk
 from fnreg.io.itk_text import TITLE
 from fnreg.io.lossless import read_lossless, write_lossless
-from fnreg.io.nifti import SUFFIXES, write_displacement
-from fnreg.io.vectors import write_vectors
+from fnreg.io.nifti import SUFFIXES, VECTOR_SUFFIXES, write_displacement
 from fnreg.transforms.base import Mapping
 
 LOSSLESS = ".safetensors"
@@ -96,11 +95,8 @@ def write_transform(
     Rigid()
     """
     kind = suffix(path)
-    if kind in SUFFIXES:
+    if kind in (*SUFFIXES, *VECTOR_SUFFIXES):
         write_displacement(path, mapping, grid=grid, dtype=dtype)
-        return
-    if kind in VECTOR_SUFFIXES:
-        write_vectors(path, mapping, grid=grid, dtype=dtype)
         return
     if kind not in TRANSFORM_SUFFIXES:
         raise WriteError(f"{Path(path)}: expected a name that ends in {', '.join(TRANSFORM_SUFFIXES)}")

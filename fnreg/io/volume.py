@@ -167,8 +167,15 @@ def write_nifti(
     vectors = intent == VECTOR or len(values) > 1
     space = [*grid.size, *([1] * (3 - grid.ndim))] if vectors else list(grid.size)
     used = [*space, *([] if fourth else [1]), len(values)] if vectors else space
+    if max(used) > (most := int(np.iinfo(fields["dim"].dtype).max)):
+        raise ValueError(
+            f"{path} would have {used} voxels along its axes; its header counts to {most}: name it .mha or .nrrd"
+        )
     fields["dim"] = [len(used), *used, *([1] * (7 - len(used)))]
-    code = next(code for code, kind in TYPES.items() if np.dtype(kind) == values.dtype.newbyteorder("="))
+    native = values.dtype.newbyteorder("=")
+    code = next((code for code, kind in TYPES.items() if np.dtype(kind) == native), None)
+    if code is None:
+        raise ValueError(f"{path} would hold values of {native}: expected integers, float32 or float64")
     fields["datatype"], fields["bitpix"] = code, 8 * values.dtype.itemsize
     fields["scl_slope"], fields["scl_inter"] = 1, 0
     fields["cal_max"] = fields["cal_min"] = 0  # a window for the old values

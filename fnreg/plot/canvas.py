@@ -70,7 +70,7 @@ def root_mean_square(image: Image) -> float:
     return float(image.data.square().mean().sqrt())
 
 
-def window_of(*images: Image) -> Window:
+def full_range(*images: Image) -> Window:
     """Lowest and highest finite intensity of all images."""
     values = torch.cat([image.data[torch.isfinite(image.data)] for image in images])
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
@@ -80,6 +80,19 @@ def window_of(*images: Image) -> Window:
 def reach_of(*images: Image) -> float:
     """The largest finite absolute intensity of all images, 1 where all are 0."""
     return max(float(image.data.nan_to_num(0, 0, 0).abs().max()) for image in images) or 1.0
+
+
+def coordinate_lines(grid: Grid, lines: int, samples: int) -> Tensor:
+    """World points (L, samples, 2) of lines along both axes of a grid, from border to border."""
+    extent = grid.extent
+    found: list[Tensor] = []
+    along = torch.linspace(-1, 1, samples, dtype=torch.float64)
+    for across in (0, 1):
+        count = max(2, round((lines - 1) * float(extent[across] / extent.max())) + 1)
+        level, run = torch.meshgrid(torch.linspace(-1, 1, count, dtype=torch.float64), along, indexing="ij")
+        found.append(torch.stack([level, run] if across == 0 else [run, level], -1))
+    cube = torch.cat(found)
+    return grid.convert(cube.reshape(-1, 2), "cube", "world").reshape(cube.shape)
 
 
 # -- cuts ------------------------------------------------------------------------------------------------------------

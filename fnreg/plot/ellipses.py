@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fnreg.grid import Scalars
 from fnreg.image import Image
-from fnreg.plot.canvas import Cut, cuts, need, panels, show, single, window_of
+from fnreg.plot.canvas import Cut, cuts, full_range, need, panels, show, single
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ def ellipses(
     crosses = not bool(torch.isfinite(covariance).all())
     figure, axes = panels(looks, bar=False, extra=1.9 if crosses else 1.4, title=heading)
     flat = [look.of(image) for look in looks]
-    window = window_of(*flat)
+    window = full_range(*flat)
     for axis, look, part in zip(axes, looks, flat, strict=True):
         show(axis, look, part, look.place or told, unit, window)
         both = ["xyz".index(name) for name in look.names]

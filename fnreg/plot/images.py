@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fnreg.grid import Scalars
 from fnreg.image import Image
-from fnreg.plot.canvas import box_of, cuts, new_figure, panels, show, single, window_of
+from fnreg.plot.canvas import box_of, cuts, full_range, new_figure, panels, show, single
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def slices(
     looks = cuts(image.grid, at)
     flat = [look.of(image) for look in looks]
     figure, axes = panels(looks, title=None if len(looks) == 1 else title)
-    window = window_of(*flat)
+    window = full_range(*flat)
     shown: Any = None
     for axis, look, part in zip(axes, looks, flat, strict=True):
         shown = show(axis, look, part, look.place or title or "", unit, window)
@@ -66,7 +66,7 @@ def pyramid(images: Sequence[Image], *, unit: str = "world units", title: str | 
     each = min(3.0, 14 / len(levels))
     figure = new_figure(1.2 + each * len(levels), 0.9 + sum((each - 0.3) * height + 0.6 for height in heights))
     axes = figure.subplots(len(boxes), len(levels), squeeze=False, gridspec_kw={"height_ratios": heights})
-    window = window_of(*(part for parts in flat for part in parts))
+    window = full_range(*(part for parts in flat for part in parts))
     shown: Any = None
     for column, (own, parts, level) in enumerate(zip(looks, flat, levels, strict=True)):
         told = f"level {column}\n{' × '.join(str(n) for n in level.grid.size)}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fnreg.grid import Grid, Scalars
 from fnreg.image import Image
-from fnreg.plot.canvas import Cut, box_of, cuts, need, new_figure, proportion, show, single, window_of
+from fnreg.plot.canvas import Cut, box_of, cuts, full_range, need, new_figure, proportion, show, single
 from fnreg.sampling import interpolate
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def labels(
         highest = max(box[1][1] - box[0][1] for box in boxes)
         figure = new_figure(11.5, 1.2 + 2 * min(9.0, max(1.0, 10.0 * highest / sum(widths)) + 0.6))
         axes = figure.subplots(2, len(looks), gridspec_kw={"width_ratios": widths})
-    window = window_of(*flat)
+    window = full_range(*flat)
     for row, (name, values) in enumerate((("before", before), ("after", after))):
         for column, (look, part) in enumerate(zip(looks, flat, strict=True)):
             axis = axes[row, column]

@@ -16,15 +16,16 @@ from fnreg.plot.canvas import (
     Box,
     around,
     box_of,
+    coordinate_lines,
     cuts,
     frame,
+    full_range,
     need,
     new_figure,
     panels,
     place,
     proportion,
     single,
-    window_of,
 )
 from fnreg.pytree import batch_axes
 from fnreg.registration import Registration
@@ -68,7 +69,7 @@ def _below(axes: Any, image: Image | None) -> list[Box]:
     image = single("image", image)
     if image.grid.ndim != 2:
         raise ValueError("image has 3 spatial axes: this figure draws 2-D images")
-    low, high = window_of(image)
+    low, high = full_range(image)
     place(axes, cuts(image.grid)[0], image.data[0].numpy(), cmap=GREY, vmin=low, vmax=high)
     return [box_of(image.grid)]
 
@@ -106,10 +107,10 @@ def warped_grid(
         raise ValueError(f"lines is {lines} and size {size}: expected at least 2 lines and 16 pixels")
     found, grid = _of(mapping, grid)
     grid = grid.to("cpu")
-    curves = _mapped(found, _coordinate_lines(grid, lines, size))
+    curves = _mapped(found, coordinate_lines(grid, lines, size))
     if not bool(torch.isfinite(curves).all(-1).any()):
         raise ValueError("the map takes no point of the grid to a finite point: there is nothing to draw")
-    border = _coordinate_lines(grid, 2, 2).reshape(-1, 2)
+    border = coordinate_lines(grid, 2, 2).reshape(-1, 2)
     boxes = [box_of(image.grid)] if isinstance(image, Image) and image.grid.ndim == 2 else []
     box = around(torch.cat([curves.reshape(-1, 2), border]), *boxes)
     figure, axes = _canvas(box, size)
@@ -117,7 +118,7 @@ def warped_grid(
     collections = need("collections")
     axes.add_collection(
         collections.LineCollection(
-            list(_coordinate_lines(grid, 2, 2).numpy()), colors="0.6", linewidths=1.0, linestyles=(0, (4, 3))
+            list(coordinate_lines(grid, 2, 2).numpy()), colors="0.6", linewidths=1.0, linestyles=(0, (4, 3))
         )
     )
     colour = "#1f4e8c" if image is None else "#ffb000"
@@ -128,19 +129,6 @@ def warped_grid(
     if image is None:
         axes.set_facecolor("white")
     return figure
-
-
-def _coordinate_lines(grid: Grid, lines: int, samples: int) -> Tensor:
-    """World points (L, samples, 2) of lines along both axes of a grid, from border to border."""
-    extent = grid.extent
-    found: list[Tensor] = []
-    along = torch.linspace(-1, 1, samples, dtype=torch.float64)
-    for across in (0, 1):
-        count = max(2, round((lines - 1) * float(extent[across] / extent.max())) + 1)
-        level, run = torch.meshgrid(torch.linspace(-1, 1, count, dtype=torch.float64), along, indexing="ij")
-        found.append(torch.stack([level, run] if across == 0 else [run, level], -1))
-    cube = torch.cat(found)
-    return grid.convert(cube.reshape(-1, 2), "cube", "world").reshape(cube.shape)
 
 
 def _canvas(box: Box, size: int, *, beside: float = 0.0) -> tuple[Figure, Any]:

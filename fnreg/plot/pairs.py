@@ -17,6 +17,7 @@ from fnreg.plot.canvas import (
     check_same_grid,
     cuts,
     frame,
+    full_range,
     minus,
     need,
     new_figure,
@@ -27,7 +28,6 @@ from fnreg.plot.canvas import (
     root_mean_square,
     show,
     single,
-    window_of,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def overview(
         "before": f"moving − fixed, before\nroot mean square {root_mean_square(before):.3g}",
         "after": f"warped − fixed, after\nroot mean square {root_mean_square(after):.3g}",
     }
-    window = window_of(*(image for name in ("fixed", "moving", "warped") for _, image in columns[name]))
+    window = full_range(*(image for name in ("fixed", "moving", "warped") for _, image in columns[name]))
     reach = reach_of(*(image for name in told for _, image in columns[name]))
     figure, axes, bars = _overview_axes(looks, columns["moving"][0][0])
     shown: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def checkerboard(
     check_same_grid(warped, fixed)
     looks = cuts(fixed.grid, at)
     flat = [(look.of(fixed), look.of(warped)) for look in looks]
-    window = window_of(*(image for pair in flat for image in pair))
+    window = full_range(*(image for pair in flat for image in pair))
     side = max(float(look.grid.extent.max()) for look in looks) / tiles
     told = title or f"{tiles} tiles of fixed and warped in turn"
     figure, axes = panels(looks, title=None if len(looks) == 1 else told)
@@ -177,7 +177,7 @@ def overlay(
     check_same_grid(warped, fixed)
     looks = cuts(fixed.grid, at)
     flat = [(look.of(fixed), look.of(warped)) for look in looks]
-    low, high = window_of(*(image for pair in flat for image in pair))
+    low, high = full_range(*(image for pair in flat for image in pair))
     figure, axes = panels(looks, bar=False, extra=1.5, title=title)
     for axis, look, pair in zip(axes, looks, flat, strict=True):
         one, other = (torch.nan_to_num((image.data[0] - low) / (high - low)).clamp(0, 1) for image in pair)
@@ -238,7 +238,7 @@ def batch(fixeds: Image, movings: Image, warpeds: Image, count: int = 8, *, titl
     if count < 1:
         raise ValueError(f"count is {count}: show at least one pair")
     rows = {name: [single(name, _item(image, number)) for number in range(count)] for name, image in sides.items()}
-    window = window_of(*(image for row in rows.values() for image in row))
+    window = full_range(*(image for row in rows.values() for image in row))
     reach = window[1] - window[0]
     figure = new_figure(
         0.9 + 1.25 * count, 0.6 + 4 * 1.2 * proportion(*(box_of(image.grid) for image in rows["fixed"]))

@@ -262,6 +262,15 @@ class Mapping:
         """The map from moving to fixed world points."""
         return self._each(lambda mapping: mapping.transform.inverse(mapping.params, mapping.domain))
 
+    def parts(self) -> list[Mapping]:
+        """The mappings of which a composition consists, the one that acts first at the front; else itself alone."""
+        if not isinstance(self.transform, Sequential):
+            return [self]
+        transforms = self.transform.transforms
+        domains = (self.domain,) * len(transforms) if isinstance(self.domain, Grid) else self.domain
+        each = zip(self.params, domains, transforms, strict=True)
+        return [part for params, domain, one in each for part in Mapping(params, domain, one).parts()]
+
     def __matmul__(self, first: Mapping) -> Mapping:
         """Composition as of functions: `(a @ b)(p) = a(b(p))`."""
         return Mapping(
