@@ -33,7 +33,7 @@ from fnreg import (
 from fnreg.agreement import there_and_back
 
 FIGURE = Path(__file__).parent / "results" / "ants2d.png"
-SPLINE = SVFFD(stride=4, steps=8)
+SPLINE = SVFFD(stride=4, squarings=8)
 SMOOTH = 0.3 * bending + 0.03 * diffusion  # diffusion keeps the flow from leaving at the corners, where all is black
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SVFFD, NCC, symmetric": (SPLINE, {"objective": ncc + SMOOTH, "symmetric": True}),

@@ -91,13 +91,13 @@ def run(options: Options) -> list[Table]:
         weak = mse + 4e-5 * diffusion + 1.2e-4 * bending
         long = {"steps": STEPS, "optimizer": adam(0.5, decay=0.3), "objective": mse + 3e-4 * diffusion}
         for name, transform, settings in (
-            ("fnreg SVFFD(4), 70 + 60 + 50 + 28 steps", SVFFD(4, steps=7), QUICK | {"objective": weak}),
-            ("fnreg SVFFD(5), the tutorial's 800 steps", SVFFD(5, steps=6), long),
+            ("fnreg SVFFD(4), 70 + 60 + 50 + 28 steps", SVFFD(4, squarings=7), QUICK | {"objective": weak}),
+            ("fnreg SVFFD(5), the tutorial's 800 steps", SVFFD(5, squarings=6), long),
         ):
             begin = time.perf_counter()
             result = register(c, disc, transform, **given | settings)
             seconds = time.perf_counter() - begin
-            thirds = SVFFD(3 * transform.stride, steps=9)  # the flow of the same splines, as the demo samples it
+            thirds = SVFFD(3 * transform.stride, squarings=9)  # the flow of the same splines, as the demo samples it
             fine = Mapping(result.mapping.params, c.grid.resize(3 * 128), thirds)
             note(name, seconds, quality(dataclasses.replace(result, mapping=fine), c, disc))
         try:
@@ -109,7 +109,9 @@ def run(options: Options) -> list[Table]:
     radii = torch.linspace(36.0, 40.0, count).tolist()
     cs, discs = (stack([shape(128, radius=r, blur=2.0) for r in radii]) for shape in (c_shape, circle))
     begin = time.perf_counter()
-    many = register(cs, discs, SVFFD(4, steps=7), steps=(300, 200, 100, 40), optimizer=adam(0.5, decay=0.3), **given)
+    many = register(
+        cs, discs, SVFFD(4, squarings=7), steps=(300, 200, 100, 40), optimizer=adam(0.5, decay=0.3), **given
+    )
     seconds = time.perf_counter() - begin
     batch = Table(f"{count} such pairs in one call", ("seconds", "per pair", "mean value", "largest"))
     batch.rows.append((seconds, seconds / count, float(many.value.mean()), float(many.value.max())))

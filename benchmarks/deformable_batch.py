@@ -71,7 +71,7 @@ def run(options: Options) -> list[Table]:
     table = Table("28 x 28, 3 x 100 iterations", columns)
     every: list[Any] = [final_error(*pair, np.zeros((2, SIDE, SIDE))) for pair in zip(fixed, moving, strict=True)]
     table.rows.append(("none", None, None, float(np.mean(every[:few])), 0.0, float(np.mean(every)), None))
-    for name, transform in (("FFD", FFD(STRIDE)), ("SVFFD", SVFFD(STRIDE, steps=5))):
+    for name, transform in (("FFD", FFD(STRIDE)), ("SVFFD", SVFFD(STRIDE, squarings=5))):
         objective = mse + WEIGHTS[name][0] * bending
         given: dict[str, Any] = {"objective": objective, "levels": LEVELS}
         register(*images, transform, steps=2, **given)  # warm-up

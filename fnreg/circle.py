@@ -58,7 +58,7 @@ def circle_to_c(*, progress: Callable[[Event], None] | None = None) -> CircleToC
     result = register(
         c,
         disc,
-        SVFFD(stride=4, steps=STEPS),
+        SVFFD(stride=4, squarings=STEPS),
         objective=mse + 3e-4 * diffusion + 1e-3 * bending,
         optimizer=adam(0.5, decay=0.3),
         levels=4,
@@ -68,7 +68,7 @@ def circle_to_c(*, progress: Callable[[Event], None] | None = None) -> CircleToC
         progress=progress,
     )
     seconds = time.perf_counter() - begin
-    thirds = Mapping(result.mapping.params, c.grid.resize(3 * 128), SVFFD(stride=3 * 4, steps=STEPS + 2))
+    thirds = Mapping(result.mapping.params, c.grid.resize(3 * 128), SVFFD(stride=3 * 4, squarings=STEPS + 2))
     result = dataclasses.replace(result, mapping=thirds)
     inverse = result.inverse()
     away = there_and_back(result.mapping, inverse.mapping, c.grid, world=False)

@@ -61,10 +61,10 @@ __all__ = [
     "jacobian",
     "lie_bracket",
     "log",
+    "needed_squarings",
     "random_field",
     "resample_field",
     "sample_field",
-    "squarings",
     "statistics",
     "to_shift",
 ]
@@ -140,30 +140,30 @@ def compose_step(step: Tensor, vectors: Tensor, grid: Grid, scale: Tensor) -> Te
     return found
 
 
-def exp_shift(velocity: Tensor, steps: int, *, midpoint: bool = False) -> Tensor:
+def exp_shift(velocity: Tensor, squarings: int, *, midpoint: bool = False) -> Tensor:
     """The flow of a stationary velocity over unit time, by scaling and squaring.
 
-    u = v / 2^steps, then `steps` times u <- u(i) + u(i + u(i)).  The error falls as 2^-steps until that of the
+    u = v / 2^n, then n times u <- u(i) + u(i + u(i)).  The error falls as 2^-n until that of the
     interpolation remains.  Arsigny et al., "A log-Euclidean framework for statistics on diffeomorphisms", 2006,
     doi 10.1007/11866565_113.
 
-    midpoint : begin with a step of second order, u = h v(i + h v(i) / 2) with h = 2^-steps, for the cost of one more
-        squaring; then the error falls as 4^-steps, and below half a voxel only that of the interpolation is left
+    midpoint : begin with a step of second order, u = h v(i + h v(i) / 2) with h = 2^-n, for the cost of one more
+        squaring; then the error falls as 4^-n, and below half a voxel only that of the interpolation is left
 
-    Raises ValueError for a negative number of steps.
+    Raises ValueError for a negative number n of squarings.
     """
-    if steps < 0:
-        raise ValueError(f"steps is {steps}: the number of squarings is 0 or more")
+    if squarings < 0:
+        raise ValueError(f"squarings is {squarings}: expected 0 or more")
 
     def composed(velocity: Tensor) -> Tensor:
-        shift = velocity / 2**steps
+        shift = velocity / 2**squarings
         if midpoint:
             shift = after(shift / 2, shift).value.reshape(shift.shape)
-        for _ in range(steps):
+        for _ in range(squarings):
             shift = compose_shift(shift, shift)
         return shift
 
-    found = flow.flow(velocity, steps, midpoint, composed)
+    found = flow.flow(velocity, squarings, midpoint, composed)
     return composed(velocity) if found is None else found
 
 
@@ -247,24 +247,24 @@ def inverse_consistency(forward: Tensor, backward: Tensor, grid: Grid) -> Consis
 # -- flows ----------------------------------------------------------------------------------------------------------
 
 
-def squarings(velocity: Tensor, grid: Grid) -> int:
+def needed_squarings(velocity: Tensor, grid: Grid) -> int:
     """The least n for which the longest vector of v / 2^n is below half a voxel; vectors not finite do not count.
 
-    Raises ValueError inside vmap: a number of steps cannot depend on batched values.
+    Raises ValueError inside vmap: their number cannot depend on batched values.
     """
     shift = to_shift(velocity, grid).detach()
     if not is_concrete(shift):
-        raise ValueError("inside vmap the number of squarings cannot depend on the velocity: give steps")
+        raise ValueError("inside vmap the number of squarings cannot depend on the velocity: give squarings")
     longest = float(torch.nan_to_num(shift.to(torch.float64).norm(dim=0), nan=0.0, posinf=0.0).amax())
     return max(0, math.frexp(2 * longest)[1])
 
 
-def exp(velocity: Tensor, grid: Grid, *, steps: int | None = None, on: Grid | None = None) -> Tensor:
+def exp(velocity: Tensor, grid: Grid, *, squarings: int | None = None, on: Grid | None = None) -> Tensor:
     """The displacement of the flow of a stationary velocity over unit time, exp(v) - id.
 
     `exp_shift` with a first step of second order.
 
-    steps : number of squarings; by default as many as `squarings` finds, which is an error inside vmap
+    squarings : by default as many as `needed_squarings` finds, which is an error inside vmap
     on : a grid of the same world, often a coarser one, to compute on; by default that of the velocity
 
     The inverse is exp(-v), to the error of the interpolation.
@@ -276,13 +276,13 @@ def exp(velocity: Tensor, grid: Grid, *, steps: int | None = None, on: Grid | No
     tensor([0.2500, 0.2500])
     """
     if on is not None:
-        return resample_field(exp(resample_field(velocity, grid, on), on, steps=steps), on, grid)
-    count = squarings(velocity, grid) if steps is None else steps
+        return resample_field(exp(resample_field(velocity, grid, on), on, squarings=squarings), on, grid)
+    count = needed_squarings(velocity, grid) if squarings is None else squarings
     return from_shift(exp_shift(to_shift(velocity, grid), count, midpoint=True), grid)
 
 
 def log(
-    displacement: Tensor, grid: Grid, *, iterations: int = 5, terms: int = 2, steps: int | None = None
+    displacement: Tensor, grid: Grid, *, iterations: int = 5, terms: int = 2, squarings: int | None = None
 ) -> Logarithm:
     """The stationary velocity whose flow over unit time is a displacement, and how far its flow is from that.
 
@@ -293,14 +293,14 @@ def log(
 
     iterations : how often
     terms : order of `bch`
-    steps : squarings of each exponential; by default one more than `squarings` of the displacement
+    squarings : of each exponential; by default one more than `needed_squarings` of the displacement
 
     Not every diffeomorphism has a logarithm, and one far from the identity may not be found: look at the residual.
     """
-    count = squarings(displacement, grid) + 1 if steps is None else steps
+    count = needed_squarings(displacement, grid) + 1 if squarings is None else squarings
 
     def missing(v: Tensor) -> tuple[Tensor, Tensor]:
-        w = compose(displacement, exp(-v, grid, steps=count), grid)
+        w = compose(displacement, exp(-v, grid, squarings=count), grid)
         return w, to_shift(w.detach(), grid).square().sum(0).amax()
 
     best = velocity = displacement
@@ -310,7 +310,7 @@ def log(
         left, size = missing(velocity)
         better = ~(size >= least)  # NaN comes through
         best, least = torch.where(better, velocity, best), torch.where(better, size, least)
-    apart = to_shift((exp(best, grid, steps=count) - displacement).detach(), grid)
+    apart = to_shift((exp(best, grid, squarings=count) - displacement).detach(), grid)
     return Logarithm(best, apart.norm(dim=0).amax())
 
 

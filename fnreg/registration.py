@@ -401,5 +401,5 @@ def slower(transform: Transform, step: Tensor) -> str:
     fast, flow = step[(step > 1) & torch.isfinite(step)], transform.flow
     if not len(fast) or not isinstance(flow, Velocity):
         return "use more squarings, or a stronger penalty"
-    enough = flow.steps + math.ceil(math.log2(float(fast.max())))
-    return f"use {type(flow).__name__}(steps={enough}), or a stronger penalty"
+    enough = flow.squarings + math.ceil(math.log2(float(fast.max())))
+    return f"use {type(flow).__name__}(squarings={enough}), or a stronger penalty"

@@ -206,13 +206,22 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
 def test_a_field_leaves_all_it_promises(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sitk = pytest.importorskip("SimpleITK")
     saves = "params+xfm+warped+figures+inverse+displacement+jacobian"
-    options = ["--transform", "affine+svffd:stride=4,steps=5", "--penalty", "bending=100", "-n", "8", "--save", saves]
+    options = [
+        "--transform",
+        "affine+svffd:stride=4,squarings=5",
+        "--penalty",
+        "bending=100",
+        "-n",
+        "8",
+        "--save",
+        saves,
+    ]
     record = run(capsys, "-o", "out", *options)
     figures = ("checkerboard", "flow", "jacobian", "losses", "overview", "warped_grid")
     files = ["run.json", "transform.safetensors", "transform.h5", "inverse.safetensors", "inverse.h5", "warped.png"]
     files += ["warped.tif", "displacement.nii.gz", "inverse_displacement.nii.gz", "jacobian.nii.gz"]
     assert listing(folder / "out") == sorted(["figures", *(f"figures/{name}.png" for name in figures), *files])
-    assert record["stages"] == ["Affine()", "SVFFD(stride=4, steps=5)"] and len(record["steps"]) == 4
+    assert record["stages"] == ["Affine()", "SVFFD(stride=4, squarings=5)"] and len(record["steps"]) == 4
     assert record["objective"] == "mse + 100 * bending" and set(record["terms_after"]) == {"mse", "bending"}
     assert record["value_after"] < record["value_before"] and "matrix" not in record
 
@@ -250,7 +259,7 @@ def test_a_field_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "determinant" in out and "no folds" in out and "displacement" in out and "bending" in out
     assert "inverse      ends" in out
     assert cli.main(["info", "out/transform.safetensors"]) == 0
-    assert "SVFFD(stride=4, steps=6)" in capsys.readouterr().out
+    assert "SVFFD(stride=4, squarings=6)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -258,8 +267,8 @@ def test_a_field_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     [
         (["--transform", "ffd:stride=4x7", "--penalty", "bending=1e+3"], "FFD(stride=(4, 7))", "mse + 1000 * bending"),
         (
-            ["--transform", "svf:steps=4", "--penalty", "diffusion=50", "--penalty", "elasticity=10:mu=2,lam=0.5"],
-            "SVF(steps=4)",
+            ["--transform", "svf:squarings=4", "--penalty", "diffusion=50", "--penalty", "elasticity=10:mu=2,lam=0.5"],
+            "SVF(squarings=4)",
             "mse + 50 * diffusion + 10 * elasticity(lam=0.5, mu=2.0)",
         ),
         (["--transform", "displacement", "--penalty", "total_variation=9", "--similarity", "mae"], "Displacement()",
@@ -433,9 +442,9 @@ USAGE = {
     "stride, switch": (["--transform", "ffd:stride=true"], "stride is True: expected whole numbers"),
     "stride, long": (["--transform", "ffd:stride=40"], "40"),
     "strides for axes": (["--transform", "ffd:stride=4x4x4"], "FFD(stride=(4, 4, 4))"),
-    "steps of a flow": (["--transform", "svffd:steps=-1"], "number of squarings"),
-    "half a step": (["--transform", "svf:steps=2.5"], "expected a whole number"),
-    "two steps": (["--transform", "svf:steps=2x3"], "expected a whole number"),
+    "steps of a flow": (["--transform", "svffd:squarings=-1"], "squarings is -1: expected at least 0"),
+    "half a step": (["--transform", "svf:squarings=2.5"], "expected a whole number"),
+    "two steps": (["--transform", "svf:squarings=2x3"], "expected a whole number"),
     "smooth": (["--transform", "diffeomorphism:smooth=-1"], "expected gradient and smooth >= 0"),
     "option of a field": (["--transform", "displacement:stride=4"], "no option 'stride': its options are none"),
     "penalty": (["--transform", "ffd", "--penalty", "bendign=1"], "did you mean bending? choose from bending, diff"),

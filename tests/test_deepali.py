@@ -228,7 +228,7 @@ def test_a_velocity_comes_over_with_its_exponential_and_its_inverse(page: Any) -
     grid = core.Grid(size=(25, 17), spacing=(1.0, 1.25), center=(4.0, -1.0))
     theirs = spatial.StationaryVelocityFreeFormDeformation(grid, stride=2, steps=5)
     theirs.data_(0.2 * uniform(*theirs.params.shape).float()).update()
-    domain, transform = page.from_grid(grid), fnreg.SVFFD(stride=2, steps=5)
+    domain, transform = page.from_grid(grid), fnreg.SVFFD(stride=2, squarings=5)
     params, apart = page.from_spline(theirs.data()[0].detach().double(), domain, theirs.stride, transform)
     assert float(apart) < 1e-12
     found = Mapping(params, domain, transform)
@@ -356,7 +356,7 @@ def test_exponentials_with_the_same_squarings(page: Any, dimension: int, steps: 
     assert_close(found, expected, atol=1e-6, rtol=0)
     # The transforms begin with a step through its midpoint, which is nearer to the flow with as many squarings.
     flow = fields.from_shift(fields.exp_shift(fields.to_shift(v, grid), 12), grid)
-    ours = (fnreg.SVF(steps=steps).displacement({"velocity": v}, grid) - flow).square().mean()
+    ours = (fnreg.SVF(squarings=steps).displacement({"velocity": v}, grid) - flow).square().mean()
     assert float(ours) < float((expected - flow).square().mean())
 
 
@@ -720,8 +720,8 @@ def test_fields_of_the_world_are_exponentiated_in_the_world(page: Any) -> None:
     v = smooth(grid, 1.0)
     flow = data.FlowField(v.float(), page.to_grid(grid, core.Grid), core.Axes.WORLD)
     theirs = flow.batch().exp(steps=6).axes(core.Axes.WORLD).tensor()[0].double()
-    ours = fields.exp(v, grid, steps=6)
-    finer = fields.exp(v, grid, steps=10)
+    ours = fields.exp(v, grid, squarings=6)
+    finer = fields.exp(v, grid, squarings=10)
     assert_close(ours, finer, atol=1e-2, rtol=0)
     assert float((theirs - finer).norm(dim=0).max()) > 0.1
 

@@ -282,7 +282,7 @@ def test_the_inverse_of_a_flow_is_the_flow_back(transform: Any, dimension: int) 
     params = smooth_mapping(transform, grid, 4, 3.0, 3.0 if isinstance(transform, SVF) else 1.2).params
     points = inside(grid, 6.0)
     for steps in (3, 6):
-        mapping = Mapping(params, grid, dataclasses.replace(transform, steps=steps))
+        mapping = Mapping(params, grid, dataclasses.replace(transform, squarings=steps))
         back = mapping.inverse()
         assert back.transform == mapping.transform
         assert transform.negates
@@ -376,8 +376,8 @@ def test_refining_keeps_constant_and_linear_fields(dimension: int, size: tuple[i
 
 
 def test_options_that_make_no_sense_are_refused() -> None:
-    for made in (lambda: SVF(-1), lambda: SVFFD(4, steps=-2)):
-        with pytest.raises(ValueError, match=r"steps is -\d: the number of squarings is at least 0"):
+    for made in (lambda: SVF(-1), lambda: SVFFD(4, squarings=-2)):
+        with pytest.raises(ValueError, match=r"squarings is -\d: expected at least 0"):
             made()
     for options in ({"limit": 0.0}, {"limit": -1.0}, {"gradient": -1.0}, {"smooth": -0.5}, {"smooth": float("nan")}):
         with pytest.raises(ValueError, match="expected gradient and smooth >= 0 and limit > 0"):

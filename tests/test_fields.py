@@ -454,7 +454,7 @@ def test_the_flow_of_a_linear_field_is_that_of_its_matrix(dimension: int, dtype:
     if dtype == torch.float64:
         assert errors[False][2] / errors[False][3] == pytest.approx(2, rel=0.1)  # steps 3 and 4
         assert errors[True][2] / errors[True][3] == pytest.approx(4, rel=0.1)
-        found = fields.exp(velocity, grid, steps=10)
+        found = fields.exp(velocity, grid, squarings=10)
         assert_close(found, linear_field(torch.linalg.matrix_exp(matrix) - eye, grid), atol=1e-6, rtol=0)
 
 
@@ -484,7 +484,7 @@ def test_the_flow_of_nothing_is_the_identity(dimension: int) -> None:
     grid = oblique(SIZES[dimension])
     zero = torch.zeros(dimension, *grid.shape, dtype=torch.float64)
     for steps in (None, 0, 3):
-        assert torch.equal(fields.exp(zero, grid, steps=steps), zero)
+        assert torch.equal(fields.exp(zero, grid, squarings=steps), zero)
     assert torch.equal(fields.invert(zero, grid).field.abs(), zero)
     assert fields.log(zero, grid).residual == 0
 
@@ -510,19 +510,19 @@ def test_the_number_of_squarings_brings_all_vectors_below_half_a_voxel() -> None
     for voxels, expected in ((0.0, 0), (0.49, 0), (0.5, 1), (0.99, 1), (1.0, 2), (3.9, 3), (100.0, 8)):
         velocity = torch.zeros(2, 3, 4)
         velocity[0, 1, 2] = 2 * voxels  # world units
-        assert fields.squarings(velocity, grid) == expected
+        assert fields.needed_squarings(velocity, grid) == expected
     velocity[1, 0, 0] = torch.nan
     velocity[1, 0, 1] = torch.inf
-    assert fields.squarings(velocity, grid) == 8
-    assert fields.squarings(velocity.requires_grad_(), grid) == 8
-    assert fields.squarings(torch.full((2, 3, 4), torch.nan), grid) == 0
-    assert fields.squarings(torch.tensor([[torch.inf, 5.0, 0.0, 0.0]]), Grid((4,))) == 4
+    assert fields.needed_squarings(velocity, grid) == 8
+    assert fields.needed_squarings(velocity.requires_grad_(), grid) == 8
+    assert fields.needed_squarings(torch.full((2, 3, 4), torch.nan), grid) == 0
+    assert fields.needed_squarings(torch.tensor([[torch.inf, 5.0, 0.0, 0.0]]), Grid((4,))) == 4
     for vector, expected in ((0.4, 0.0), 0), ((0.4, 0.4), 1):  # voxels: one by one, however many
         shift = torch.tensor(vector).reshape(2, 1, 1).expand(2, 3, 4)
-        assert fields.squarings(from_shift(shift, grid), grid) == expected
-    assert fields.squarings(torch.full((2, 3, 4), 2.0**90), grid) == 92  # their squares overflow float32
+        assert fields.needed_squarings(from_shift(shift, grid), grid) == expected
+    assert fields.needed_squarings(torch.full((2, 3, 4), 2.0**90), grid) == 92  # their squares overflow float32
     assert_close(
-        fields.exp(velocity[:, :2, 2:].detach(), Grid((2, 2)), steps=None).isfinite().all(), torch.tensor(True)
+        fields.exp(velocity[:, :2, 2:].detach(), Grid((2, 2)), squarings=None).isfinite().all(), torch.tensor(True)
     )
 
 
@@ -530,8 +530,8 @@ def test_the_number_of_squarings_brings_all_vectors_below_half_a_voxel() -> None
 def test_a_flow_on_a_coarser_grid_is_nearly_that_on_the_grid(dimension: int) -> None:
     grid = oblique((24, 20, 16)[:dimension])
     velocity = wave(grid, 1.5)
-    fine = fields.exp(velocity, grid, steps=4)
-    assert_close(fields.exp(velocity, grid, steps=4, on=grid), fine, atol=1e-10, rtol=0)
+    fine = fields.exp(velocity, grid, squarings=4)
+    assert_close(fields.exp(velocity, grid, squarings=4, on=grid), fine, atol=1e-10, rtol=0)
     coarse = fields.exp(velocity, grid, on=grid.downsample())
     assert coarse.shape == fine.shape
     assert 1e-4 < rms(coarse - fine) < 0.12 * rms(fine)
@@ -544,7 +544,7 @@ def test_the_logarithm_undoes_the_exponential(dimension: int) -> None:
     displacement = fields.exp(velocity, grid)
     found = fields.log(displacement, grid)
     start = length(to_shift(fields.exp(displacement, grid) - displacement, grid))  # what v = u leaves
-    again = fields.exp(found.velocity, grid, steps=fields.squarings(displacement, grid) + 1)
+    again = fields.exp(found.velocity, grid, squarings=fields.needed_squarings(displacement, grid) + 1)
     assert found.residual == pytest.approx(length(to_shift(again - displacement, grid)), rel=1e-9)
     assert found.residual < 0.25 * start
     assert rms(found.velocity - velocity) < 0.3 * rms(displacement - velocity)
@@ -570,24 +570,24 @@ def test_of_the_velocities_on_the_way_the_one_that_misses_least_is_returned(dime
     velocity = displacement = amplitude * pair(grid)[0]
     missed: list[tuple[float, Tensor]] = []
     for _ in range(4):
-        missing = fields.compose(displacement, fields.exp(-velocity, grid, steps=5), grid)
+        missing = fields.compose(displacement, fields.exp(-velocity, grid, squarings=5), grid)
         missed.append((length(to_shift(missing, grid)), velocity))
         velocity = fields.bch(velocity, missing, grid)
     best = min(missed, key=lambda item: item[0])[1]
-    assert torch.equal(fields.log(displacement, grid, iterations=3, steps=5).velocity, best)
+    assert torch.equal(fields.log(displacement, grid, iterations=3, squarings=5).velocity, best)
 
 
 @every_dimension
 def test_what_is_not_given_has_the_values_that_are_told(dimension: int) -> None:
     grid = oblique((12, 10, 8)[:dimension])
     u, v = wave(grid, 2.0), wave(grid, seed=1)
-    steps = fields.squarings(u, grid) + 1
-    told = fields.log(u, grid, iterations=5, terms=2, steps=steps)
+    steps = fields.needed_squarings(u, grid) + 1
+    told = fields.log(u, grid, iterations=5, terms=2, squarings=steps)
     assert equal_bits(fields.log(u, grid), told)
     others = ({"iterations": 1}, {"terms": 1}, {"steps": steps + 1})
     assert not any(equal_bits(fields.log(u, grid, **other), told) for other in others)
     assert_close(fields.bch(u, v, grid), u + v + fields.lie_bracket(u, v, grid) / 2)
-    assert equal_bits(fields.exp(u, grid), fields.exp(u, grid, steps=steps - 1))
+    assert equal_bits(fields.exp(u, grid), fields.exp(u, grid, squarings=steps - 1))
     assert not equal_bits(fields.invert(u, grid, iterations=1), fields.invert(u, grid))
     shift = to_shift(u, grid)
     assert torch.equal(exp_shift(shift, 1), compose_shift(shift / 2, shift / 2))
@@ -854,8 +854,8 @@ def test_a_random_field_is_as_smooth_as_asked_in_the_world(smoothness: float) ->
 EVERYTHING: dict[str, Callable[[Tensor, Tensor, Grid], Any]] = {
     "compose": lambda u, v, g: fields.compose(u, v, g),
     "invert": lambda u, v, g: fields.invert(u, g),
-    "exp": lambda u, v, g: fields.exp(u, g, steps=3),
-    "log": lambda u, v, g: fields.log(u, g, iterations=2, terms=3, steps=2),
+    "exp": lambda u, v, g: fields.exp(u, g, squarings=3),
+    "log": lambda u, v, g: fields.log(u, g, iterations=2, terms=3, squarings=2),
     "bch": lambda u, v, g: fields.bch(u, v, g, terms=4),
     "jacobian": lambda u, v, g: fields.jacobian(u, g).flatten(0, 1),
     "determinant": lambda u, v, g: fields.determinant(u, g)[None],
@@ -962,8 +962,8 @@ def test_gradients_by_field_and_grid(dimension: int) -> None:
     for function in (
         lambda a, b, g: fields.compose(a, b, g),
         lambda a, b, g: fields.invert(a, g).field,
-        lambda a, b, g: fields.exp(a, g, steps=1),
-        lambda a, b, g: fields.log(a, g, iterations=1, steps=1).velocity,
+        lambda a, b, g: fields.exp(a, g, squarings=1),
+        lambda a, b, g: fields.log(a, g, iterations=1, squarings=1).velocity,
         lambda a, b, g: fields.bch(a, b, g, terms=3),
         lambda a, b, g: fields.determinant(a, g),
     ):
@@ -988,7 +988,7 @@ FIELD = torch.zeros(2, 3, 4)
         (lambda: fields.inverse_consistency(FIELD, torch.zeros(2, 4, 4), GRID), r"\(2, 4, 4\) but the grid"),
         (lambda: fields.inverse_consistency(torch.zeros(3, 3, 4), FIELD, GRID), r"\(3, 3, 4\) but the grid"),
         (lambda: compose_shift(FIELD, FIELD.mT), r"\(2, 3, 4\) and \(2, 4, 3\)"),
-        (lambda: exp_shift(FIELD, -1), "steps is -1"),
+        (lambda: exp_shift(FIELD, -1), "squarings is -1"),
         (lambda: invert_shift(FIELD, iterations=-1), "iterations is -1"),
         (lambda: fields.bch(FIELD, FIELD, GRID, terms=5), "terms is 5"),
         (lambda: fields.bch(FIELD, FIELD, GRID, terms=0), "terms is 0"),
@@ -1029,9 +1029,9 @@ def test_all_stays_on_the_device_and_in_the_dtype_of_the_field(dimension: int) -
         from_shift(field, grid),
         fields.compose(field, field, grid),
         fields.compose_step(field, field, grid, scale),
-        fields.exp(field, grid, steps=2),
-        fields.exp(field, grid, steps=1, on=grid.resize(2)),
-        *fields.log(field, grid, iterations=1, steps=1),
+        fields.exp(field, grid, squarings=2),
+        fields.exp(field, grid, squarings=1, on=grid.resize(2)),
+        *fields.log(field, grid, iterations=1, squarings=1),
         fields.inverse_consistency(field, field, grid).largest_voxels,
         fields.bch(field, field, grid, terms=4),
         fields.sample_field(field, grid, points),

@@ -315,8 +315,8 @@ LINEAR = [
 
 DENSE = [
     fnreg.FFD(stride=2),
-    fnreg.SVFFD(stride=3, steps=4),
-    fnreg.SVF(steps=3),
+    fnreg.SVFFD(stride=3, squarings=4),
+    fnreg.SVF(squarings=3),
     fnreg.Displacement(),
     fnreg.Diffeomorphism(gradient=0.5),
     fnreg.Held(fnreg.FFD(stride=3), ()),

@@ -104,7 +104,7 @@ def test_a_deformation_is_the_spline_of_scipy(dimension: int, data: Any) -> None
 def test_the_velocity_of_a_flow_is_the_spline_of_scipy(dimension: int) -> None:
     """The flow of a spline is the flow of its values at the voxels."""
     grid = oblique((9, 8, 7)[:dimension])
-    transform = SVFFD(3, steps=5)
+    transform = SVFFD(3, squarings=5)
     params = random_params(transform, grid, 3, 1.0)
     velocity = by_scipy(params["coefficients"], (3,) * dimension, grid, grid.points())
     field = {"velocity": velocity.mT.reshape(dimension, *grid.shape)}
@@ -125,7 +125,7 @@ def test_on_a_coarse_level_the_map_is_that_over_the_finest_voxels(dimension: int
 def test_a_constant_step_moves_everything(dimension: int) -> None:
     """Cubic B-splines sum to one, up to the border and beyond."""
     grid = oblique((10, 7, 9)[:dimension])
-    for transform in (FFD(3), SVFFD(4, steps=3)):
+    for transform in (FFD(3), SVFFD(4, squarings=3)):
         shift = tensor([0.3, -0.7, 1.1])[:dimension]
         step = tree_map(lambda leaf: shift.reshape(-1, *(1,) * dimension).expand_as(leaf), transform.zero_step(grid))  # noqa: B023
         params = transform.retract(transform.init(grid), step, grid)
@@ -146,7 +146,7 @@ def test_refining_changes_nothing(dimension: int, size: tuple[int, ...], stride:
     strides = stride if isinstance(stride, int) else stride[:dimension]
     levels = oblique(size[:dimension]).pyramid(4, min_size=5)  # some axes stop sooner than others
     assert len(levels) > 1
-    for transform in (FFD(strides), SVFFD(strides, steps=2)):
+    for transform in (FFD(strides), SVFFD(strides, squarings=2)):
         coarse = levels[-1]
         params = tree_map(lambda leaf: leaf.to(dtype), random_params(transform, coarse, 5))
         where = coarse.points()
@@ -235,7 +235,9 @@ def test_strides_that_make_no_sense_are_refused(kind: Any) -> None:
     assert kind(1).init(Grid((1, 6)))["coefficients"].shape == (2, 9, 3)
 
 
-@pytest.mark.parametrize("transform", [FFD((4, 2)), SVFFD(3, steps=2), Sequential((SVFFD((2, 3)), Affine()))], ids=str)
+@pytest.mark.parametrize(
+    "transform", [FFD((4, 2)), SVFFD(3, squarings=2), Sequential((SVFFD((2, 3)), Affine()))], ids=str
+)
 def test_json_gives_the_options_back(transform: Transform) -> None:
     again = Transform.from_dict(json.loads(json.dumps(transform.to_dict())))
     assert again == transform
@@ -293,5 +295,5 @@ def test_the_first_step_of_a_flow_is_that_of_a_deformation(dimension: int, data:
 def test_transforms_of_one_stride_share_a_lattice() -> None:
     grid = scene(3).grid
     assert FFD(4).lattice(grid) == SVFFD(4).lattice(grid)
-    assert dataclasses.replace(SVFFD(4), steps=2).lattice(grid) == SVFFD(4).lattice(grid)
+    assert dataclasses.replace(SVFFD(4), squarings=2).lattice(grid) == SVFFD(4).lattice(grid)
     assert FFD(4).lattice(grid).stride == (4, 4, 4)

@@ -141,11 +141,11 @@ def test_velocities_too_fast_for_their_squarings_are_told() -> None:
     fixed, moving = blobs(0), blobs(1)
     fast = {"coefficients": 8 * torch.ones(2, *SVFFD(stride=4).lattice(GRID).shape, dtype=torch.float64)}
     options: dict[str, Any] = {"levels": 1, "steps": 0, "initial": fast, "padding": "border"}
-    with pytest.warns(UserWarning, match=r"too fast for its squarings in 1 of 1 pairs.*use SVFFD\(steps=4\), or"):
-        register(fixed, moving, SVFFD(stride=4, steps=1), **options)
-    register(fixed, moving, SVFFD(stride=4, steps=4), **options)
-    both = Sequential((SVFFD(stride=4, steps=1), Affine()))
-    with pytest.warns(UserWarning, match=r"too fast.*use SVFFD\(steps=4\), or"):
+    with pytest.warns(UserWarning, match=r"too fast for its squarings in 1 of 1 pairs.*use SVFFD\(squarings=4\), or"):
+        register(fixed, moving, SVFFD(stride=4, squarings=1), **options)
+    register(fixed, moving, SVFFD(stride=4, squarings=4), **options)
+    both = Sequential((SVFFD(stride=4, squarings=1), Affine()))
+    with pytest.warns(UserWarning, match=r"too fast.*use SVFFD\(squarings=4\), or"):
         result = register(fixed, moving, both, **options | {"initial": (fast, Affine().init(GRID))})
     step = result.mapping.first_step()
     assert step is not None and 4 < float(step) <= 8  # so it takes three squarings more
@@ -158,7 +158,7 @@ def test_a_velocity_that_is_infinite_is_told_too() -> None:
     zero = torch.zeros(2, *GRID.shape, dtype=torch.float64)
     lost = {"velocity": torch.stack([zero, zero + 1e300])}
     with pytest.warns(SpeedWarning, match="in 1 of 2 pairs.*use more squarings, or a stronger penalty"):
-        register(*two, SVF(steps=1), initial=lost, levels=1, steps=0)
+        register(*two, SVF(squarings=1), initial=lost, levels=1, steps=0)
 
 
 def test_velocities_under_vmap_are_not_looked_at() -> None:
@@ -168,7 +168,7 @@ def test_velocities_under_vmap_are_not_looked_at() -> None:
         result = register(
             fixed,
             moving,
-            SVF(steps=3),
+            SVF(squarings=3),
             objective=mse + weight * bending,
             optimizer=adam(0.3, pure=True),
             levels=1,

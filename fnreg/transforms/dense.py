@@ -127,18 +127,18 @@ class OneField(Dense, abstract=True):
 class Velocity(OneField, abstract=True):
     """A field whose flow is the map: the negative field flows back."""
 
-    steps: int
+    squarings: int
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"steps is {self.steps}: the number of squarings is at least 0")
+        if self.squarings < 0:
+            raise ValueError(f"squarings is {self.squarings}: expected at least 0")
 
     def velocity_of(self, vectors: Tensor, domain: Domain) -> Tensor:
         """The velocity at the domain's voxels of the parameters, both in voxels along the axes."""
         return vectors
 
     def shift_of(self, vectors: Tensor, domain: Domain) -> Tensor:
-        return exp_shift(self.velocity_of(vectors, domain), self.steps, midpoint=True)
+        return exp_shift(self.velocity_of(vectors, domain), self.squarings, midpoint=True)
 
     @property
     def flow(self) -> Velocity:
@@ -146,7 +146,7 @@ class Velocity(OneField, abstract=True):
 
     def first_step(self, params: Params, domain: Domain) -> Tensor | None:
         velocity = self.velocity_of(in_voxels(params[self.name], first_domain(domain)), domain)
-        return longest(velocity) / 2**self.steps
+        return longest(velocity) / 2**self.squarings
 
     @property
     def negates(self) -> bool:
@@ -193,12 +193,12 @@ class Displacement(_Displacements):
 
 @dataclasses.dataclass(frozen=True)
 class SVF(_Voxels, Velocity):
-    """T = exp(v), params velocity v (D, [Z,] Y, X), by `steps` squarings; its inverse is exp(-v).
+    """T = exp(v), params velocity v (D, [Z,] Y, X), by so many `squarings`; its inverse is exp(-v).
 
     Arsigny et al. 2006, doi 10.1007/11866565_113.
     """
 
-    steps: int = 6
+    squarings: int = 6
     name: ClassVar[str] = "velocity"
 
 

@@ -131,11 +131,11 @@ class SVFFD(_Spline, Velocity):
     Stationary velocity free-form deformation; Modat et al. 2012, doi 10.1117/12.910397.
 
     stride : voxels of the finest level between control points, one number or one per axis
-    steps : squarings
+    squarings : of the flow, each of which doubles the time
     """
 
     stride: Stride = 4
-    steps: int = 6
+    squarings: int = 6
     name: ClassVar[str] = "coefficients"
 
     def __post_init__(self) -> None:
