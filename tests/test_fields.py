@@ -584,7 +584,7 @@ def test_what_is_not_given_has_the_values_that_are_told(dimension: int) -> None:
     steps = fields.needed_squarings(u, grid) + 1
     told = fields.log(u, grid, iterations=5, terms=2, squarings=steps)
     assert equal_bits(fields.log(u, grid), told)
-    others = ({"iterations": 1}, {"terms": 1}, {"steps": steps + 1})
+    others = ({"iterations": 1}, {"terms": 1}, {"squarings": steps + 1})
     assert not any(equal_bits(fields.log(u, grid, **other), told) for other in others)
     assert_close(fields.bch(u, v, grid), u + v + fields.lie_bracket(u, v, grid) / 2)
     assert equal_bits(fields.exp(u, grid), fields.exp(u, grid, squarings=steps - 1))
@@ -1002,8 +1002,8 @@ FIELD = torch.zeros(2, 3, 4)
         (lambda: fields.curl(torch.zeros(1, 4), Grid((4,))), "no curl"),
         (lambda: fields.affine_field(torch.eye(2), GRID), r"\(2, 2\): expected \(3, 3\)"),
         (lambda: fields.statistics(FIELD, GRID, mask=torch.zeros(3, 4)), r"\(3, 4\): expected \(1, 3, 4\)"),
-        (lambda: torch.func.vmap(lambda f: fields.exp(f, GRID))(FIELD[None]), "give steps"),
-        (lambda: torch.func.vmap(lambda f: fields.log(f, GRID).velocity)(FIELD[None]), "give steps"),
+        (lambda: torch.func.vmap(lambda f: fields.exp(f, GRID))(FIELD[None]), "give squarings"),
+        (lambda: torch.func.vmap(lambda f: fields.log(f, GRID).velocity)(FIELD[None]), "give squarings"),
     ],
 )
 def test_errors_say_what_was_given_and_expected(call: Callable[[], Any], told: str) -> None:
