@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
@@ -279,25 +280,28 @@ def beside_transforms() -> Any:
 
 
 def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Cache a function of hashable arguments that builds a tensor, up to `CONSTANT_BYTES` in all.
+    """Cache a function of hashable arguments that builds a tensor: the newest, up to `CONSTANT_BYTES` for each function.
 
-    What is cached is a plain tensor, whichever transform or mode asks first: built inside `grad` it would be a
+    The last one made is kept whatever its size.  Threads may ask at once; then it may be made twice.  What is cached is a plain tensor, whichever transform or mode asks first: built inside `grad` it would be a
     wrapper without storage for ever, built in inference mode it could not be differentiated.
     """
 
     kept: dict[Any, Tensor] = {}  # oldest first
+    lock = threading.Lock()
 
     @functools.wraps(function)
     def cached(*arguments: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return function(*arguments)
-        if arguments in kept:
-            return kept[arguments]
+        found = kept.get(arguments)
+        if found is not None:
+            return found
         with torch.inference_mode(False), beside_transforms():
             made = function(*arguments)
-        kept[arguments] = made
-        while len(kept) > 1 and sum(value.nbytes for value in kept.values()) > CONSTANT_BYTES:
-            kept.pop(next(iter(kept)), None)
+        with lock:
+            kept[arguments] = made
+            while len(kept) > 1 and sum(value.nbytes for value in kept.values()) > CONSTANT_BYTES:
+                del kept[next(iter(kept))]
         return made
 
     return cached
