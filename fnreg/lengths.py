@@ -78,7 +78,7 @@ def _lengths(vectors: Tensor) -> Tensor:
     """Per item (B, D, n) the largest squared length, the sum of squares and the largest entry, (B, 3) float64."""
     batch, dimension, n = vectors.shape
     chunks = -(-n // CHUNK)
-    found = torch.empty(batch, chunks, 3, dtype=torch.float64)
+    found = vectors.new_empty(batch, chunks, 3, dtype=torch.float64)
     arguments = (vectors.contiguous(), found, dimension, n, CHUNK)
     native.call("_lengths", vectors.dtype, None, arguments, batch * chunks, each=min(n, CHUNK))
     return torch.stack([found[..., 0].amax(1), found[..., 1].sum(1), found[..., 2].amax(1)], 1)

@@ -11,6 +11,7 @@ Learning rates are in voxels of the level; a tensor (B,) is one rate per pair.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple, Protocol
 
@@ -329,7 +330,8 @@ class Clip(Optimizer):
         return ()
 
     def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
-        squares = torch.as_tensor(sum(leaf.square().flatten(1).sum(1) for leaf in tree_leaves(gradient)))
+        each = (leaf.square().reshape(len(leaf), -1).sum(1) for leaf in tree_leaves(gradient))
+        squares = functools.reduce(torch.add, each)
         # The root of no gradient at all has no derivative: it is not taken.
         size = squares.clamp(min=self.norm**2).sqrt()
         return scale(gradient, torch.where(squares > self.norm**2, self.norm / size, 1.0)), state
@@ -384,6 +386,6 @@ def _descends(part: Any) -> bool:
 
 
 def _positive(name: str, value: Rate) -> None:
-    known = is_concrete(value) if isinstance(value, Tensor) else True
-    if known and not bool(torch.as_tensor((value > 0) & (value < math.inf)).all()):
+    fits: Any = (value > 0) & (value < math.inf)
+    if not (bool(fits) if not isinstance(fits, Tensor) else not is_concrete(fits) or bool(fits.all())):
         raise ValueError(f"{name} is {value}: it must be positive and finite")

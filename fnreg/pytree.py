@@ -280,10 +280,12 @@ def beside_transforms() -> Any:
 
 
 def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Cache a function of hashable arguments that builds a tensor: the newest, up to `CONSTANT_BYTES` for each function.
+    """Cache a function of hashable arguments that builds a tensor: the newest, up to `CONSTANT_BYTES` of each function.
 
-    The last one made is kept whatever its size.  Threads may ask at once; then it may be made twice.  What is cached is a plain tensor, whichever transform or mode asks first: built inside `grad` it would be a
-    wrapper without storage for ever, built in inference mode it could not be differentiated.
+    The last one made stays whatever its size.  Threads may ask at once; one tensor may then be made twice.  What is
+    cached is a plain tensor, whichever transform or mode asks first: built inside `grad` it would be a wrapper without
+    storage for ever, built in inference mode it could not be differentiated.  Such a function names the device of what
+    it makes: the default one may be another when it is asked again.
     """
 
     kept: dict[Any, Tensor] = {}  # oldest first

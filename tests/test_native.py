@@ -285,6 +285,52 @@ def test_a_process_without_kernels_samples_the_same(tmp_path: Path) -> None:
         assert_close(found, expected, rtol=0, atol=1e-13, equal_nan=True)
 
 
+KERNELS = """
+import torch, fnreg as f
+from fnreg import native
+from fnreg.pytree import stack
+
+def blob(x):
+    grid = f.Grid((13, 12, 11), device="cpu")
+    away = grid.points() - torch.tensor([x, 6.0, 5.0], dtype=torch.float64, device="cpu")
+    return f.Image(torch.exp(-away.square().sum(1) / 18).reshape(1, *grid.shape), grid)
+
+def masked(image):
+    return f.Subject(image, (image.data > 0.1).double())
+
+def found():
+    pairs = stack([blob(6.0), blob(6.5)]), stack([blob(7.0), blob(6.1)])
+    one, other = blob(6.0), blob(7.0)
+    ways = [
+        (f.Rigid(), f.mse, {"solver": f.GaussNewton()}),
+        (f.SVF(), f.mse + 0.1 * f.inverse_consistency, {"symmetric": True}),
+        (f.SVFFD(4), f.mi(samples=900), {"start": "header"}),
+        (f.Displacement(), f.mse + 0.1 * f.diffusion, {"solver": f.LBFGS()}),
+    ]
+    for transform, objective, options in ways:
+        yield f.register(one, other, transform, objective=objective, levels=2, steps=2, stop=None, **options)
+    yield f.register(*pairs, f.FFD(4), objective=f.lncc + 0.01 * f.bending, levels=2, steps=2)
+    yield f.register(masked(one), masked(other), f.Diffeomorphism(), objective=f.lncc, levels=1, steps=2)
+
+assert native.load() is not None
+torch.set_default_device("meta")
+there = [(result.mapping.displacement(), result.value) for result in found()]
+torch.set_default_device("cpu")
+for (field, value), result in zip(there, found(), strict=True):
+    assert torch.equal(field, result.mapping.displacement()) and torch.equal(value, result.value)
+"""
+
+
+@needs_compiler
+def test_the_kernels_never_write_into_tensors_of_another_default_device() -> None:
+    """Of a device without memory they would get null pointers, and the process would end."""
+    told = {"PYTHONPATH": os.pathsep.join([str(Path(fnreg.__file__).parents[1]), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS], env=os.environ | told, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # -- threads ---------------------------------------------------------------------------------------------------
 
 

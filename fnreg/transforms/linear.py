@@ -43,8 +43,8 @@ def _spread(domain: Grid) -> Tensor:
 
 @constant
 def _spread_of(size: tuple[int, ...], device: torch.device) -> Tensor:
-    squares = torch.tensor([max(n * n - 1, 3) / 12 for n in size], dtype=torch.float64)
-    return squares.sqrt().to(device)
+    squares = torch.tensor([max(n * n - 1, 3) / 12 for n in size], dtype=torch.float64, device=device)
+    return squares.sqrt()
 
 
 def _turning(domain: Grid) -> Tensor:
@@ -66,9 +66,9 @@ def _along(domain: Grid, matrix: Tensor) -> Tensor:
 
 def _upper(domain: Grid, values: Tensor) -> Tensor:
     """The strictly upper triangular matrix (D, D) of values (D (D - 1) / 2,), row by row."""
-    rows, columns = torch.triu_indices(domain.ndim, domain.ndim, 1)
+    rows, columns = torch.triu_indices(domain.ndim, domain.ndim, 1, device=values.device)
     basis = torch.zeros(len(rows), domain.ndim, domain.ndim, dtype=values.dtype, device=values.device)
-    basis[torch.arange(len(rows)), rows, columns] = 1
+    basis[torch.arange(len(rows), device=values.device), rows, columns] = 1
     return (values[:, None, None] * basis).sum(0)
 
 
@@ -109,7 +109,7 @@ class _Shear:
 
     @staticmethod
     def retract(value: Tensor, step: Tensor, domain: Grid) -> Tensor:
-        rows, columns = torch.triu_indices(domain.ndim, domain.ndim, 1).to(value.device)
+        rows, columns = torch.triu_indices(domain.ndim, domain.ndim, 1, device=value.device)
         spacing, spread = domain.spacing, _spread(domain)
         return value + step * spacing[rows] / (spacing[columns] * spread[columns])
 

@@ -84,9 +84,8 @@ class _Spline(OneField, abstract=True):
     def field(self, params: Params, domain: Domain) -> Any:
         grid, lattice = first_domain(domain), self.lattice(domain)
         # lengths along the axes, and the spacing of the finest grid, whose voxels the lattice counts
-        finest = grid.spacing * (torch.tensor(grid.size, dtype=torch.float64) / torch.tensor(lattice.size)).to(
-            grid.spacing
-        )
+        counts = (torch.tensor(n, dtype=torch.float64, device=grid.spacing.device) for n in (grid.size, lattice.size))
+        finest = grid.spacing * torch.div(*counts)
         return SplineField(along(grid, in_voxels(params[self.name], grid)), finest, lattice, grid.size)
 
     def refine(self, params: Params, domain: Domain, finer: Domain) -> Params:
