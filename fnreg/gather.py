@@ -25,6 +25,13 @@ PADDINGS = ("border", "zeros", "reflection")
 KNOT = {torch.float32: 1e-5, torch.float64: 1e-9}  # how near to a knot counts as on it, in voxels
 
 
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The type of coordinates beside data: that of the data; float32 for halves, which cannot count many voxels."""
+    if dtype in KNOT:
+        return dtype
+    return torch.float32 if dtype.is_floating_point else torch.float64
+
+
 class Sampled(NamedTuple):
     """Linear interpolation at N points."""
 

@@ -31,6 +31,7 @@ from fnreg.gather import (
     fill,
     gather,
     nearest,
+    precise,
     without_fill,
 )
 from fnreg.pytree import forward_levels, is_stored
@@ -44,7 +45,7 @@ def interpolate(
 ) -> Tensor:
     """Values of an image between its voxels.
 
-    data : (C, [Z,] Y, X), floating; integers too with "nearest", which keeps them exactly
+    data : (C, [Z,] Y, X), floating, halves by way of float32; integers too with "nearest", which keeps them exactly
     coords : (D, ...) voxel indices, x first
     interpolation : "linear"; "nearest" (halves round up); "cubic", the interpolating cubic B-spline (mirrored at the
         borders; equal to SciPy's order 3 with mode "mirror")
@@ -60,6 +61,9 @@ def interpolate(
     tensor([[1.0000, 1.5000, 3.0000]])
     """
     _check(data, coords, interpolation, padding)
+    kind = precise(data.dtype)
+    if data.is_floating_point() and data.dtype != kind:
+        return interpolate(data.to(kind), coords, interpolation=interpolation, padding=padding).to(data.dtype)
     flat = coords.reshape(coords.shape[0], -1)  # (D, N)
     if interpolation == "nearest":
         value = nearest(data, flat, padding)
@@ -73,12 +77,15 @@ def interpolate(
 def sample(data: Tensor, coords: Tensor, *, padding: Padding = "border") -> Sampled:
     """Linear interpolation, its derivative by the coordinates, and what lies inside, in one pass.
 
-    data : (C, [Z,] Y, X) floating
+    data : (C, [Z,] Y, X) floating, halves by way of float32
     coords : (D, N) voxel indices
 
     Value and gradient can be differentiated to any order, in reverse and in forward mode.
     """
     _check(data, coords, "linear", padding)
+    kind = precise(data.dtype)
+    if data.dtype != kind:
+        return Sampled(*(part.to(data.dtype) for part in sample(data.to(kind), coords, padding=padding)))
     if forward_levels() > 1:  # the tangents of a Function are not differentiated forward again
         return gather(data, coords.to(data.dtype), padding)
     found = _Linear.apply(data.unsqueeze(0), coords.to(data.dtype).unsqueeze(0), padding, 1)  # type: ignore[no-untyped-call]
