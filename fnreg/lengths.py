@@ -31,9 +31,14 @@ def longest(vectors: Tensor) -> Tensor:
     return _Longest.apply(vectors.flatten(1).unsqueeze(0)).squeeze(0)  # type: ignore[no-untyped-call]
 
 
+def rows(leaf: Tensor) -> Tensor:
+    """The entries of each item (B, ...) in a row, (B, n); of a number each (B, 1)."""
+    return leaf.unsqueeze(-1).flatten(1)
+
+
 def largest(leaf: Tensor) -> Tensor:
     """Largest absolute entry of each item (B, ...), in its type."""
-    flat = leaf.detach().flatten(1)
+    flat = rows(leaf.detach())
     if _is_plain(flat):
         return _lengths(flat.unsqueeze(1))[:, 2].to(leaf.dtype)
     return torch.maximum(flat.amax(1), -flat.amin(1))
@@ -41,7 +46,7 @@ def largest(leaf: Tensor) -> Tensor:
 
 def mean_square(leaf: Tensor) -> Tensor:
     """Mean square of the entries of each item (B, ...), float64."""
-    flat = leaf.flatten(1)
+    flat = rows(leaf)
     if _is_plain(flat):
         return _lengths(flat.unsqueeze(1))[:, 1] / flat.shape[1]
     return (flat.unsqueeze(1) @ flat.unsqueeze(2)).flatten().to(torch.float64) / flat.shape[1]
@@ -51,7 +56,7 @@ def is_finite(leaf: Tensor) -> Tensor:
     """Whether all entries of each item (B, ...) are finite, (B,)."""
     if _is_plain(leaf):
         return largest(leaf).isfinite()
-    return torch.isfinite(leaf).flatten(1).all(1)
+    return rows(torch.isfinite(leaf)).all(1)
 
 
 def scale_(leaf: Tensor, factor: Tensor) -> None:

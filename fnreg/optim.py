@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fnreg import native
-from fnreg.lengths import mean_square
+from fnreg.lengths import mean_square, rows
 from fnreg.pytree import is_concrete, is_tracked, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 Rate = float | Tensor
@@ -266,10 +266,10 @@ class Normalized(Optimizer):
         _check_fit(self, leaves, state.inner)
         inner = [self.momentum * v + g for v, g in zip(state.inner, leaves, strict=True)]
         # Largest entries first: squares of what is tiny would be 0, and of what is huge infinite.
-        size = torch.stack([v.abs().flatten(1).amax(1) for v in inner]).amax(0)  # (B,)
+        size = torch.stack([rows(v.abs()).amax(1) for v in inner]).amax(0)  # (B,)
         units = [v / _per_pair(torch.where(size == 0, 1, size), v) for v in inner]
         squares = [v.square().sum(1) if v.ndim > 2 else v.square() for v in units]
-        longest = torch.stack([square.flatten(1).amax(1) for square in squares]).amax(0)
+        longest = torch.stack([rows(square).amax(1) for square in squares]).amax(0)
         # A pair without any gradient stays where it is; NaN comes through.
         longest = torch.where(longest == 0, 1, longest).sqrt()
         steps = [-v / _per_pair(longest, v) for v in units]
@@ -330,7 +330,7 @@ class Clip(Optimizer):
         return ()
 
     def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
-        each = (leaf.square().reshape(len(leaf), -1).sum(1) for leaf in tree_leaves(gradient))
+        each = (rows(leaf.square()).sum(1) for leaf in tree_leaves(gradient))
         squares = functools.reduce(torch.add, each)
         # The root of no gradient at all has no derivative: it is not taken.
         size = squares.clamp(min=self.norm**2).sqrt()
