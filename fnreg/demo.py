@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fnreg import data, plot
-from fnreg.doctor import kernels
+from fnreg import data, native, plot
 from fnreg.image import Image
 from fnreg.io.files import WriteError
 from fnreg.levels import Event
@@ -363,7 +362,7 @@ def run_demo(output: Path) -> list[Row]:
     with Bars() as bars:
         bars.add("preparing")
         importlib.import_module("torchopt")
-        fast, told = kernels()
+        fast, told = native.kernels()
         prepared = time.perf_counter() - begin
         story = Story(bars)
         for part in (story.nines, story.turned_brain, story.brain, story.free_form, story.hundred):

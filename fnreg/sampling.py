@@ -23,14 +23,15 @@ from fnreg import native
 from fnreg.gather import (
     INTERPOLATIONS,
     KNOT,
-    PADDINGS,
     Interpolation,
     Padding,
     Sampled,
+    check_padding,
     cubic,
     fill,
     gather,
     nearest,
+    padding_code,
     precise,
     without_fill,
 )
@@ -105,8 +106,7 @@ def _check(data: Tensor, coords: Tensor, interpolation: str, padding: Padding) -
         raise ValueError(f"data have shape {tuple(data.shape)}: there is no voxel to sample")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"unknown interpolation {interpolation!r}: choose from {', '.join(INTERPOLATIONS)}")
-    if isinstance(padding, str) and padding not in PADDINGS:
-        raise ValueError(f"unknown padding {padding!r}: choose from {', '.join(PADDINGS)}, or a number")
+    check_padding(padding)
     if not data.is_floating_point():
         if interpolation != "nearest":
             raise TypeError(f"data are {data.dtype}: only 'nearest' samples integers; convert to float first")
@@ -141,7 +141,7 @@ def _compiled(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sampl
     gradient = data.new_empty(batch, channels, dimension, points)
     inside = data.new_empty(batch, points)
     counts = (data.shape[0], channels, points, div)
-    options = (*native.padding_code(padding), KNOT[data.dtype])
+    options = (*padding_code(padding), KNOT[data.dtype])
     arguments = (data, coords, value, gradient, inside, data.shape[:1:-1], *counts, *options)
     native.call("", data.dtype, dimension, arguments, batch * points)
     return Sampled(value, gradient, inside)
@@ -311,7 +311,7 @@ def _spread_compiled(
     values, coords = values.contiguous(), coords.contiguous()
     out = values.new_zeros(items, channels, *shape)
     counts = (items, channels, batch, points, div)
-    arguments = (values, coords, out, shape[::-1], *counts, native.padding_code(padding)[0], KNOT[values.dtype])
+    arguments = (values, coords, out, shape[::-1], *counts, padding_code(padding)[0], KNOT[values.dtype])
     each = max(1, batch // items) * points
     native.call("_spread", values.dtype, len(shape), arguments, items * channels, each=each)
     return out
