@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.native import CHUNK
-from fnreg.pytree import fold, forward_asked, is_stored, is_tracked, leading
+from fnreg.pytree import beside, fold, forward_asked, is_stored, is_tracked, leading
 
 
 def longest(vectors: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def scale_(leaf: Tensor, factor: Tensor) -> None:
             "_scale", leaf.dtype, None, (leaf, factor.to(torch.float64).contiguous(), leaf[0].numel()), leaf.numel()
         )
     else:
-        leaf.mul_(factor.to(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)))
+        leaf.mul_(beside(factor.to(leaf.dtype), leaf))
 
 
 def _is_plain(leaf: Tensor) -> bool:

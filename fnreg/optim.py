@@ -20,7 +20,15 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.lengths import mean_square, rows
-from fnreg.pytree import is_concrete, is_tracked, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from fnreg.pytree import (
+    beside,
+    is_concrete,
+    is_tracked,
+    tree_flatten,
+    tree_leaves,
+    tree_scale,
+    tree_unflatten,
+)
 
 Rate = float | Tensor
 
@@ -35,17 +43,6 @@ class Optimizer(Protocol):
     def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
         """The change of the step, and the next state."""
         ...
-
-
-def scale(step: Any, factor: Rate) -> Any:
-    """Multiply by a number, or by one per pair."""
-    if isinstance(factor, Tensor) and factor.ndim:
-        return tree_map(lambda leaf: leaf * _per_pair(factor.to(leaf.dtype), leaf), step)
-    return tree_map(lambda leaf: leaf * factor, step)
-
-
-def _per_pair(values: Tensor, leaf: Tensor) -> Tensor:
-    return values.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
 class _State(NamedTuple):
@@ -158,7 +155,7 @@ class Adam(Optimizer):
         rate = state.rate * self.decay**progress
         if state.method is not None:
             steps, inner = state.method.update(leaves, state.inner, inplace=False)
-            return scale(tree_unflatten(steps, spec), rate), state._replace(inner=inner)
+            return tree_scale(tree_unflatten(steps, spec), rate), state._replace(inner=inner)
         _check_fit(self, leaves, state.inner[0])
         m, v, count, mean = state.inner
         count = count + 1
@@ -180,7 +177,7 @@ class Adam(Optimizer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         m = self.b1 * m + (1 - self.b1) * g
         v = self.b2 * v + (1 - self.b2) * g * g
-        first, second, least = (_per_pair(factor.to(g.dtype), g) for factor in (first, second, least))
+        first, second, least = (beside(factor.to(g.dtype), g) for factor in (first, second, least))
         return m, v, -first * m / ((second * v + 1e-30).sqrt() + least)
 
     def _in_one_pass(
@@ -226,7 +223,7 @@ class SGD(Optimizer):
             steps = [-v for v in inner]
         else:
             steps, inner = state.method.update(leaves, state.inner, inplace=False)
-        return scale(tree_unflatten(steps, spec), state.rate * self.decay**progress), state._replace(inner=inner)
+        return tree_scale(tree_unflatten(steps, spec), state.rate * self.decay**progress), state._replace(inner=inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,13 +264,13 @@ class Normalized(Optimizer):
         inner = [self.momentum * v + g for v, g in zip(state.inner, leaves, strict=True)]
         # Largest entries first: squares of what is tiny would be 0, and of what is huge infinite.
         size = torch.stack([rows(v.abs()).amax(1) for v in inner]).amax(0)  # (B,)
-        units = [v / _per_pair(torch.where(size == 0, 1, size), v) for v in inner]
+        units = [v / beside(torch.where(size == 0, 1, size), v) for v in inner]
         squares = [v.square().sum(1) if v.ndim > 2 else v.square() for v in units]
         longest = torch.stack([rows(square).amax(1) for square in squares]).amax(0)
         # A pair without any gradient stays where it is; NaN comes through.
         longest = torch.where(longest == 0, 1, longest).sqrt()
-        steps = [-v / _per_pair(longest, v) for v in units]
-        return scale(tree_unflatten(steps, spec), state.rate * self.decay**progress), state._replace(inner=inner)
+        steps = [-v / beside(longest, v) for v in units]
+        return tree_scale(tree_unflatten(steps, spec), state.rate * self.decay**progress), state._replace(inner=inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +331,7 @@ class Clip(Optimizer):
         squares = functools.reduce(torch.add, each)
         # The root of no gradient at all has no derivative: it is not taken.
         size = squares.clamp(min=self.norm**2).sqrt()
-        return scale(gradient, torch.where(squares > self.norm**2, self.norm / size, 1.0)), state
+        return tree_scale(gradient, torch.where(squares > self.norm**2, self.norm / size, 1.0)), state
 
 
 @dataclasses.dataclass(frozen=True)

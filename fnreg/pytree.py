@@ -120,7 +120,19 @@ def tree_map(function: Callable[..., Any], tree: T, *others: Any) -> T:
 
 def tree_where(mask: Tensor, yes: T, no: T) -> T:
     """Per item of the leading axis: the leaves of `yes` where `mask` (B,) holds, else those of `no`."""
-    return tree_map(lambda a, b: torch.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, b), yes, no)
+    return tree_map(lambda a, b: torch.where(beside(mask, a), a, b), yes, no)
+
+
+def tree_scale(tree: T, factor: float | Tensor) -> T:
+    """The leaves times a number, or times one for each item of the leading axis, (B,)."""
+    if isinstance(factor, Tensor) and factor.ndim:
+        return tree_map(lambda leaf: leaf * beside(factor.to(leaf.dtype), leaf), tree)
+    return tree_map(lambda leaf: leaf * factor, tree)
+
+
+def beside(values: Tensor, leaf: Tensor) -> Tensor:
+    """One value for each item (B,) in as many axes as the leaf (B, ...)."""
+    return values.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
 def tree_choose(mask: Tensor, yes: T, no: T) -> T:
