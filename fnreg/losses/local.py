@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.filters import window_sums
+from fnreg.losses.functional import check_images
 from fnreg.native import CHUNK
 from fnreg.pytree import constant, fold, forward_asked, is_differentiated, leading
 from fnreg.windows import Taps, filtered, serves
@@ -50,8 +51,7 @@ def lncc(
     True
     """
     taps = _taps(radius, window, tuple(fixed.shape[:0:-1]))
-    if warped.shape != fixed.shape:
-        raise ValueError(f"warped has shape {tuple(warped.shape)} but fixed has {tuple(fixed.shape)}")
+    check_images(warped, fixed)
     if not 0 <= flat < 1:
         raise ValueError(f"flat is {flat}: expected a share of the standard deviation, at least 0 and below 1")
     if weights is not None and not weights.is_floating_point():
