@@ -223,7 +223,12 @@ class Linear(Transform, abstract=True):
         return ((change @ where.affine)[:-1] @ index).reshape(where.ndim, *where.shape)
 
     def inverse(self, params: Params, domain: Domain) -> Mapping:
-        matrix = torch.linalg.inv_ex(self.matrix(params, domain)).inverse
+        """In closed form.  A singular map has none: ValueError for one map; among those of a batch it is NaN."""
+        found = torch.linalg.inv_ex(self.matrix(params, domain))
+        singular = found.info != 0
+        if is_concrete(singular) and bool(singular.any()):
+            raise ValueError(f"the map of {self} is singular, so it has no inverse: no determinant may be 0")
+        matrix = torch.where(singular, torch.nan, found.inverse)
         return Mapping({"matrix": matrix}, first_domain(domain), Homogeneous())
 
     def fit(self, matrix: Tensor, domain: Domain) -> Params:
