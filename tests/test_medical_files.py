@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import fnreg
 from fnreg import extras, io
 from fnreg.io import ImageReadError, WriteError, read_image, read_labels, read_series, write_image
+from fnreg.io.simpleitk import quiet
 
 sitk = pytest.importorskip("SimpleITK")
 nibabel = pytest.importorskip("nibabel")
@@ -508,3 +509,19 @@ def test_gradients_go_through_monais_tensors() -> None:
     image = io.from_monai(MetaTensor(data, torch.eye(4)))
     image.data.square().sum().backward()
     assert data.grad is not None and torch.allclose(data.grad, 2 * data)
+
+
+def test_quiet_ends_with_the_last_who_asked_for_it() -> None:
+    switch = sitk.ProcessObject
+    before = switch.GetGlobalWarningDisplay()
+    switch.SetGlobalWarningDisplay(True)
+    try:
+        first, second = quiet(sitk), quiet(sitk)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not switch.GetGlobalWarningDisplay()  # the second still reads
+        second.__exit__(None, None, None)
+        assert switch.GetGlobalWarningDisplay()
+    finally:
+        switch.SetGlobalWarningDisplay(before)
