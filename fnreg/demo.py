@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fnreg import data, plot
+from fnreg import data, native, plot
 from fnreg.circle import LOSS, CircleToC, circle_figures, circle_table, circle_to_c, determinants
-from fnreg.doctor import kernels
 from fnreg.image import Image
 from fnreg.io.files import WriteError
 from fnreg.losses.terms import bending, mse
@@ -251,7 +250,7 @@ def run_demo(output: Path) -> list[Row]:
     with Bars() as bars:
         bars.add("preparing")
         importlib.import_module("torchopt")
-        fast, told = kernels()
+        fast, told = native.kernels()
         prepared = time.perf_counter() - begin
         story = Story(bars)
         for part in (story.nines, story.turned_brain, story.brain, story.free_form, story.hundred):

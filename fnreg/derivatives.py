@@ -44,11 +44,11 @@ def jacobian(field: Tensor, grid: Grid) -> Tensor:
 
 def determinant(field: Tensor, grid: Grid) -> Tensor:
     """The determinant of `jacobian`, ([Z,] Y, X): how volumes change, not positive where the map folds."""
-    return _determinant(jacobian(field, grid))
+    return determinant_of(jacobian(field, grid))
 
 
-def _determinant(rows: Tensor) -> Tensor:
-    """The determinants (...) of matrices (D, D, ...)."""
+def determinant_of(rows: Tensor) -> Tensor:
+    """The determinants (...) of matrices (D, D, ...), D up to 3."""
     if len(rows) == 1:
         return rows[0, 0]
     if len(rows) == 2:
@@ -110,7 +110,7 @@ def folded_cells(field: Tensor, grid: Grid) -> Tensor:
             at.append(edge)
         by_index = torch.stack(at, 1)  # (D, D, cells): component, axis
         by_world = (inverse.mT @ by_index.flatten(2)).reshape(by_index.shape)
-        folded = folded | ~(_determinant(by_world + _eye(by_world)) > 0)
+        folded = folded | ~(determinant_of(by_world + _eye(by_world)) > 0)
     return folded.sum()
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
-import shutil
 from importlib import metadata
 
 import torch
@@ -23,24 +21,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def kernels() -> tuple[bool, str]:
-    """Whether the compiled kernels are in use, and where they come from or why not."""
-    if os.environ.get("FNREG_NATIVE", "1") == "0":
-        return False, "switched off by FNREG_NATIVE=0"
-    library = native.load()
-    if library is not None:
-        return True, f"loaded from {library._name}"
-    compiler = native.compiler()
-    if not compiler:
-        return False, "there is no C compiler: install gcc or clang; plain torch is used, slower"
-    if shutil.which(shlex.split(compiler)[0]) is None:
-        return False, f"the compiler that CC names, {compiler}, is not there; plain torch is used, slower"
-    return False, f"{compiler} could not build them, or the cache folder cannot be written (FNREG_CACHE names another)"
-
-
 def report() -> dict[str, str]:
     """Everything by name, in reading order."""
-    loaded, reason = kernels()
+    kernels = native.kernels()
     found = {
         "fnreg": fnreg.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -54,7 +37,7 @@ def report() -> dict[str, str]:
         found["cuda"] = "no device" if torch.version.cuda else "this build of torch has no CUDA"
     if torch.backends.mps.is_available():
         found["mps"] = "available"
-    found["compiled kernels"] = f"{'in use' if loaded else 'not in use'}: {reason}"
+    found["compiled kernels"] = f"{'in use' if kernels.library else 'not in use'}: {kernels.reason}"
     for extra in extras.EXTRAS:
         missing = [module for module, there in extras.present(extra).items() if not there]
         fault = f'{", ".join(missing)} missing: pip install "fnreg[{extra}]"'

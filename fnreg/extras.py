@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Generator
-from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "plot": ("matplotlib", "PIL"),
@@ -35,17 +32,6 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         raise MissingExtraError(
             f'{purpose} needs {package}, which is not installed: run pip install "fnreg[{extra}]"', name=package
         ) from None
-
-
-@contextmanager
-def quiet(sitk: Any) -> Generator[None]:
-    """Without the warnings that ITK writes to the terminal beside its errors."""
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 def present(extra: str) -> dict[str, bool]:

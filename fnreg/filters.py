@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fnreg import windows
-from fnreg.pytree import constant
+from fnreg.pytree import constant, is_concrete
 
 NARROW = 8.0  # voxels: the standard deviation up to which a Gaussian is cut off and not a matrix
 FWHM = 2 * math.sqrt(2 * math.log(2))  # full width at half maximum of a Gaussian with unit standard deviation
@@ -49,7 +49,8 @@ def gaussian_matrix(n: int, sigma: Tensor) -> Tensor:
 def gaussian(data: Tensor, sigma: float | Sequence[float] | Tensor) -> Tensor:
     """Smooth data (C, [Z,] Y, X) with a Gaussian of `sigma` voxels per axis, x first.
 
-    At the borders the kernel is normalised by the part of it that lies inside, so constants are preserved.
+    At the borders the kernel is normalised by the part of it that lies inside, so constants are preserved.  Raises
+    ValueError for a sigma below 0 or NaN, and for as many as there are no axes.
 
     >>> import torch
     >>> from fnreg.filters import gaussian
@@ -64,6 +65,8 @@ def gaussian(data: Tensor, sigma: float | Sequence[float] | Tensor) -> Tensor:
             taps = tuple(windows.gaussian_taps(float(s), data.dtype) for s in given)
             return windows.windowed(data, taps, normalised=True)
     sigmas = torch.as_tensor(sigma, dtype=torch.float64, device=data.device)
+    if is_concrete(sigmas) and not bool((sigmas >= 0).all()):
+        raise ValueError(f"sigma is {sigmas.tolist()}: expected voxels, at least 0")
     sigmas = sigmas.expand(dimension) if sigmas.ndim == 0 else sigmas
     if sigmas.shape[-1] != dimension:
         raise ValueError(f"sigma has {sigmas.shape[-1]} values for data with {dimension} spatial axes")
@@ -99,7 +102,15 @@ def resize_matrix(n: int, m: int, device: torch.device) -> Tensor:
 
 
 def resize(data: Tensor, size: Sequence[int]) -> Tensor:
-    """Data (C, [Z,] Y, X) with `size` voxels per axis, x first, over the same extent, without aliasing."""
+    """Data (C, [Z,] Y, X) with `size` voxels per axis, x first, over the same extent, without aliasing.
+
+    Raises ValueError where that is no size for these axes.
+    """
+    if len(size) != data.ndim - 1 or min(size) < 1:
+        raise ValueError(
+            f"size is {tuple(size)} for data {tuple(data.shape)}: expected a voxel at least along each of its "
+            f"{data.ndim - 1} axes"
+        )
     matrices = [
         None if n == m else resize_matrix(n, m, data.device).to(data.dtype)
         for n, m in zip(data.shape[:0:-1], size, strict=True)

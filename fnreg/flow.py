@@ -48,7 +48,7 @@ def compose(
 @constant
 def _one(dimension: int, dtype: torch.dtype) -> Tensor:
     """One, and the matrix of one."""
-    return torch.eye(dimension, dtype=dtype) if dimension else torch.ones((), dtype=dtype)
+    return torch.eye(dimension, dtype=dtype, device="cpu") if dimension else torch.ones((), dtype=dtype, device="cpu")
 
 
 def flow(velocity: Tensor, steps: int, midpoint: bool, plain: Plain) -> Tensor | None:

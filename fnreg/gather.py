@@ -6,6 +6,7 @@ faster ways do not serve, and where derivatives beyond the first are asked for.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Sequence
@@ -21,8 +22,15 @@ Padding = Literal["border", "zeros", "reflection"] | float
 Place = tuple[Tensor, Tensor | None]  # offsets in memory; with constant padding, whether they are within the image
 
 INTERPOLATIONS = ("linear", "nearest", "cubic")
-PADDINGS = ("border", "zeros", "reflection")
+PADDINGS = ("border", "zeros", "reflection")  # in the order of the kernels' modes
 KNOT = {torch.float32: 1e-5, torch.float64: 1e-9}  # how near to a knot counts as on it, in voxels
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The type of coordinates beside data: that of the data; float32 for halves, which cannot count many voxels."""
+    if dtype in KNOT:
+        return dtype
+    return torch.float32 if dtype.is_floating_point else torch.float64
 
 
 class Sampled(NamedTuple):
@@ -40,7 +48,7 @@ def within(coords: Tensor, size: Sequence[int]) -> Tensor:
     return torch.stack(reach).all(0)
 
 
-def _fold(index: Tensor, n: int, padding: Padding) -> tuple[Tensor, Tensor | None]:
+def inside_index(index: Tensor, n: int, padding: Padding) -> tuple[Tensor, Tensor | None]:
     """An index inside [0, n), and where the padding is constant whether it was inside."""
     if padding == "reflection" and n > 1:
         index = torch.remainder(index, 2 * (n - 1))
@@ -60,9 +68,22 @@ def fill(padding: Padding) -> float:
     return 0.0 if isinstance(padding, str) else float(padding)
 
 
+def check_padding(padding: Padding) -> None:
+    """ValueError for a name that is none."""
+    if isinstance(padding, str) and padding not in PADDINGS:
+        raise ValueError(f"unknown padding {padding!r}: choose from {', '.join(PADDINGS)}, or a number")
+
+
+def padding_code(padding: Padding) -> tuple[ctypes.c_int, ctypes.c_double]:
+    """How the kernels are told what lies outside: a mode, and the constant that stands in for voxels there."""
+    check_padding(padding)
+    name = padding if isinstance(padding, str) else "zeros"
+    return ctypes.c_int(PADDINGS.index(name)), ctypes.c_double(fill(padding))
+
+
 def _place(index: Tensor, sizes: Sequence[int], k: int, padding: Padding) -> Place:
     """Where the index along axis k leads."""
-    folded, known = _fold(index, sizes[k], padding)
+    folded, known = inside_index(index, sizes[k], padding)
     return folded * math.prod(sizes[:k]), known
 
 

@@ -236,15 +236,23 @@ class Grid:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` gives the same grid back, to the last bit."""
         leaves = {name: getattr(self, name).tolist() for name in ("center", "spacing", "direction")}
-        return {"type": "Grid", "size": list(self.size), **leaves}
+        return {"type": "Grid", "size": list(self.size), **leaves} | (
+            {} if self.base is None else {"base": list(self.base)}
+        )
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Grid:
         """The grid that `to_dict` wrote.  Raises ValueError where a name is unknown or missing."""
         names = {"type", "size", "center", "spacing", "direction"}
-        if set(data) != names or data["type"] != "Grid":
+        if set(data) - {"base"} != names or data["type"] != "Grid":
             raise ValueError(f"not a grid: expected the keys {sorted(names)} with type 'Grid', got {sorted(data)}")
-        return Grid(data["size"], center=data["center"], spacing=data["spacing"], direction=data["direction"])
+        grid = Grid(data["size"], center=data["center"], spacing=data["spacing"], direction=data["direction"])
+        if "base" not in data:
+            return grid
+        base = grid._integers("base", data["base"])
+        if any(n < m for n, m in zip(base, grid.size, strict=True)):
+            raise ValueError(f"base is {base}, smaller than the size {grid.size}: it is that of the finest level")
+        return grid._with(grid.size, grid.spacing, grid.center, base)
 
     # -- coordinates ------------------------------------------------------------------------------------------
 

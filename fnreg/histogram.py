@@ -28,6 +28,7 @@ from fnreg.pytree import fold, forward_asked, forward_levels, is_stored, leading
 PART = 2**14  # voxels from which on a row is cut, and into how many parts at most: each has a histogram of its own
 PARTS = 32
 LEAST = 4  # bins: one window covers as many
+MOST = 4096  # a histogram has their square, for each channel and pair
 
 
 Ranges = tuple[tuple[float, float], tuple[float, float]]  # of warped and of fixed
@@ -42,7 +43,8 @@ def joint_histogram(
     bins : at least 4, the width of a window; the range of an image covers bins - 3 of them
     ranges : the least and the greatest value of either image, beyond which values are held there; None looks
 
-    Can be differentiated by all three to any order, in reverse and in forward mode.
+    Can be differentiated by all three to any order, in reverse and in forward mode.  Raises ValueError and TypeError
+    as `check` does.
 
     >>> import torch
     >>> from fnreg.histogram import joint_histogram
@@ -50,13 +52,35 @@ def joint_histogram(
     >>> joint_histogram(ramp, ramp, bins=5).sum(1)
     tensor([[0.1667, 0.8333, 1.0000, 0.8333, 0.1667]], dtype=torch.float64)
     """
-    share = None if weights is None else weights.unsqueeze(0)
+    check(warped, fixed, weights, bins)
+    share = None if weights is None else weights.reshape(1, 1, -1)
     images = warped.unsqueeze(0), fixed.unsqueeze(0), share
     if forward_asked():
         share = None if share is None else share.detach()
         scaled = _scaled(parzen.ends, warped.detach().unsqueeze(0), fixed.detach().unsqueeze(0), share, bins, ranges)
         return parzen.counted(*images, scaled, bins).squeeze(0)
     return _Histogram.apply(*images, bins, ranges)[0].squeeze(0)  # type: ignore[no-untyped-call]
+
+
+def check(warped: Tensor, fixed: Tensor, weights: Tensor | None, bins: int) -> None:
+    """ValueError where images (C, ...), weights (1, ...) or (...) and bins do not fit; TypeError for integers."""
+    if isinstance(bins, bool) or not isinstance(bins, (int, float)) or not (LEAST <= bins <= MOST and bins % 1 == 0):
+        raise ValueError(
+            f"bins is {bins}: expected a whole number of at least {LEAST}, for a window covers {LEAST}, "
+            f"and at most {MOST}"
+        )
+    if warped.shape != fixed.shape or warped.ndim < 2 or not warped.numel():
+        raise ValueError(
+            f"warped has shape {tuple(warped.shape)} and fixed {tuple(fixed.shape)}: "
+            "expected one shape (C, ...) with a voxel at least"
+        )
+    if not (warped.is_floating_point() and fixed.is_floating_point()):
+        raise TypeError(f"warped is {warped.dtype} and fixed {fixed.dtype}: expected floating point, convert to float")
+    if weights is not None and weights.shape not in (fixed.shape[1:], (1, *fixed.shape[1:])):
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)} beside images {tuple(fixed.shape)}: "
+            f"expected {(1, *fixed.shape[1:])}, one weight for each voxel"
+        )
 
 
 def _scaled(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fnreg import filters
-from fnreg.gather import Interpolation, Padding
+from fnreg.gather import Interpolation, Padding, precise
 from fnreg.grid import Grid, Scalars
 from fnreg.pytree import is_concrete, pytree_dataclass, static, tree_flatten, tree_map, tree_unflatten
 from fnreg.sampling import interpolate
@@ -141,14 +141,14 @@ class Image:
     def sample(self, points: Tensor, *, interpolation: Interpolation = "linear", padding: Padding = "border") -> Tensor:
         """Values (N, C) at world points (N, D)."""
         self._single()
-        coords = self.grid.world_to_index(points.to(torch.float64)).mT
-        return interpolate(self.data, coords.to(self.data.dtype), interpolation=interpolation, padding=padding).mT
+        coords = self.grid.world_to_index(points.to(torch.float64)).mT.to(precise(self.data.dtype))
+        return interpolate(self.data, coords, interpolation=interpolation, padding=padding).mT
 
     def resample(self, grid: Grid, *, interpolation: Interpolation = "linear", padding: Padding = "border") -> Image:
         """The image sampled at the voxels of another grid; smooth it first where that is coarser."""
         self._single()
-        coords = self.grid.world_to_index(grid.points()).mT
-        values = interpolate(self.data, coords.to(self.data.dtype), interpolation=interpolation, padding=padding)
+        coords = self.grid.world_to_index(grid.points()).mT.to(precise(self.data.dtype))
+        values = interpolate(self.data, coords, interpolation=interpolation, padding=padding)
         return Image(values.reshape(self.channels, *grid.shape), grid)
 
     def resize(self, size: int | Sequence[int]) -> Image:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
+from fnreg.lengths import rows
 from fnreg.notes import warn
 from fnreg.problem import Level
 from fnreg.pytree import tree_flatten, tree_known, tree_leaves, tree_map, tree_unflatten
@@ -229,8 +230,7 @@ class _Optimum(torch.autograd.Function):
 
 def _marked(step: Any, good: Tensor) -> Any:
     """NaN for the pairs without a derivative, but where nothing is asked of it: 0 of what is not known is 0."""
-    rows = [leaf.flatten(1) for leaf in tree_leaves(step)]
-    known = good | torch.stack([(row == 0).all(1) for row in rows]).all(0)
+    known = good | torch.stack([(rows(leaf) == 0).all(1) for leaf in tree_leaves(step)]).all(0)
     return tree_known(known, step)
 
 

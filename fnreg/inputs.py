@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fnreg.annotations import Annotations, Classes, Points, bad_points, check, points_of
 from fnreg.filters import FWHM, gaussian, resize
-from fnreg.gather import INTERPOLATIONS, Interpolation, Padding
+from fnreg.gather import INTERPOLATIONS, Interpolation, Padding, precise
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject, subject
 from fnreg.losses.objective import OF_LABELS, OF_POINTS, Objective
@@ -216,7 +216,7 @@ def prepare(
             check_device(name, item, here)
         for item in known:
             sizes |= batch_axes(name, item, item.ranks())[1]
-        known = [_fill(tree_map(Tensor.contiguous, tree_detach(item) if detach else item)) for item in known]
+        known = [_fill(tree_map(_ready, tree_detach(item) if detach else item)) for item in known]
         subjects.append(known)
         if isinstance(given, Sequence):
             sides.append((tuple(item.image for item in known), tuple(item.mask for item in known)))
@@ -262,6 +262,11 @@ def prepare(
     if not needs.isdisjoint(OF_POINTS):
         made = dataclasses.replace(made, points=(points_of(subjects[0][0]), points_of(subjects[1][0])))
     return made
+
+
+def _ready(leaf: Tensor) -> Tensor:
+    """In one piece, and in a precision in which steps can be taken."""
+    return (leaf.to(precise(leaf.dtype)) if leaf.is_floating_point() else leaf).contiguous()
 
 
 def _labels(

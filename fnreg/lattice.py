@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from fnreg import fields
 from fnreg.derivatives import Statistics
-from fnreg.gather import Padding
+from fnreg.gather import Padding, inside_index
 from fnreg.grid import Grid
 from fnreg.image import Image, Subject
 from fnreg.pytree import stack
@@ -176,16 +176,8 @@ def padded(data: Tensor, size: Size, beyond: Padding) -> Tensor:
         n = data.shape[dim]
         if m > n:
             index = torch.arange(-low, m - low, device=data.device)
-            data = data.index_select(dim, _mirrored(index, n) if beyond == "reflection" else index.clamp(0, n - 1))
+            data = data.index_select(dim, inside_index(index, n, beyond)[0])
     return data
-
-
-def _mirrored(index: Tensor, n: int) -> Tensor:
-    """About the centres of the outer voxels, again and again."""
-    if n == 1:
-        return torch.zeros_like(index)
-    index = index.remainder(2 * (n - 1))
-    return torch.minimum(index, 2 * (n - 1) - index)
 
 
 # -- back to the images' own grids -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.native import CHUNK
-from fnreg.pytree import fold, forward_asked, is_stored, is_tracked, leading
+from fnreg.pytree import beside, fold, forward_asked, is_stored, is_tracked, leading
 
 
 def longest(vectors: Tensor) -> Tensor:
@@ -31,9 +31,14 @@ def longest(vectors: Tensor) -> Tensor:
     return _Longest.apply(vectors.flatten(1).unsqueeze(0)).squeeze(0)  # type: ignore[no-untyped-call]
 
 
+def rows(leaf: Tensor) -> Tensor:
+    """The entries of each item (B, ...) in a row, (B, n); of a number each (B, 1)."""
+    return leaf.unsqueeze(-1).flatten(1)
+
+
 def largest(leaf: Tensor) -> Tensor:
     """Largest absolute entry of each item (B, ...), in its type."""
-    flat = leaf.detach().flatten(1)
+    flat = rows(leaf.detach())
     if _is_plain(flat):
         return _lengths(flat.unsqueeze(1))[:, 2].to(leaf.dtype)
     return torch.maximum(flat.amax(1), -flat.amin(1))
@@ -41,7 +46,7 @@ def largest(leaf: Tensor) -> Tensor:
 
 def mean_square(leaf: Tensor) -> Tensor:
     """Mean square of the entries of each item (B, ...), float64."""
-    flat = leaf.flatten(1)
+    flat = rows(leaf)
     if _is_plain(flat):
         return _lengths(flat.unsqueeze(1))[:, 1] / flat.shape[1]
     return (flat.unsqueeze(1) @ flat.unsqueeze(2)).flatten().to(torch.float64) / flat.shape[1]
@@ -51,7 +56,7 @@ def is_finite(leaf: Tensor) -> Tensor:
     """Whether all entries of each item (B, ...) are finite, (B,)."""
     if _is_plain(leaf):
         return largest(leaf).isfinite()
-    return torch.isfinite(leaf).flatten(1).all(1)
+    return rows(torch.isfinite(leaf)).all(1)
 
 
 def scale_(leaf: Tensor, factor: Tensor) -> None:
@@ -61,7 +66,7 @@ def scale_(leaf: Tensor, factor: Tensor) -> None:
             "_scale", leaf.dtype, None, (leaf, factor.to(torch.float64).contiguous(), leaf[0].numel()), leaf.numel()
         )
     else:
-        leaf.mul_(factor.to(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)))
+        leaf.mul_(beside(factor.to(leaf.dtype), leaf))
 
 
 def _is_plain(leaf: Tensor) -> bool:
@@ -78,7 +83,7 @@ def _lengths(vectors: Tensor) -> Tensor:
     """Per item (B, D, n) the largest squared length, the sum of squares and the largest entry, (B, 3) float64."""
     batch, dimension, n = vectors.shape
     chunks = -(-n // CHUNK)
-    found = torch.empty(batch, chunks, 3, dtype=torch.float64)
+    found = vectors.new_empty(batch, chunks, 3, dtype=torch.float64)
     arguments = (vectors.contiguous(), found, dimension, n, CHUNK)
     native.call("_lengths", vectors.dtype, None, arguments, batch * chunks, each=min(n, CHUNK))
     return torch.stack([found[..., 0].amax(1), found[..., 1].sum(1), found[..., 2].amax(1)], 1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fnreg import native
-from fnreg.gather import KNOT, Padding
+from fnreg.gather import KNOT, Padding, padding_code
 from fnreg.grid import index_points
 from fnreg.native import CHUNK
 
@@ -110,7 +110,7 @@ def warp(moving: Tensor, maps: Maps, *, padding: Padding | None = None) -> tuple
     shape, channels = maps.size[::-1], moving.shape[1]
     warped, inside = (moving.new_empty(batch, n, *shape) for n in (channels, 1))
     given = (moving, *maps.arguments(moving.dtype), warped, inside, moving.shape[:1:-1], moving.shape[0], channels)
-    options = (*native.padding_code("border" if padding is None else padding), KNOT[moving.dtype])
+    options = (*padding_code("border" if padding is None else padding), KNOT[moving.dtype])
     native.call("_warp", moving.dtype, maps.dimension, (*given, *options), batch * maps.points)
     return warped, inside
 
@@ -144,7 +144,7 @@ def _results(
 def _chunked(
     kernel: str, like: Tensor, maps: Maps, batch: int, arguments: Sequence[Any], padding: Padding | None
 ) -> None:
-    options = (*native.padding_code("border" if padding is None else padding), KNOT[like.dtype])
+    options = (*padding_code("border" if padding is None else padding), KNOT[like.dtype])
     chunks, each = -(-maps.points // CHUNK), min(maps.points, CHUNK)
     native.call(kernel, like.dtype, maps.dimension, (*arguments, *options), batch * chunks, each=each)
 

@@ -1,9 +1,10 @@
 """The C kernels: compiled once with the machine's own compiler, kept in the user's cache, loaded by ctypes.
 
 A cold build takes a second or two, a warm load none to speak of.  Where there is no compiler, or
-`FNREG_NATIVE=0` is set, `load` gives None and the callers take their plain torch path, which computes the same.
-`FNREG_CACHE` names another folder for the cache.  A cached file carries the hash of its content in its name, and
-one that does not match is built anew: loading a damaged library can end the process.
+`FNREG_NATIVE=0` is set, `load` gives None and the callers take their plain torch path, which computes the same;
+`kernels` tells why.  `FNREG_CACHE` names another folder for the cache; where it cannot be used each process builds its
+own.  A cached file carries the hash of its content in its name, and one that does not match is built anew: loading a
+damaged library can end the process.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fnreg.notes import warn
 
 COMMON = "common.h"
 SPATIAL = ("sampling.c",)  # compiled for each scalar type and dimension
@@ -43,15 +47,6 @@ REALS = {torch.float32: "float", torch.float64: "double"}  # the scalar types th
 def name(dtype: torch.dtype, dimension: int | None = None) -> str:
     """What the symbols for one scalar type, and dimension where they have one, begin with."""
     return f"linear_{REALS[dtype]}_{dimension}" if dimension else f"flat_{REALS[dtype]}"
-
-
-def padding_code(padding: str | float) -> tuple[ctypes.c_int, ctypes.c_double]:
-    """How the kernels are told what lies outside: a mode, and the constant that stands in for voxels there."""
-    named = {"border": 0, "zeros": 1, "reflection": 2}
-    if isinstance(padding, str) and padding not in named:
-        raise ValueError(f"unknown padding {padding!r}: choose from {', '.join(named)}, or a number")
-    fill = 0.0 if isinstance(padding, str) else float(padding)
-    return ctypes.c_int(named[padding] if isinstance(padding, str) else 1), ctypes.c_double(fill)
 
 
 def _unit() -> str:
@@ -100,37 +95,77 @@ def _cached(folder: Path, key: str) -> Path | None:
     return None
 
 
-def _build(folder: Path, key: str, compiler: list[str], unit: str) -> Path:
+def compiler() -> str:
+    """The command of the C compiler, which may have options; "" where there is none."""
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or ""
+
+
+def _command() -> list[str]:
+    """That of the compiler in parts; ValueError where it cannot be run."""
+    given = compiler()
+    if not given:
+        raise ValueError("there is no C compiler: install gcc or clang")
+    try:
+        parts = shlex.split(given)
+    except ValueError as problem:
+        raise ValueError(f"CC is {given}, which is no command: {problem}") from problem
+    if not parts or shutil.which(parts[0]) is None:
+        raise ValueError(f"the compiler that CC names, {given}, is not there")
+    return parts
+
+
+def _build(folder: Path, key: str, unit: str) -> Path:
+    command = _command()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         source, built = Path(scratch) / "kernels.c", Path(scratch) / "kernels.so"
         source.write_text(unit, encoding="utf-8")
-        command = [*compiler, *FLAGS, str(source), "-o", str(built), "-lm"]
+        command = [*command, *FLAGS, str(source), "-o", str(built), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         target = folder / f"kernels-{key}-{_digest(built.read_bytes())}.so"
         return built.replace(target)  # atomic: two processes may build at once
 
 
-def compiler() -> str:
-    """The command of the C compiler, which may have arguments; "" where there is none."""
-    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or ""
+class Kernels(NamedTuple):
+    """The compiled kernels, or None; and where they come from, or why there are none."""
+
+    library: ctypes.CDLL | None
+    reason: str
 
 
 @functools.cache
+def kernels() -> Kernels:
+    """The compiled kernels as they can be had here; a warning where there is a compiler and they cannot."""
+    if os.environ.get("FNREG_NATIVE", "1") == "0":
+        return Kernels(None, "switched off by FNREG_NATIVE=0")
+    try:
+        return _loaded()
+    except ValueError as problem:
+        return Kernels(None, str(problem))
+    except (OSError, subprocess.SubprocessError) as problem:
+        told = problem.stderr if isinstance(problem, subprocess.CalledProcessError) else None
+        reason = f"{compiler()} could not build them: {problem}"
+        reason += f"\n{told.decode(errors='replace').strip()[-1000:]}" if told else ""
+    warn(f"the compiled kernels are not in use, plain torch is slower: {reason}", stacklevel=3)
+    return Kernels(None, reason)
+
+
+def _loaded() -> Kernels:
+    unit = _unit()
+    key = _digest("\n".join((unit, *FLAGS, _machine(), compiler())).encode())
+    try:
+        folder = _folder()
+        path = _cached(folder, key) or _build(folder, key, unit)
+        return Kernels(ctypes.CDLL(str(path)), f"loaded from {path}")
+    except (OSError, RuntimeError) as problem:  # a folder that cannot be written, or whose files cannot be loaded
+        with tempfile.TemporaryDirectory() as scratch:
+            library = ctypes.CDLL(str(_build(Path(scratch), key, unit)))
+        return Kernels(library, f"built for this process alone, FNREG_CACHE may name a cache that serves: {problem}")
+
+
 def load() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had."""
-    if os.environ.get("FNREG_NATIVE", "1") == "0":
-        return None
-    command = compiler()
-    try:
-        unit, folder = _unit(), _folder()
-        key = _digest("\n".join((unit, *FLAGS, _machine(), command)).encode())
-        library = _cached(folder, key)
-        if library is None and command:
-            library = _build(folder, key, shlex.split(command), unit)
-        return None if library is None else ctypes.CDLL(str(library))
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
-        return None
+    return kernels().library
 
 
 def serves(*tensors: Tensor, voxels: int) -> bool:
@@ -160,8 +195,11 @@ def _argument(value: Any) -> Any:
         return ctypes.c_void_p(None if value is None else value.data_ptr())
     if isinstance(value, tuple):
         return (ctypes.c_int64 * len(value))(*value)
-    kinds: dict[type, Any] = {bool: ctypes.c_int, int: ctypes.c_int64, float: ctypes.c_double}
-    return kinds[type(value)](value) if type(value) in kinds else value
+    if isinstance(value, bool):
+        return ctypes.c_int(value)
+    if isinstance(value, Integral):
+        return ctypes.c_int64(int(value))
+    return ctypes.c_double(float(value)) if isinstance(value, Real) else value
 
 
 @functools.cache

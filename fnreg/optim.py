@@ -11,6 +11,7 @@ Learning rates are in voxels of the level; a tensor (B,) is one rate per pair.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple, Protocol
 
@@ -18,8 +19,16 @@ import torch
 from torch import Tensor
 
 from fnreg import native
-from fnreg.lengths import mean_square
-from fnreg.pytree import is_concrete, is_tracked, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from fnreg.lengths import mean_square, rows
+from fnreg.pytree import (
+    beside,
+    is_concrete,
+    is_tracked,
+    tree_flatten,
+    tree_leaves,
+    tree_scale,
+    tree_unflatten,
+)
 
 Rate = float | Tensor
 
@@ -34,17 +43,6 @@ class Optimizer(Protocol):
     def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
         """The change of the step, and the next state."""
         ...
-
-
-def scale(step: Any, factor: Rate) -> Any:
-    """Multiply by a number, or by one per pair."""
-    if isinstance(factor, Tensor) and factor.ndim:
-        return tree_map(lambda leaf: leaf * _per_pair(factor.to(leaf.dtype), leaf), step)
-    return tree_map(lambda leaf: leaf * factor, step)
-
-
-def _per_pair(values: Tensor, leaf: Tensor) -> Tensor:
-    return values.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
 class _State(NamedTuple):
@@ -164,7 +162,7 @@ class Adam(Optimizer):
         rate = state.rate * self.decay**progress
         if state.method is not None:
             steps, inner = state.method.update(leaves, state.inner, inplace=False)
-            return scale(tree_unflatten(steps, spec), rate), state._replace(inner=inner)
+            return tree_scale(tree_unflatten(steps, spec), rate), state._replace(inner=inner)
         _check_fit(self, leaves, state.inner[0])
         m, v, count, mean = state.inner
         count = count + 1
@@ -186,7 +184,7 @@ class Adam(Optimizer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         m = self.b1 * m + (1 - self.b1) * g
         v = self.b2 * v + (1 - self.b2) * g * g
-        first, second, least = (_per_pair(factor.to(g.dtype), g) for factor in (first, second, least))
+        first, second, least = (beside(factor.to(g.dtype), g) for factor in (first, second, least))
         return m, v, -first * m / ((second * v + 1e-30).sqrt() + least)
 
     def _in_one_pass(
@@ -232,7 +230,7 @@ class SGD(Optimizer):
             steps = [-v for v in inner]
         else:
             steps, inner = state.method.update(leaves, state.inner, inplace=False)
-        return scale(tree_unflatten(steps, spec), state.rate * self.decay**progress), state._replace(inner=inner)
+        return tree_scale(tree_unflatten(steps, spec), state.rate * self.decay**progress), state._replace(inner=inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,14 +270,14 @@ class Normalized(Optimizer):
         _check_fit(self, leaves, state.inner)
         inner = [self.momentum * v + g for v, g in zip(state.inner, leaves, strict=True)]
         # Largest entries first: squares of what is tiny would be 0, and of what is huge infinite.
-        size = torch.stack([v.abs().flatten(1).amax(1) for v in inner]).amax(0)  # (B,)
-        units = [v / _per_pair(torch.where(size == 0, 1, size), v) for v in inner]
+        size = torch.stack([rows(v.abs()).amax(1) for v in inner]).amax(0)  # (B,)
+        units = [v / beside(torch.where(size == 0, 1, size), v) for v in inner]
         squares = [v.square().sum(1) if v.ndim > 2 else v.square() for v in units]
-        longest = torch.stack([square.flatten(1).amax(1) for square in squares]).amax(0)
+        longest = torch.stack([rows(square).amax(1) for square in squares]).amax(0)
         # A pair without any gradient stays where it is; NaN comes through.
         longest = torch.where(longest == 0, 1, longest).sqrt()
-        steps = [-v / _per_pair(longest, v) for v in units]
-        return scale(tree_unflatten(steps, spec), state.rate * self.decay**progress), state._replace(inner=inner)
+        steps = [-v / beside(longest, v) for v in units]
+        return tree_scale(tree_unflatten(steps, spec), state.rate * self.decay**progress), state._replace(inner=inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,10 +334,11 @@ class Clip(Optimizer):
         return ()
 
     def update(self, gradient: Any, state: Any, progress: Rate) -> tuple[Any, Any]:
-        squares = torch.as_tensor(sum(leaf.square().flatten(1).sum(1) for leaf in tree_leaves(gradient)))
+        each = (rows(leaf.square()).sum(1) for leaf in tree_leaves(gradient))
+        squares = functools.reduce(torch.add, each)
         # The root of no gradient at all has no derivative: it is not taken.
         size = squares.clamp(min=self.norm**2).sqrt()
-        return scale(gradient, torch.where(squares > self.norm**2, self.norm / size, 1.0)), state
+        return tree_scale(gradient, torch.where(squares > self.norm**2, self.norm / size, 1.0)), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,6 +390,6 @@ def _descends(part: Any) -> bool:
 
 
 def _positive(name: str, value: Rate) -> None:
-    known = is_concrete(value) if isinstance(value, Tensor) else True
-    if known and not bool(torch.as_tensor((value > 0) & (value < math.inf)).all()):
+    fits: Any = (value > 0) & (value < math.inf)
+    if not (bool(fits) if not isinstance(fits, Tensor) else not is_concrete(fits) or bool(fits.all())):
         raise ValueError(f"{name} is {value}: it must be positive and finite")

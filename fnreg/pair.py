@@ -227,7 +227,8 @@ def pair_normal_equations(
 
     slopes, found = jacfwd(along, has_aux=True)(zero)
     dtype, grid = pair.fixed.data.dtype, pair.fixed.grid
-    by_step = torch.cat([leaf.flatten(2) for leaf in tree_leaves(slopes)], 2).to(dtype)  # (D, N or D + 1, P)
+    parts = [leaf.unsqueeze(-1).flatten(2) for leaf in tree_leaves(slopes)]
+    by_step = torch.cat(parts, 2).to(dtype)  # (D, N or D + 1, P)
     index = index_points(grid.size, dtype, found.device)
     coords = found.to(dtype) @ index if linear else found
     seen, weights = pair_seen(pair, coords, padding)

@@ -21,7 +21,6 @@ from fnreg.grid import Grid
 from fnreg.lengths import scale_
 from fnreg.losses.objective import OF_IMAGES, OF_THE_MAP, Objective
 from fnreg.mapped import ByMap, Maps, Squares, pull, serves, squares, warp
-from fnreg.optim import scale
 from fnreg.pair import Pair, cut, in_sight, pair_map, splits
 from fnreg.pytree import (
     Axes,
@@ -32,6 +31,7 @@ from fnreg.pytree import (
     tree_flatten,
     tree_leaves,
     tree_map,
+    tree_scale,
     tree_unflatten,
     tree_vmap,
 )
@@ -234,7 +234,7 @@ class Passes:
         matrix, shift = found.by_map
         if shift is not None:
             scale_(shift, factor)
-        by_map = ByMap(None if matrix is None else scale(matrix, factor), shift)
+        by_map = ByMap(None if matrix is None else tree_scale(matrix, factor), shift)
         return by_map, value, self._terms_of(found)
 
     # -- other terms -------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
@@ -119,7 +120,19 @@ def tree_map(function: Callable[..., Any], tree: T, *others: Any) -> T:
 
 def tree_where(mask: Tensor, yes: T, no: T) -> T:
     """Per item of the leading axis: the leaves of `yes` where `mask` (B,) holds, else those of `no`."""
-    return tree_map(lambda a, b: torch.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, b), yes, no)
+    return tree_map(lambda a, b: torch.where(beside(mask, a), a, b), yes, no)
+
+
+def tree_scale(tree: T, factor: float | Tensor) -> T:
+    """The leaves times a number, or times one for each item of the leading axis, (B,)."""
+    if isinstance(factor, Tensor) and factor.ndim:
+        return tree_map(lambda leaf: leaf * beside(factor.to(leaf.dtype), leaf), tree)
+    return tree_map(lambda leaf: leaf * factor, tree)
+
+
+def beside(values: Tensor, leaf: Tensor) -> Tensor:
+    """One value for each item (B,) in as many axes as the leaf (B, ...)."""
+    return values.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
 def tree_known(known: Tensor, tree: T) -> T:
@@ -288,25 +301,30 @@ def beside_transforms() -> Any:
 
 
 def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Cache a function of hashable arguments that builds a tensor, up to `CONSTANT_BYTES` in all.
+    """Cache a function of hashable arguments that builds a tensor: the newest, up to `CONSTANT_BYTES` of each function.
 
-    What is cached is a plain tensor, whichever transform or mode asks first: built inside `grad` it would be a
-    wrapper without storage for ever, built in inference mode it could not be differentiated.
+    The last one made stays whatever its size.  Threads may ask at once; one tensor may then be made twice.  What is
+    cached is a plain tensor, whichever transform or mode asks first: built inside `grad` it would be a wrapper without
+    storage for ever, built in inference mode it could not be differentiated.  Such a function names the device of what
+    it makes: the default one may be another when it is asked again.
     """
 
     kept: dict[Any, Tensor] = {}  # oldest first
+    lock = threading.Lock()
 
     @functools.wraps(function)
     def cached(*arguments: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return function(*arguments)
-        if arguments in kept:
-            return kept[arguments]
+        found = kept.get(arguments)
+        if found is not None:
+            return found
         with torch.inference_mode(False), beside_transforms():
             made = function(*arguments)
-        kept[arguments] = made
-        while len(kept) > 1 and sum(value.nbytes for value in kept.values()) > CONSTANT_BYTES:
-            kept.pop(next(iter(kept)), None)
+        with lock:
+            kept[arguments] = made
+            while len(kept) > 1 and sum(value.nbytes for value in kept.values()) > CONSTANT_BYTES:
+                del kept[next(iter(kept))]
         return made
 
     return cached

@@ -23,14 +23,16 @@ from fnreg import native
 from fnreg.gather import (
     INTERPOLATIONS,
     KNOT,
-    PADDINGS,
     Interpolation,
     Padding,
     Sampled,
+    check_padding,
     cubic,
     fill,
     gather,
     nearest,
+    padding_code,
+    precise,
     without_fill,
 )
 from fnreg.pytree import forward_levels, is_stored
@@ -44,7 +46,7 @@ def interpolate(
 ) -> Tensor:
     """Values of an image between its voxels.
 
-    data : (C, [Z,] Y, X), floating; integers too with "nearest", which keeps them exactly
+    data : (C, [Z,] Y, X), floating, halves by way of float32; integers too with "nearest", which keeps them exactly
     coords : (D, ...) voxel indices, x first
     interpolation : "linear"; "nearest" (halves round up); "cubic", the interpolating cubic B-spline (mirrored at the
         borders; equal to SciPy's order 3 with mode "mirror")
@@ -60,6 +62,9 @@ def interpolate(
     tensor([[1.0000, 1.5000, 3.0000]])
     """
     _check(data, coords, interpolation, padding)
+    kind = precise(data.dtype)
+    if data.is_floating_point() and data.dtype != kind:
+        return interpolate(data.to(kind), coords, interpolation=interpolation, padding=padding).to(data.dtype)
     flat = coords.reshape(coords.shape[0], -1)  # (D, N)
     if interpolation == "nearest":
         value = nearest(data, flat, padding)
@@ -73,12 +78,15 @@ def interpolate(
 def sample(data: Tensor, coords: Tensor, *, padding: Padding = "border") -> Sampled:
     """Linear interpolation, its derivative by the coordinates, and what lies inside, in one pass.
 
-    data : (C, [Z,] Y, X) floating
+    data : (C, [Z,] Y, X) floating, halves by way of float32
     coords : (D, N) voxel indices
 
     Value and gradient can be differentiated to any order, in reverse and in forward mode.
     """
     _check(data, coords, "linear", padding)
+    kind = precise(data.dtype)
+    if data.dtype != kind:
+        return Sampled(*(part.to(data.dtype) for part in sample(data.to(kind), coords, padding=padding)))
     if forward_levels() > 1:  # the tangents of a Function are not differentiated forward again
         return gather(data, coords.to(data.dtype), padding)
     found = _Linear.apply(data.unsqueeze(0), coords.to(data.dtype).unsqueeze(0), padding, 1)  # type: ignore[no-untyped-call]
@@ -98,8 +106,7 @@ def _check(data: Tensor, coords: Tensor, interpolation: str, padding: Padding) -
         raise ValueError(f"data have shape {tuple(data.shape)}: there is no voxel to sample")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"unknown interpolation {interpolation!r}: choose from {', '.join(INTERPOLATIONS)}")
-    if isinstance(padding, str) and padding not in PADDINGS:
-        raise ValueError(f"unknown padding {padding!r}: choose from {', '.join(PADDINGS)}, or a number")
+    check_padding(padding)
     if not data.is_floating_point():
         if interpolation != "nearest":
             raise TypeError(f"data are {data.dtype}: only 'nearest' samples integers; convert to float first")
@@ -134,7 +141,7 @@ def _compiled(data: Tensor, coords: Tensor, padding: Padding, div: int) -> Sampl
     gradient = data.new_empty(batch, channels, dimension, points)
     inside = data.new_empty(batch, points)
     counts = (data.shape[0], channels, points, div)
-    options = (*native.padding_code(padding), KNOT[data.dtype])
+    options = (*padding_code(padding), KNOT[data.dtype])
     arguments = (data, coords, value, gradient, inside, data.shape[:1:-1], *counts, *options)
     native.call("", data.dtype, dimension, arguments, batch * points)
     return Sampled(value, gradient, inside)
@@ -304,7 +311,7 @@ def _spread_compiled(
     values, coords = values.contiguous(), coords.contiguous()
     out = values.new_zeros(items, channels, *shape)
     counts = (items, channels, batch, points, div)
-    arguments = (values, coords, out, shape[::-1], *counts, native.padding_code(padding)[0], KNOT[values.dtype])
+    arguments = (values, coords, out, shape[::-1], *counts, padding_code(padding)[0], KNOT[values.dtype])
     each = max(1, batch // items) * points
     native.call("_spread", values.dtype, len(shape), arguments, items * channels, each=each)
     return out

@@ -49,7 +49,7 @@ def windowed(data: Tensor, taps: Taps, *, normalised: bool) -> Tensor:
 @constant
 def _weights(taps: Taps, dtype: torch.dtype) -> Tensor:
     """All weights, one axis after the other."""
-    return torch.tensor([w for axis in taps for w in axis], dtype=torch.float64).to(dtype)
+    return torch.tensor([w for axis in taps for w in axis], dtype=torch.float64, device="cpu").to(dtype)
 
 
 @constant
@@ -57,8 +57,8 @@ def _scale(taps: Taps, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """One over the sum of the weights that lie inside, per place, one axis after the other."""
     inside: list[Tensor] = []
     for w, n in zip(taps, size, strict=True):
-        line = torch.tensor([*w[:0:-1], *w], dtype=torch.float64)
-        inside.append(torch.nn.functional.conv1d(torch.ones(1, 1, n).double(), line[None, None], padding=len(w) - 1))
+        line = torch.tensor([*w[:0:-1], *w], dtype=torch.float64, device="cpu")
+        inside.append(torch.nn.functional.conv1d(line.new_ones(1, 1, n), line[None, None], padding=len(w) - 1))
     return 1 / torch.cat([part.flatten() for part in inside]).to(dtype)
 
 
@@ -73,7 +73,7 @@ def filtered(data: Tensor, taps: Taps, normalised: bool, transposed: bool) -> Te
     given = tuple(w[:n] for w, n in zip(given, size, strict=True))
     weights = _weights(given, data.dtype)
     scale = _scale(given, size, data.dtype) if normalised else None
-    lost = torch.zeros(1, dtype=torch.int64)
+    lost = torch.zeros(1, dtype=torch.int64, device=data.device)
     planes, each = data.numel() // (size[0] * size[1]), size[0] * size[1]
     radius = tuple(len(w) - 1 for w in given)
     arguments = (data, found, size, weights, radius, scale, transposed, lost)

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 import fnreg
-from fnreg import cli, extras, io
-from fnreg.doctor import kernels
+from fnreg import cli, extras, io, native
 from fnreg.output import OutputError, OutputFolder
 from fnreg.progress import Bars, fraction
 from fnreg.settings import Settings
@@ -735,15 +734,16 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert fnreg.__version__ in out and "compiled kernels" in out and "extra plot" in out
+    monkeypatch.setattr(native, "kernels", native.kernels.__wrapped__)  # without its memory
     monkeypatch.setenv("FNREG_NATIVE", "0")
     assert cli.main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["compiled kernels"] == "not in use: switched off by FNREG_NATIVE=0"
     monkeypatch.delenv("FNREG_NATIVE")
-    monkeypatch.setattr("fnreg.native.load", lambda: None)
     monkeypatch.setenv("CC", f"{sys.executable} -O2")  # with arguments
-    assert kernels()[1].startswith(f"{sys.executable} -O2 could not build them")
+    with pytest.warns(UserWarning, match="the compiled kernels are not in use"):
+        assert native.kernels().reason.startswith(f"{sys.executable} -O2 could not build them")
     monkeypatch.setenv("CC", "no-such-compiler -O2")
-    assert "the compiler that CC names, no-such-compiler -O2, is not there" in kernels()[1]
+    assert "the compiler that CC names, no-such-compiler -O2, is not there" in native.kernels().reason
 
 
 def test_demo_where_it_cannot_write(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

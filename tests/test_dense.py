@@ -377,7 +377,7 @@ def test_refining_keeps_constant_and_linear_fields(dimension: int, size: tuple[i
 
 def test_options_that_make_no_sense_are_refused() -> None:
     for made in (lambda: SVF(-1), lambda: SVFFD(4, squarings=-2)):
-        with pytest.raises(ValueError, match=r"squarings is -\d: expected at least 0"):
+        with pytest.raises(ValueError, match=r"squarings is -\d: expected a whole number, at least 0"):
             made()
     for options in ({"limit": 0.0}, {"limit": -1.0}, {"gradient": -1.0}, {"smooth": -0.5}, {"smooth": float("nan")}):
         with pytest.raises(ValueError, match="expected gradient and smooth >= 0 and limit > 0"):
@@ -615,3 +615,26 @@ def test_a_batch_warps_as_its_pairs_do_alone() -> None:
         assert_close(found.data[number], alone.data, rtol=0, atol=1e-12)
         other = Grid((12, 10), spacing=(1.0, 1.5))  # equal, but not known to be the same
         assert_close(warp(Image(images.data[number], grid), mapping, other).data, alone.data, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [2.5, 2.0, True, "6"])
+def test_squarings_are_counted(number: Any) -> None:
+    for make in (SVF, SVFFD):
+        with pytest.raises(ValueError, match=r"squarings is .*: expected a whole number, at least 0"):
+            make(squarings=number)
+
+
+@pytest.mark.parametrize("transform", [Displacement(), SVF(), FFD(2), SVFFD(2)])
+def test_a_map_keeps_its_place_on_a_grid_of_the_same_size_elsewhere(transform: Transform) -> None:
+    """Parameters belong to a place: those of the same numbers elsewhere are another map."""
+    domain = Grid((15, 13), spacing=(1.0, 1.2))
+    params = smooth_mapping(transform, domain, seed=3, size=1.0).params
+    elsewhere = Grid((15, 13), spacing=(0.6, 0.7), center=domain.center + tensor([0.7, -0.4]))
+    refined = Mapping(transform.refine(params, domain, elsewhere), elsewhere, transform)
+    before = Mapping(params, domain, transform)
+    points = elsewhere.center + 3 * uniform(40, 2, seed=1)
+    moved = before.map_points(points) - points
+    assert float(moved.norm(dim=1).max()) > 0.3
+    assert_close(refined.map_points(points) - points, moved, atol=0.06, rtol=0)
+    same = Grid((15, 13), spacing=(1.0, 1.2))
+    assert equal_bits(transform.refine(params, domain, same), params)

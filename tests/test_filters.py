@@ -207,3 +207,17 @@ def test_resize_of_a_batch_and_its_derivative() -> None:
 def test_cached_matrices_do_not_outlive_a_transform() -> None:
     grad(lambda x: resize(x, (11,)).sum())(torch.ones(1, 29))
     assert not is_transformed(resize_matrix(29, 11, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("sigma", [-1.0, math.nan, [1.0, -0.5], torch.tensor(-2.0), torch.tensor([1.0, math.nan])])
+def test_a_width_is_not_negative(sigma: Any) -> None:
+    with pytest.raises(ValueError, match=r"sigma is .*: expected voxels, at least 0"):
+        gaussian(torch.rand(1, 4, 5), sigma)
+
+
+@pytest.mark.parametrize("size", [(5,), (5, 4, 3), (5, 0), (-1, 4)])
+def test_a_size_has_a_voxel_for_each_axis(size: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=r"size is .* for data \(1, 4, 5\): expected a voxel at least along each of its 2"
+    ):
+        resize(torch.rand(1, 4, 5), size)

@@ -479,6 +479,20 @@ def test_json_gives_every_bit_back(data: st.DataObject) -> None:
         assert torch.equal(a, b)
 
 
+def test_json_keeps_what_a_level_is_of() -> None:
+    for grid in Grid((9, 7)).pyramid(2, min_size=2):
+        back = Grid.from_dict(json.loads(json.dumps(grid.to_dict())))
+        assert back.base == grid.base and tree_flatten(back)[1] == tree_flatten(grid)[1]
+    level = Grid((9, 7)).level((5, 4)).to_dict()
+    for base, told in (
+        ([9], "base has 1 values"),
+        ([9.5, 7], "base is"),
+        ([9, 3], r"base is \(9, 3\), smaller than the size"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Grid.from_dict(level | {"base": base})
+
+
 @pytest.mark.parametrize(
     "change",
     [{"type": "Image"}, {"spacings": [1.0, 1.0]}, {"center": None}],

@@ -15,13 +15,13 @@ import SimpleITK as sitk
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenes import grids, orientation, tensor, uniform
+from scenes import grids, known_pair, orientation, tensor, uniform
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
-from fnreg import Grid, Image, Subject, stack
+from fnreg import SVF, Affine, GaussNewton, Grid, Image, Rigid, Subject, linear_mapping, mi, register, stack, warp
 from fnreg.filters import gaussian, resize
 from fnreg.image import subject
 
@@ -622,3 +622,42 @@ def test_the_random_grids_are_not_all_alike(found: list[Grid]) -> None:
     assert float((grid.direction.abs() - torch.eye(3)).abs().max()) > 0.1
     assert float(grid.spacing.max() / grid.spacing.min()) > 1.1
     assert found[0].ndim == 2
+
+
+# -- half precision ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("interpolation", ["linear", "nearest", "cubic"])
+def test_halves_are_sampled_where_they_are_asked_for(dtype: torch.dtype, interpolation: Any) -> None:
+    """Halves count to 256 or 2048 at best: what they hold is a value, not a place."""
+    image = Image(uniform(1, 3, 3000, seed=4).to(dtype), Grid((3000, 3)))
+    exact = Image(image.data.to(torch.float32), image.grid)
+    points = torch.rand(200, 2, dtype=torch.float64) * tensor([2999.0, 2.0])
+    found = image.sample(points, interpolation=interpolation)
+    assert found.dtype == dtype
+    assert torch.equal(found, exact.sample(points, interpolation=interpolation).to(dtype))
+    grid = Grid((700, 2), spacing=(3.7, 1.1), origin=(100.3, 0.2))
+    resampled = image.resample(grid, interpolation=interpolation)
+    assert torch.equal(resampled.data, exact.resample(grid, interpolation=interpolation).data.to(dtype))
+    mapping = linear_mapping(tensor([[1.0, 0.1, 7.3], [0.0, 1.0, -0.2]]), grid)
+    warped = warp(image, mapping, interpolation=interpolation)
+    assert torch.equal(warped.data, warp(exact, mapping, interpolation=interpolation).data.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("transform", "options"),
+    [(Affine(), {"solver": GaussNewton()}), (SVF(), {"objective": mi}), (Rigid(), {"start": "auto"})],
+    ids=["affine", "flow", "search"],
+)
+def test_a_registration_of_halves_is_that_of_the_same_values(
+    dtype: torch.dtype, transform: Any, options: dict[str, Any]
+) -> None:
+    fixed, moving, _ = known_pair(Rigid(), 2)
+    halves = [Image(image.data.to(dtype), image.grid) for image in (fixed, moving)]
+    exact = [Image(image.data.to(torch.float32), image.grid) for image in halves]
+    found, expected = (register(*pair, transform, levels=2, steps=6, **options) for pair in (halves, exact))
+    assert torch.equal(found.mapping.displacement(), expected.mapping.displacement())
+    assert torch.equal(found.value, expected.value)
+    assert found.warp(halves[1]).data.dtype == dtype

@@ -724,3 +724,19 @@ def test_a_registration_by_samples_finds_the_shift() -> None:
     fixed, moving = smooth, fnreg.Image(smooth.data.mul(8).exp(), origin=(1.5, -2.0))
     result = fnreg.register(fixed, moving, fnreg.Translation(), objective=fnreg.mi(samples=800, seed=2), levels=2)
     assert_close(result.mapping.params["translation"], tensor([1.5, -2.0]), atol=0.2, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "bins", "told"),
+    [
+        (((1, 9), (1, 5)), 8, r"warped has shape \(1, 9\) and fixed \(1, 5\): expected one shape"),
+        (((2, 9), (1, 9)), 8, "expected one shape"),
+        (((1, 9), (1, 9), (1, 5)), 8, r"weights have shape \(1, 5\) beside images \(1, 9\)"),
+        (((1, 9), (1, 9)), 3, "bins is 3: expected a whole number of at least 4"),
+        (((1, 0), (1, 0)), 8, "with a voxel at least"),
+    ],
+)
+def test_a_histogram_of_what_does_not_fit_is_refused(shapes: Any, bins: int, told: str) -> None:
+    """The kernels read as far as the warped image says."""
+    with pytest.raises(ValueError, match=told):
+        joint_histogram(*(torch.rand(shape) for shape in shapes), bins=bins)

@@ -170,7 +170,7 @@ def test_a_registration_ends_where_that_of_the_images_does(dimension: int, start
     fixed, moving = ragged(dimension, fine=True)
     plain = register(fixed, moving, Affine(), start=start, levels=2, steps=80)
     lattice = Lattice()
-    initial = lattice.start(start, Affine(), fixed, moving)
+    initial = lattice.begin(start, Affine(), fixed, moving)
     assert (initial is None) == (start == "header")
     found = register(*lattice.place(fixed, moving), Affine(), initial=initial, levels=2, steps=80)
     placed = own(found, fixed.image.grid, moving.image.grid)

@@ -625,3 +625,17 @@ def test_a_matrix_under_vmap_over_parameters_only() -> None:
 
     loop = torch.stack([Similarity().matrix(p, grid) for p in several])
     assert_close(vmap(matrix)(*leaves), loop, atol=1e-14, rtol=0)
+
+
+def test_a_singular_map_has_no_inverse() -> None:
+    flat = linear_mapping(tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 1.0]]), Grid((4, 3)))
+    with pytest.raises(ValueError, match=r"the map of Homogeneous\(\) is singular, so it has no inverse"):
+        flat.inverse()
+    with pytest.raises(ValueError, match="is singular"):
+        Mapping(
+            {"matrix": torch.zeros(2, 2).double(), "translation": tensor([1.0, 2.0])}, Grid((4, 3)), Affine()
+        ).inverse()
+    good = linear_mapping(tensor([[1.0, 2.0, 3.0], [0.0, 4.0, 1.0]]), Grid((4, 3)))
+    both = Mapping(stack([flat.params, good.params]), flat.domain, flat.transform).inverse()
+    assert bool(both.params["matrix"][0].isnan().all())
+    assert_close(both.params["matrix"][1], good.inverse().params["matrix"], atol=0, rtol=0)

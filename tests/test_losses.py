@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 import fnreg
 from fnreg import Grid, Objective, Term, settings, stack, term
-from fnreg.losses import functional
+from fnreg.losses import descriptors, functional
 from fnreg.losses.objective import NAMES, objective
 from fnreg.losses.terms import SIMILARITIES
 from fnreg.pytree import batch_axes, tree_flatten, tree_vmap
@@ -551,3 +551,26 @@ def test_the_mean_is_that_of_numpy(shape: tuple[int, ...], seed: int) -> None:
     expected = np.average(values.numpy(), weights=np.broadcast_to(weights.numpy(), shape))
     assert_close(functional.mean(values, weights), tensor(expected), atol=1e-14, rtol=0)
     assert_close(functional.mean(values), values.mean())
+
+
+# -- images of two shapes ------------------------------------------------------------------------------------------
+
+PLAIN = {
+    name: getattr(functional, name)
+    for name in ("mse", "mae", "huber", "charbonnier", "ncc", "mse_residuals", "ncc_residuals")
+} | {"ngf": descriptors.ngf, "mind": descriptors.mind}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("shape", [(2, 4, 4), (1, 4, 1), (1, 1, 4)])
+def test_images_of_two_shapes_are_not_spread_over_each_other(name: str, shape: tuple[int, ...]) -> None:
+    for shapes in (((1, 4, 4), shape), (shape, (1, 4, 4))):
+        images = (torch.rand(one) for one in shapes)
+        with pytest.raises(ValueError, match=r"warped has shape .* but fixed has .*: expected one shape"):
+            PLAIN[name](*images)
+
+
+def test_the_logarithm_goes_on_as_its_tangent() -> None:
+    x = torch.linspace(-0.5, 1.5, 41, dtype=torch.float64)
+    expected = torch.where(x > 0.2, x.clamp(min=0.2).log(), math.log(0.2) + (x - 0.2) / 0.2)
+    assert_close(functional.log_above(x, 0.2), expected)

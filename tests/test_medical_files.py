@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import fnreg
 from fnreg import extras, io
 from fnreg.io import ImageReadError, WriteError, read_image, read_labels, read_series, write_image
+from fnreg.io.simpleitk import quiet
 
 sitk = pytest.importorskip("SimpleITK")
 nibabel = pytest.importorskip("nibabel")
@@ -573,3 +574,19 @@ def test_a_folder_that_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "is_dir", closed)
     with pytest.raises(ImageReadError, match="cannot be read: Permission denied"):
         io.files.read_bytes(tmp_path / "a.nii", ImageReadError)
+
+
+def test_quiet_ends_with_the_last_who_asked_for_it() -> None:
+    switch = sitk.ProcessObject
+    before = switch.GetGlobalWarningDisplay()
+    switch.SetGlobalWarningDisplay(True)
+    try:
+        first, second = quiet(sitk), quiet(sitk)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not switch.GetGlobalWarningDisplay()  # the second still reads
+        second.__exit__(None, None, None)
+        assert switch.GetGlobalWarningDisplay()
+    finally:
+        switch.SetGlobalWarningDisplay(before)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 import fnreg
-from fnreg import native
+from fnreg import adam, native
 from fnreg.sampling import sample
 
 compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -28,9 +31,13 @@ QUICK = tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS)  # buil
 needs_compiler = pytest.mark.skipif(compiler is None, reason="needs a C compiler")
 
 
+def kernels() -> native.Kernels:
+    """`native.kernels` without its memory of the first call."""
+    return native.kernels.__wrapped__()
+
+
 def load() -> ctypes.CDLL | None:
-    """`native.load` without its memory of the first call."""
-    return native.load.__wrapped__()
+    return kernels().library
 
 
 def works(library: ctypes.CDLL | None) -> bool:
@@ -135,7 +142,8 @@ def test_a_damaged_file_is_not_loaded_where_nothing_can_be_built(cache: Path, mo
     monkeypatch.setattr(native.ctypes, "CDLL", loaded.append)
     monkeypatch.setattr(native, "_build", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     damage(only(cache), "half")
-    assert load() is None
+    with pytest.warns(UserWarning, match="not in use, plain torch is slower: .* No space left on device"):
+        assert load() is None
     assert loaded == []
 
 
@@ -165,7 +173,7 @@ def test_a_file_of_another_user_is_not_run(
         os.chown(path, 12345, -1)
     else:
         monkeypatch.setattr(native.os, "getuid", lambda: 12345)
-        monkeypatch.setattr(native, "_build", lambda *_: (_ for _ in ()).throw(OSError))
+        monkeypatch.setattr(native, "_build", lambda *_: (_ for _ in ()).throw(ValueError))
         assert load() is None
         return
     assert works(load())
@@ -186,7 +194,7 @@ def test_a_link_that_dangles_is_no_crash(cache: Path) -> None:
 def test_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FNREG_CACHE", str(tmp_path))
     monkeypatch.setenv("FNREG_NATIVE", "0")
-    assert load() is None
+    assert kernels() == (None, "switched off by FNREG_NATIVE=0")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -195,15 +203,26 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FNREG_NATIVE", raising=False)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert load() is None
+    assert kernels() == (None, "there is no C compiler: install gcc or clang")
 
 
-@pytest.mark.parametrize("command", ["no-such-compiler", "false", "'unbalanced", "/"])
-def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("no-such-compiler -O2", "the compiler that CC names, no-such-compiler -O2, is not there"),
+        ("'unbalanced", "CC is 'unbalanced, which is no command: No closing quotation"),
+        ("/", "the compiler that CC names, /, is not there"),
+        ("false", "false could not build them: .* returned non-zero exit status 1"),
+        ("sh -c 'echo it is broken >&2; exit 3'", r"could not build them: [^\n]*status 3\S*\nit is broken"),
+    ],
+)
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, told: str) -> None:
     monkeypatch.setenv("FNREG_CACHE", str(tmp_path))
     monkeypatch.delenv("FNREG_NATIVE", raising=False)
     monkeypatch.setenv("CC", command)
-    assert load() is None
+    with pytest.warns(UserWarning, match=told) if "could not" in told else nullcontext():
+        found = kernels()
+    assert found.library is None and re.search(told, found.reason)
     assert not (tmp_path / "fnreg").exists() or list((tmp_path / "fnreg").iterdir()) == []  # and nothing is left
 
 
@@ -215,7 +234,8 @@ def test_a_compiler_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
     monkeypatch.setenv("FNREG_CACHE", str(tmp_path))
     monkeypatch.setattr(native.subprocess, "run", hangs)
-    assert load() is None
+    with pytest.warns(UserWarning, match="timed out after 120 seconds"):
+        assert load() is None
 
 
 @needs_compiler
@@ -227,18 +247,26 @@ def test_the_compiler_may_be_a_command_with_options(
     assert builds[0][:2] == [compiler, "-Wall"]
 
 
+@needs_compiler
 def test_a_folder_that_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Permissions do not stop root, but no user makes a folder below a file."""
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FNREG_CACHE", str(tmp_path / "file"))
-    assert load() is None
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(native.tempfile, "tempdir", None)
+    monkeypatch.setattr(native, "FLAGS", QUICK)
+    found = kernels()
+    assert works(found.library)
+    assert "built for this process alone" in found.reason and "Not a directory" in found.reason
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing is left
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_is_read_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     monkeypatch.setenv("FNREG_CACHE", str(tmp_path))
-    assert load() is None
+    monkeypatch.setattr(native, "FLAGS", QUICK)
+    assert works(load())
 
 
 def test_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -259,7 +287,10 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FNREG_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(native.Path, "home", staticmethod(homeless))
-    assert load() is None
+    monkeypatch.setattr(native, "FLAGS", QUICK)
+    found = kernels()
+    assert (found.library is None) == (compiler is None)
+    assert compiler is None or "Could not determine home directory" in found.reason
 
 
 def test_a_process_without_kernels_samples_the_same(tmp_path: Path) -> None:
@@ -283,6 +314,80 @@ def test_a_process_without_kernels_samples_the_same(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for found, expected in zip(torch.load(tmp_path / "result"), sample(data, coords), strict=True):
         assert_close(found, expected, rtol=0, atol=1e-13, equal_nan=True)
+
+
+KERNELS = """
+import torch, fnreg as f
+from fnreg import native
+from fnreg.pytree import stack
+
+def blob(x):
+    grid = f.Grid((13, 12, 11), device="cpu")
+    away = grid.points() - torch.tensor([x, 6.0, 5.0], dtype=torch.float64, device="cpu")
+    return f.Image(torch.exp(-away.square().sum(1) / 18).reshape(1, *grid.shape), grid)
+
+def masked(image):
+    return f.Subject(image, (image.data > 0.1).double())
+
+def found():
+    pairs = stack([blob(6.0), blob(6.5)]), stack([blob(7.0), blob(6.1)])
+    one, other = blob(6.0), blob(7.0)
+    ways = [
+        (f.Rigid(), f.mse, {"solver": f.GaussNewton()}),
+        (f.SVF(), f.mse + 0.1 * f.inverse_consistency, {"symmetric": True}),
+        (f.SVFFD(4), f.mi(samples=900), {"start": "header"}),
+        (f.Displacement(), f.mse + 0.1 * f.diffusion, {"solver": f.LBFGS()}),
+    ]
+    for transform, objective, options in ways:
+        yield f.register(one, other, transform, objective=objective, levels=2, steps=2, stop=None, **options)
+    yield f.register(*pairs, f.FFD(4), objective=f.lncc + 0.01 * f.bending, levels=2, steps=2)
+    yield f.register(masked(one), masked(other), f.Diffeomorphism(), objective=f.lncc, levels=1, steps=2)
+
+assert native.load() is not None
+torch.set_default_device("meta")
+there = [(result.mapping.displacement(), result.value) for result in found()]
+torch.set_default_device("cpu")
+for (field, value), result in zip(there, found(), strict=True):
+    assert torch.equal(field, result.mapping.displacement()) and torch.equal(value, result.value)
+"""
+
+
+@needs_compiler
+def test_the_kernels_never_write_into_tensors_of_another_default_device() -> None:
+    """Of a device without memory they would get null pointers, and the process would end."""
+    told = {"PYTHONPATH": os.pathsep.join([str(Path(fnreg.__file__).parents[1]), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS], env=os.environ | told, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# -- arguments -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (True, ctypes.c_int),
+        (7, ctypes.c_int64),
+        (np.int32(7), ctypes.c_int64),
+        (0.5, ctypes.c_double),
+        (np.float64(0.5), ctypes.c_double),
+        (np.float32(0.5), ctypes.c_double),
+    ],
+)
+def test_numbers_of_numpy_are_numbers(value: Any, kind: Any) -> None:
+    found = native._argument(value)
+    assert type(found) is kind and found.value == value
+
+
+def test_an_optimizer_takes_numbers_of_numpy() -> None:
+    step = {"x": torch.linspace(-1, 1, 6).reshape(2, 3)}
+    found, expected = (
+        made.update(step, made.init(step), 0.0)[0]["x"]
+        for made in (adam(np.float64(0.3), b1=np.float64(0.9), eps=np.float32(0.0)), adam(0.3, b1=0.9, eps=0.0))
+    )
+    assert torch.equal(found, expected)
 
 
 # -- threads ---------------------------------------------------------------------------------------------------

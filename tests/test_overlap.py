@@ -208,5 +208,5 @@ def test_options_out_of_range(function: Any, options: dict[str, float], message:
 
 @every_measure
 def test_labels_of_different_classes(name: str) -> None:
-    with pytest.raises(ValueError, match=r"labels have shapes \(3, 4\) and \(2, 4\): expected one channel for each"):
+    with pytest.raises(ValueError, match=r"warped has shape \(3, 4\) but fixed has \(2, 4\): expected one shape"):
         MEASURES[name](soft((4,), 0), soft((4,), 1)[:2])

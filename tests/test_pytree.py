@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
+from fnreg import pytree
 from fnreg.pytree import (
     batch_axes,
     batch_size,
@@ -347,6 +350,25 @@ def test_constants_are_built_once_and_plain_whoever_asks_first() -> None:
         assert_close(grad(total(n))(ones(n)), value)
     assert built == [3, 4, 5, 6]
     assert count.__doc__ == "How many."
+
+
+def test_threads_share_constants_that_make_room_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytree, "CONSTANT_BYTES", 40)  # so that nearly every one drives another one out
+    interval = sys.getswitchinterval()
+
+    @constant
+    def count(n: int) -> Tensor:
+        return torch.full((1,), n)
+
+    def ask(first: int) -> bool:
+        return all(int(count((first + k) % 7)) == (first + k) % 7 for k in range(3000))
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(ask, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_constants_can_be_compiled() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -31,13 +32,16 @@ from torch.testing import assert_close
 
 import fnreg
 from fnreg import (
+    LBFGS,
     Affine,
     Descent,
     Event,
+    GaussNewton,
     Held,
     Homogeneous,
     Image,
     Mapping,
+    NewtonCG,
     Registration,
     Rigid,
     Rotation,
@@ -49,7 +53,10 @@ from fnreg import (
     Transform,
     Translation,
     adam,
+    chain,
+    clip,
     evaluate,
+    normalized,
     register,
     sgd,
     stack,
@@ -305,3 +312,50 @@ def test_progress_tells_the_course_of_a_batch() -> None:
         taken = result.steps[:, 2 * event.stage + 1 - event.level]
         assert event.active == int((taken > event.step).sum()) or event.step == 25
         assert 0 <= event.active <= 4
+
+
+# -- a parameter that is a number ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": adam(0.3)},
+        {"optimizer": chain(clip(1.0), sgd(0.5))},
+        {"optimizer": normalized(0.2)},
+        {"solver": GaussNewton()},
+        {"solver": NewtonCG()},
+        {"solver": LBFGS()},
+    ],
+    ids=["adam", "clip", "normalized", "gauss-newton", "newton-cg", "lbfgs"],
+)
+def test_a_parameter_of_rank_zero_is_as_good_as_one_of_a_single_entry(options: dict[str, Any]) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Turn(Transform):
+        rank: int
+
+        def init(self, domain: Any) -> Any:
+            return {"angle": torch.zeros((1,) * self.rank, dtype=torch.float64)}
+
+        def retract(self, params: Any, step: Any, domain: Any) -> Any:
+            return {"angle": params["angle"] + step["angle"]}
+
+        @property
+        def linear(self) -> bool:
+            return True
+
+        def matrix(self, params: Any, domain: Any) -> Tensor:
+            turn = {"rotation": 0.1 * params["angle"].reshape(1), "translation": torch.zeros_like(domain.center)}
+            return Rigid().matrix(turn, domain)
+
+    try:
+        fixed, moving = several_pairs()
+        both = [register(stack(fixed), stack(moving), Turn(rank), **few_steps(options, 3)) for rank in (0, 1)]
+        alone = [register(fixed[0], moving[0], Turn(rank), **few_steps(options, 3)) for rank in (0, 1)]
+        for results in (both, alone):
+            angle, expected = (result.mapping.params["angle"] for result in results)
+            assert float(expected.abs().max()) > 1e-3
+            assert torch.equal(angle.unsqueeze(-1), expected)
+        assert_close(both[0].mapping.params["angle"][0], alone[0].mapping.params["angle"], atol=SAME, rtol=0)
+    finally:
+        del Transform.types["Turn"]

@@ -381,6 +381,9 @@ def test_landmarks_that_determine_no_map_are_refused() -> None:
 
 
 def test_options_that_make_no_sense_are_refused() -> None:
+    for count in (4.5, 4.0, True):
+        with pytest.raises(ValueError, match=r"count is .*: expected a whole number of landmarks"):
+            TPS(count=count)  # type: ignore[arg-type]
     for options in ({"count": 1}, {"count": 4, "stiffness": -1.0}, {"count": 4, "stiffness": float("nan")}):
         with pytest.raises(ValueError, match="expected count >= 2 and a finite stiffness >= 0"):
             TPS(**options)

@@ -10,7 +10,7 @@ import torch
 
 import fnreg
 from fnreg import SVFFD, GaussNewton, Image, Rigid, Similarity, Stage
-from fnreg.demo import circle_to_c
+from fnreg.circle import circle_to_c
 
 BATCH = 12
 

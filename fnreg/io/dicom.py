@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fnreg.extras import quiet, require
+from fnreg.extras import require
 from fnreg.io.files import ImageReadError, PathLike, read_bytes
+from fnreg.io.simpleitk import quiet
 from fnreg.io.stored import Stored, affine_grid
 
 _POSITION, _ORIENTATION, _SPACING, _THICKNESS = "0020|0032", "0020|0037", "0028|0030", "0018|0050"

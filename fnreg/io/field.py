@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from fnreg.extras import quiet, require
+from fnreg.extras import require
 from fnreg.io.files import ImageReadError, PathLike, TransformReadError, read_bytes
 from fnreg.io.header import Header
 from fnreg.io.itk import ITK_SUFFIXES
 from fnreg.io.itk_parts import Part, field_mapping, grid_mapping, joined, known, mapping_of
 from fnreg.io.itk_text import parse_mat, parse_text
 from fnreg.io.nifti import SUFFIXES, VECTOR_SUFFIXES
-from fnreg.io.simpleitk import CHECKS
+from fnreg.io.simpleitk import CHECKS, quiet
 from fnreg.io.stored import tell
 from fnreg.io.volume import VECTOR, read_nifti
 from fnreg.transforms.base import Mapping

@@ -36,19 +36,11 @@ def _names(params: Any) -> list[str]:
 
 
 def _domain_to_plain(domain: Domain) -> Any:
-    if not isinstance(domain, Grid):
-        return [_domain_to_plain(part) for part in domain]
-    return domain.to_dict() | ({} if domain.base is None else {"base": list(domain.base)})
+    return domain.to_dict() if isinstance(domain, Grid) else [_domain_to_plain(part) for part in domain]
 
 
 def _domain_from_plain(data: Any) -> Domain:
-    if isinstance(data, list):
-        return tuple(_domain_from_plain(part) for part in data)
-    grid = Grid.from_dict({name: value for name, value in data.items() if name != "base"})
-    if "base" not in data:
-        return grid
-    level = Grid(data["base"]).level(grid.size)  # remembers its base; the leaves are those of the file
-    return tree_unflatten(tree_flatten(grid)[0], tree_flatten(level)[1])
+    return tuple(_domain_from_plain(part) for part in data) if isinstance(data, list) else Grid.from_dict(data)
 
 
 def write_lossless(path: PathLike, mapping: Mapping) -> None:

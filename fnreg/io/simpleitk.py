@@ -6,13 +6,16 @@ SimpleITK takes a damaged compressed stream for the image that it yields, so `fn
 from __future__ import annotations
 
 import tempfile
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fnreg.extras import quiet, require
+from fnreg.extras import require
 from fnreg.grid import Grid
 from fnreg.image import Image
 from fnreg.io.files import ImageReadError, PathLike, WriteError, write_bytes
@@ -20,6 +23,24 @@ from fnreg.io.intact import check_meta, check_nrrd
 from fnreg.io.stored import Stored, affine_grid, as_image
 
 CHECKS = {".mha": check_meta, ".mhd": check_meta, ".nrrd": check_nrrd, ".nhdr": check_nrrd}
+
+_lock = threading.Lock()
+_hushed: list[bool] = []  # for each who asks for quiet at present, what was shown before; it is one switch for all
+
+
+@contextmanager
+def quiet(sitk: Any) -> Generator[None]:
+    """Without the warnings that ITK writes to the terminal beside its errors, until the last who asked is done."""
+    with _lock:
+        _hushed.append(_hushed[0] if _hushed else sitk.ProcessObject.GetGlobalWarningDisplay())
+        sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    finally:
+        with _lock:
+            shown = _hushed.pop()
+            if not _hushed:
+                sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 def stored_itk(path: PathLike) -> Stored:

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from fnreg.filters import window_sums
 from fnreg.grid import Grid
-from fnreg.losses.functional import mean
+from fnreg.losses.functional import check_images, mean
 from fnreg.pytree import constant
 
 ROUNDING = 16  # units in the last place of the intensities below which a difference is none
@@ -91,6 +91,7 @@ def ngf_from(
     edge: float | None = None,
 ) -> Tensor:
     """`ngf` with what `ngf_statistics` gave for the same fixed image, weights and options."""
+    check_images(warped, fixed)
     other = ngf_statistics(warped, weights, grid=grid, noise=noise, edge=edge)
     share = None if weights is None else weights.reshape(1, *fixed.shape[1:])
     return mean(1 - (other * normals).sum(0).square(), share)
@@ -170,6 +171,7 @@ def mind_from(
     dilation: int = 1,
 ) -> Tensor:
     """`mind` with what `mind_statistics` gave for the same fixed image, weights and options."""
+    check_images(warped, fixed)
     expected, known = context
     away = (self_similarity(warped, weights, radius=radius, dilation=dilation)[0] - expected).square()  # (C, E, ...)
     share = known if weights is None else known * weights.reshape(1, *fixed.shape[1:])

@@ -2,7 +2,8 @@
 
 All take `warped` and `fixed` (C, ...) of one shape and optional `weights` (1, ...) or (...), and give a scalar
 to be minimised.  With weights w, the mean over voxels is sum(w x) / sum(w); where no weight is left it is 0.
-Least-squares measures come with a function of residuals r whose squares sum to the measure.
+Images of two shapes raise ValueError.  Least-squares measures come with a function of residuals r whose squares sum to
+the measure.
 """
 
 from __future__ import annotations
@@ -15,8 +16,29 @@ def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """Weighted mean over voxels and channels: sum(w x) / sum(w) / C, and 0 without weight."""
     if weights is None:
         return values.mean()
-    total = weights.sum() * (values.numel() / weights.numel())
+    total = weights.sum() * (values.numel() / max(1, weights.numel()))
     return (values * weights).sum() / torch.where(total > 0, total, 1)
+
+
+def check_images(warped: Tensor, fixed: Tensor) -> None:
+    """ValueError where two images, or the labels of two, differ in shape: they would be spread over each other."""
+    if warped.shape != fixed.shape:
+        raise ValueError(
+            f"warped has shape {tuple(warped.shape)} but fixed has {tuple(fixed.shape)}: expected one shape, the same "
+            "channels or classes and the same voxels"
+        )
+
+
+def log_above(values: Tensor, floor: float) -> Tensor:
+    """log x, which below `floor` goes on as its tangent: finite at 0 and below it, from where it leads back.
+
+    floor : in (0, 1), else ValueError
+    """
+    if not 0 < floor < 1:
+        raise ValueError(f"floor is {floor}: expected a number between 0 and 1")
+    least = values.new_tensor(floor)
+    # maximum and minimum share the derivative where both are equal, clamp would count it twice
+    return torch.log(torch.maximum(values, least)) + (torch.minimum(values, least) - least) / floor
 
 
 def mse(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -27,11 +49,13 @@ def mse(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
     >>> mse(torch.zeros(1, 2), torch.ones(1, 2))
     tensor(1.)
     """
+    check_images(warped, fixed)
     return mean((warped - fixed).square(), weights)
 
 
 def mae(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean absolute error, mean |warped - fixed|, in [0, inf); its gradient at equality is 0."""
+    check_images(warped, fixed)
     return mean((warped - fixed).abs(), weights)
 
 
@@ -42,6 +66,7 @@ def huber(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *, delta
     """
     if not delta > 0:
         raise ValueError(f"delta is {delta}: it must be positive")
+    check_images(warped, fixed)
     away = (warped - fixed).abs()
     return mean(torch.where(away <= delta, away.square() / 2, delta * (away - delta / 2)), weights)
 
@@ -61,6 +86,7 @@ def charbonnier(warped: Tensor, fixed: Tensor, weights: Tensor | None = None, *,
     """
     if not eps > 0:
         raise ValueError(f"eps is {eps}: it must be positive, for |d| has no derivative at 0")
+    check_images(warped, fixed)
     square = (warped - fixed).square()
     # The difference of two large numbers, without their rounding.
     return mean(square / ((square + eps**2).sqrt() + eps), weights)
@@ -78,6 +104,7 @@ def ncc(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def _standardise(warped: Tensor, fixed: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images (C, N) with weighted mean 0 and variance 1, the weights as shares of one, and which channels vary."""
+    check_images(warped, fixed)
     channels = fixed.shape[0]
     share = torch.ones_like(fixed[:1]) if weights is None else weights
     share = share.reshape(1, -1)
@@ -102,6 +129,7 @@ def _standardise(warped: Tensor, fixed: Tensor, weights: Tensor | None) -> tuple
 
 def mse_residuals(warped: Tensor, fixed: Tensor, weights: Tensor | None = None) -> Tensor:
     """sqrt(w / (C sum w)) (warped - fixed): squares sum to `mse`."""
+    check_images(warped, fixed)
     if weights is None:
         return (warped - fixed) * (1 / fixed.numel()) ** 0.5
     total = weights.sum() * (fixed.numel() / weights.numel())

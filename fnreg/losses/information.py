@@ -32,11 +32,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fnreg.histogram import LEAST, Ranges, joint_histogram
+from fnreg.histogram import Ranges, check, joint_histogram
 from fnreg.native import REALS
 from fnreg.pytree import constant
 
-MOST = 4096  # bins: a histogram has their square, for each channel and pair
 Range = tuple[float, float] | Ranges
 VARIANCE = 1e-9  # in bins; less is rounding
 
@@ -160,23 +159,7 @@ def _joint(
     seed: int,
 ) -> Tensor:
     """The checked images' histogram (C, bins, bins)."""
-    if isinstance(bins, bool) or not isinstance(bins, (int, float)) or not (LEAST <= bins <= MOST and bins % 1 == 0):
-        raise ValueError(
-            f"bins is {bins}: expected a whole number of at least {LEAST}, for a window covers {LEAST}, "
-            f"and at most {MOST}"
-        )
-    if warped.shape != fixed.shape or warped.ndim < 2 or not warped.numel():
-        raise ValueError(
-            f"warped has shape {tuple(warped.shape)} and fixed {tuple(fixed.shape)}: "
-            "expected one shape (C, ...) with a voxel at least"
-        )
-    if not (warped.is_floating_point() and fixed.is_floating_point()):
-        raise TypeError(f"warped is {warped.dtype} and fixed {fixed.dtype}: expected floating point, convert to float")
-    if weights is not None and weights.shape not in (fixed.shape[1:], (1, *fixed.shape[1:])):
-        raise ValueError(
-            f"weights have shape {tuple(weights.shape)} beside images {tuple(fixed.shape)}: "
-            f"expected {(1, *fixed.shape[1:])}, one weight for each voxel"
-        )
+    check(warped, fixed, weights, bins)
     for name, value, least in (("samples", samples, 1), ("seed", seed, 0)):
         whole = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
         if not (whole or (name == "samples" and value is None)):

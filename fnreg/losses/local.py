@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fnreg import native
 from fnreg.filters import window_sums
+from fnreg.losses.functional import check_images
 from fnreg.native import CHUNK
 from fnreg.pytree import constant, fold, forward_asked, is_differentiated, leading
 from fnreg.windows import Taps, filtered, serves
@@ -50,8 +51,7 @@ def lncc(
     True
     """
     taps = _taps(radius, window, tuple(fixed.shape[:0:-1]))
-    if warped.shape != fixed.shape:
-        raise ValueError(f"warped has shape {tuple(warped.shape)} but fixed has {tuple(fixed.shape)}")
+    check_images(warped, fixed)
     if not 0 <= flat < 1:
         raise ValueError(f"flat is {flat}: expected a share of the standard deviation, at least 0 and below 1")
     if weights is not None and not weights.is_floating_point():
@@ -134,7 +134,7 @@ def _composed(warped: Tensor, fixed: Tensor, weights: Tensor | None, taps: Taps,
 @constant
 def _count(size: tuple[int, ...], taps: Taps, dtype: torch.dtype) -> Tensor:
     """Sums of a window's weights where every voxel counts, (1, 1, *shape)."""
-    return filtered(torch.ones(1, 1, *size[::-1], dtype=dtype), taps, False, False)
+    return filtered(torch.ones(1, 1, *size[::-1], dtype=dtype, device="cpu"), taps, False, False)
 
 
 class _Passes:
@@ -153,7 +153,7 @@ class _Passes:
     def levels(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted mean, and the variance below which a window is flat, of each image (B, C) float64."""
         items = images.shape[0] * images.shape[1]
-        sums = torch.empty(items, self.chunks, 3, dtype=torch.float64)
+        sums = images.new_empty(items, self.chunks, 3, dtype=torch.float64)
         given = (images, self.weights, sums, self.n, self.channels, self.weight_items, CHUNK)
         self.call("_moments", given, items * self.chunks, CHUNK)
         total, first, second = sums.sum(1).unbind(1)
@@ -203,7 +203,7 @@ class _Lncc(torch.autograd.Function):
         (low, floor), (center, least) = passes.levels(fixed), passes.levels(warped)
         of_fixed = passes.sums(fixed, low)
         of_both = passes.sums(warped, center, fixed, low)
-        sums = torch.empty(items, passes.chunks, 2, dtype=torch.float64)
+        sums = warped.new_empty(items, passes.chunks, 2, dtype=torch.float64)
         more = torch.empty_like(of_both) if by_weights else None
         local = torch.empty_like(warped) if by_weights else None
         given = (of_both, of_fixed, count, weights, least, floor, sums, more, local, not squared, n, channels)

@@ -10,6 +10,7 @@ channels, of which alone it is given; `mse(channel=0)`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -281,7 +282,7 @@ class Objective:
         """The factor of `mse`, where there is no other term."""
         if not all(term.function is functional.mse and not term.options for term in self.terms):
             return None
-        return torch.as_tensor(sum(term.weight for term in self.terms))
+        return functools.reduce(torch.add, (term.weight for term in self.terms))
 
     def check_squares(self) -> None:
         """ValueError where a term is no sum of squares, or a weight is negative and can be looked at."""
@@ -352,7 +353,7 @@ def term(function: Callable[..., Any], *, residuals: Callable[..., Any] | None =
     2 * above(level=0.3) + bending
     """
     _needs(function)
-    return Term(torch.ones((), dtype=torch.float64), function, (), residuals)
+    return Term(torch.ones((), dtype=torch.float64, device="cpu"), function, (), residuals)
 
 
 def _check_channel(name: str, channel: Any) -> None:
@@ -365,7 +366,7 @@ def _check_channel(name: str, channel: Any) -> None:
 
 
 def _scalar(value: float | Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+    return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
 _NEEDS: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()

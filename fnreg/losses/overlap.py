@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from fnreg.losses.functional import mean
+from fnreg.losses.functional import check_images, log_above, mean
 
 
 def dice(
@@ -77,22 +77,13 @@ def cross_entropy(
     >>> cross_entropy(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]]))
     tensor(0.6931)
     """
-    if not 0 < floor < 1:
-        raise ValueError(f"floor is {floor}: expected a number between 0 and 1")
     a, b, w = _flat(warped_labels, fixed_labels, weights, background)
-    least = a.new_tensor(floor)
-    # maximum and minimum share the derivative where both are equal, clamp would count it twice
-    log = torch.log(torch.maximum(a, least)) + (torch.minimum(a, least) - least) / floor
-    return mean(-(b * log).sum(0, keepdim=True), w)
+    return mean(-(b * log_above(a, floor)).sum(0, keepdim=True), w)
 
 
 def _flat(warped: Tensor, fixed: Tensor, weights: Tensor | None, background: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Labels (K, N), with the background before them where it counts, and weights (1, N)."""
-    if warped.shape != fixed.shape:
-        raise ValueError(
-            f"labels have shapes {tuple(warped.shape)} and {tuple(fixed.shape)}: expected one channel for each class, "
-            "the same classes in both"
-        )
+    check_images(warped, fixed)
     a, b = warped.flatten(1), fixed.flatten(1)
     if background:
         a, b = (torch.cat([1 - part.sum(0, keepdim=True), part]) for part in (a, b))

@@ -22,8 +22,10 @@ from torch.nn.functional import pad, relu
 
 from fnreg import bspline, fields
 from fnreg.bspline import Lattice
+from fnreg.derivatives import determinant_of
 from fnreg.filters import along
 from fnreg.grid import Grid
+from fnreg.losses.functional import log_above
 from fnreg.pytree import constant, pytree_dataclass, static
 
 WHOLE = 512  # control points up to which one matrix over the whole lattice is faster than one for each axis
@@ -370,7 +372,7 @@ def folding(field: Field, *, margin: float = 0.1) -> Tensor:
     """
     if not 0 <= margin < 1:
         raise ValueError(f"margin is {margin}: expected a number within [0, 1), for the identity has determinant 1")
-    return relu(margin - _determinant(field.jacobian())).square().mean()
+    return relu(margin - determinant_of(field.jacobian())).square().mean()
 
 
 def log_jacobian(field: Field, *, floor: float = 0.05) -> Tensor:
@@ -378,20 +380,4 @@ def log_jacobian(field: Field, *, floor: float = 0.05) -> Tensor:
 
     floor : below it the logarithm goes on as its tangent, which is finite where the map folds and leads out; in (0, 1)
     """
-    if not 0 < floor < 1:
-        raise ValueError(f"floor is {floor}: expected a number between 0 and 1")
-    determinant = _determinant(field.jacobian())
-    least = determinant.new_tensor(floor)
-    # maximum and minimum share the derivative where both are equal, clamp would count it twice
-    above, below = torch.maximum(determinant, least), torch.minimum(determinant, least)
-    return (torch.log(above) + (below - least) / floor).square().mean()
-
-
-def _determinant(matrix: Tensor) -> Tensor:
-    """The determinant (...) of (D, D, ...), D up to 3."""
-    if matrix.shape[0] == 1:
-        return matrix[0, 0]
-    if matrix.shape[0] == 2:
-        return matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0]
-    a, b, c = matrix
-    return (a * torch.linalg.cross(b, c, dim=0)).sum(0)
+    return log_above(determinant_of(field.jacobian()), floor).square().mean()

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fnreg.losses.functional import mean
+
 CHUNK = 2**22  # distances that are in memory at once: 32 MB in float64
 
 
@@ -43,7 +45,7 @@ def landmarks(
     weights = fixed_point_weights
     if moving_point_weights is not None:
         weights = moving_point_weights if weights is None else weights * moving_point_weights
-    return _mean(_cost((mapped_points - moving_points).square().sum(-1), delta), weights)
+    return mean(_cost((mapped_points - moving_points).square().sum(-1), delta), weights)
 
 
 def closest_points(
@@ -76,7 +78,7 @@ def closest_points(
     index = _closest(mapped_points, moving_points, moving_point_weights)
     away = mapped_points - moving_points[index]
     square = _along(away, moving_normals, index) if to_plane else away.square().sum(-1)
-    return _mean(_cost(square, delta), _possible(fixed_point_weights, moving_point_weights))
+    return mean(_cost(square, delta), _possible(fixed_point_weights, moving_point_weights))
 
 
 def chamfer(
@@ -105,7 +107,7 @@ def chamfer(
     )
     away = mapped_points[_closest(moving_points, mapped_points, fixed_point_weights)] - moving_points
     square = _along(away, moving_normals) if to_plane else away.square().sum(-1)
-    return there + _mean(_cost(square, delta), _possible(moving_point_weights, fixed_point_weights))
+    return there + mean(_cost(square, delta), _possible(moving_point_weights, fixed_point_weights))
 
 
 def _closest(points: Tensor, others: Tensor, weights: Tensor | None) -> Tensor:
@@ -146,11 +148,3 @@ def _cost(square: Tensor, delta: float | None) -> Tensor:
         raise ValueError(f"delta is {delta}: it must be positive")
     far = square > delta**2
     return torch.where(far, delta * (torch.where(far, square, 1).sqrt() - delta / 2), square / 2)
-
-
-def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return values.mean()
-    weights = weights.to(values.dtype).expand(values.shape)
-    total = weights.sum()
-    return (values * weights).sum() / torch.where(total > 0, total, 1)

@@ -249,7 +249,7 @@ def joined(step: Any) -> Tensor:
     """The entries of a step side by side (B, P), in the highest of its precisions."""
     leaves = tree_leaves(step)
     kind = functools.reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
-    return torch.cat([leaf.flatten(1).to(kind) for leaf in leaves], 1)
+    return torch.cat([lengths.rows(leaf).to(kind) for leaf in leaves], 1)
 
 
 def parted(flat: Tensor, zero: Any) -> Any:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fnreg import optim
-from fnreg.optim import Adam, Optimizer, as_optimizer, scale
-from fnreg.pytree import tree_map
+from fnreg.optim import Adam, Optimizer, as_optimizer
+from fnreg.pytree import tree_map, tree_scale
 from fnreg.solvers.base import Problem, Taken, check_step, largest
 
 
@@ -52,7 +52,7 @@ class Descent:
         step, carry = optimizer.update(gradient, carry, progress)
         check_step(gradient, step, type(optimizer).__name__)
         if length is not None:
-            step = scale(step, length)
+            step = tree_scale(step, length)
         if self.limit is not None:
             step = tree_map(lambda leaf: leaf.clamp(-self.limit, self.limit), step)  # type: ignore[operator]
         moved = largest(step)

@@ -7,6 +7,7 @@ beyond the outer voxels.  Steps are voxels along the domain's own axes.
 from __future__ import annotations
 
 import dataclasses
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from fnreg.losses.penalties import DenseField
 from fnreg.pytree import is_concrete, tree_map
 from fnreg.sampling import sample
 from fnreg.transforms.base import Mapping, Params, Step, Transform
-from fnreg.transforms.domain import Domain, first_domain
+from fnreg.transforms.domain import Domain, first_domain, same_extent
 from fnreg.transforms.split import Split
 
 ITERATIONS = 200  # of the search for an inverse; few voxels need more than ten
@@ -96,10 +97,11 @@ class Dense(Transform, abstract=True):
 
 def refine_vectors(vectors: Tensor, domain: Grid, finer: Grid) -> Tensor:
     """A field (D, ...) on another grid of the same pyramid, else on any grid."""
-    if finer.size == domain.size:
-        return vectors
-    if (finer.base or finer.size) == (domain.base or domain.size):
-        return resize(vectors, finer.size)
+    if same_extent(domain, finer):
+        if finer.size == domain.size:
+            return vectors
+        if (finer.base or finer.size) == (domain.base or domain.size):
+            return resize(vectors, finer.size)
     index = domain.world_to_index(finer.points()).mT.to(vectors.dtype)
     return sample(vectors, index).value.reshape(-1, *finer.shape)
 
@@ -130,8 +132,8 @@ class Velocity(OneField, abstract=True):
     squarings: int
 
     def __post_init__(self) -> None:
-        if self.squarings < 0:
-            raise ValueError(f"squarings is {self.squarings}: expected at least 0")
+        if isinstance(self.squarings, bool) or not isinstance(self.squarings, Integral) or self.squarings < 0:
+            raise ValueError(f"squarings is {self.squarings!r}: expected a whole number, at least 0")
 
     def velocity_of(self, vectors: Tensor, domain: Domain) -> Tensor:
         """The velocity at the domain's voxels of the parameters, both in voxels along the axes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fnreg.grid import Grid
-from fnreg.pytree import Axes, batch_axes, first_pair, tree_leaves
+from fnreg.pytree import Axes, batch_axes, first_pair, is_concrete, tree_leaves
 
 Domain = Any
 
@@ -28,6 +28,17 @@ def domain_axes(domain: Domain) -> Axes:
 def single(domain: Domain) -> Domain:
     """One pair's domain of a batch: its structure and shapes matter here, not its values."""
     return first_pair(domain, domain_ranks(domain))
+
+
+def same_extent(a: Grid, b: Grid) -> bool:
+    """Whether two grids are levels over one place; taken for granted where values cannot be looked at."""
+    return a is b or not (_known(a) and _known(b)) or a.resize(b.size).same_as(b)
+
+
+def _known(grid: Grid) -> bool:
+    """Whether it is one grid whose values can be looked at."""
+    ranks = zip(tree_leaves(grid), tree_leaves(grid.ranks()), strict=True)
+    return all(is_concrete(leaf) and leaf.ndim == rank for leaf, rank in ranks)
 
 
 def same_place(a: Grid, b: Grid) -> bool:

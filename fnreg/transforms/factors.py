@@ -28,7 +28,7 @@ def factors(linear: Tensor) -> Factors:
     orthogonal, upper = orthogonal * flip, flip[:, None] * upper
     scale = torch.diagonal(upper)
     sheared = upper / scale
-    rows, columns = torch.triu_indices(linear.shape[-1], linear.shape[-1], 1)
+    rows, columns = torch.triu_indices(linear.shape[-1], linear.shape[-1], 1, device=linear.device)
     return Factors(orthogonal, sheared[rows, columns], scale)
 
 

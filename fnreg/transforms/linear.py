@@ -43,8 +43,8 @@ def _spread(domain: Grid) -> Tensor:
 
 @constant
 def _spread_of(size: tuple[int, ...], device: torch.device) -> Tensor:
-    squares = torch.tensor([max(n * n - 1, 3) / 12 for n in size], dtype=torch.float64)
-    return squares.sqrt().to(device)
+    squares = torch.tensor([max(n * n - 1, 3) / 12 for n in size], dtype=torch.float64, device=device)
+    return squares.sqrt()
 
 
 def _turning(domain: Grid) -> Tensor:
@@ -66,9 +66,9 @@ def _along(domain: Grid, matrix: Tensor) -> Tensor:
 
 def _upper(domain: Grid, values: Tensor) -> Tensor:
     """The strictly upper triangular matrix (D, D) of values (D (D - 1) / 2,), row by row."""
-    rows, columns = torch.triu_indices(domain.ndim, domain.ndim, 1)
+    rows, columns = torch.triu_indices(domain.ndim, domain.ndim, 1, device=values.device)
     basis = torch.zeros(len(rows), domain.ndim, domain.ndim, dtype=values.dtype, device=values.device)
-    basis[torch.arange(len(rows)), rows, columns] = 1
+    basis[torch.arange(len(rows), device=values.device), rows, columns] = 1
     return (values[:, None, None] * basis).sum(0)
 
 
@@ -109,7 +109,7 @@ class _Shear:
 
     @staticmethod
     def retract(value: Tensor, step: Tensor, domain: Grid) -> Tensor:
-        rows, columns = torch.triu_indices(domain.ndim, domain.ndim, 1).to(value.device)
+        rows, columns = torch.triu_indices(domain.ndim, domain.ndim, 1, device=value.device)
         spacing, spread = domain.spacing, _spread(domain)
         return value + step * spacing[rows] / (spacing[columns] * spread[columns])
 
@@ -223,7 +223,12 @@ class Linear(Transform, abstract=True):
         return ((change @ where.affine)[:-1] @ index).reshape(where.ndim, *where.shape)
 
     def inverse(self, params: Params, domain: Domain) -> Mapping:
-        matrix = torch.linalg.inv_ex(self.matrix(params, domain)).inverse
+        """In closed form.  A singular map has none: ValueError for one map; among those of a batch it is NaN."""
+        found = torch.linalg.inv_ex(self.matrix(params, domain))
+        singular = found.info != 0
+        if is_concrete(singular) and bool(singular.any()):
+            raise ValueError(f"the map of {self} is singular, so it has no inverse: no determinant may be 0")
+        matrix = torch.where(singular, torch.nan, found.inverse)
         return Mapping({"matrix": matrix}, first_domain(domain), Homogeneous())
 
     def fit(self, matrix: Tensor, domain: Domain) -> Params:

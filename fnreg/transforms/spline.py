@@ -23,7 +23,7 @@ from fnreg.grid import Grid
 from fnreg.losses.penalties import SplineField
 from fnreg.transforms.base import Params
 from fnreg.transforms.dense import OneField, Velocity, along, zeros
-from fnreg.transforms.domain import Domain, first_domain
+from fnreg.transforms.domain import Domain, first_domain, same_extent
 
 BLOCK = 2**15  # points at a time
 Stride = int | tuple[int, ...]
@@ -84,21 +84,22 @@ class _Spline(OneField, abstract=True):
     def field(self, params: Params, domain: Domain) -> Any:
         grid, lattice = first_domain(domain), self.lattice(domain)
         # lengths along the axes, and the spacing of the finest grid, whose voxels the lattice counts
-        finest = grid.spacing * (torch.tensor(grid.size, dtype=torch.float64) / torch.tensor(lattice.size)).to(
-            grid.spacing
-        )
+        counts = (torch.tensor(n, dtype=torch.float64, device=grid.spacing.device) for n in (grid.size, lattice.size))
+        finest = grid.spacing * torch.div(*counts)
         return SplineField(along(grid, in_voxels(params[self.name], grid)), finest, lattice, grid.size)
 
     def refine(self, params: Params, domain: Domain, finer: Domain) -> Params:
         before, after = self.lattice(domain), self.lattice(finer)
-        coefficients = params[self.name]
-        while before.size == after.size and any(a > b for a, b in zip(before.stride, after.stride, strict=True)):
+        coefficients, grid, other = params[self.name], first_domain(domain), first_domain(finer)
+        alike = same_extent(grid, other)
+        while (
+            alike and before.size == after.size and any(a > b for a, b in zip(before.stride, after.stride, strict=True))
+        ):
             axes = tuple(a > b for a, b in zip(before.stride, after.stride, strict=True))
             coefficients, before = bspline.subdivide(coefficients, before, axes=axes), before.halved(axes)
-        if before == after:
+        if alike and before == after:
             return {self.name: coefficients}
         # No level of the same pyramid: the nearest spline in the least-squares sense.
-        grid, other = first_domain(domain), first_domain(finer)
         values = _evaluate_at(coefficients, before, grid, other.points())
         fitted = bspline.fit(values.reshape(-1, *other.shape), after)
         return {self.name: fitted.to(coefficients.dtype)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ class TPS(Dense):
     stiffness: float = 0.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.count, bool) or not isinstance(self.count, Integral):
+            raise ValueError(f"count is {self.count!r}: expected a whole number of landmarks")
         if self.count < 2 or not 0 <= self.stiffness < math.inf:
             raise ValueError(f"{self!r}: expected count >= 2 and a finite stiffness >= 0")
 

@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from fnreg.gather import Interpolation, Padding
+from fnreg.gather import Interpolation, Padding, precise
 from fnreg.grid import Grid, apply_matrix
 from fnreg.image import Image, Subject
 from fnreg.pytree import over_batch
@@ -90,7 +90,7 @@ def warp_data(
     own = same_place(grid, first_domain(mapping.domain))
 
     def one(values: Tensor, source: Grid, by: Mapping, target: Grid) -> Tensor:
-        dtype = values.dtype if values.is_floating_point() else torch.float64
+        dtype = precise(values.dtype)
         whole = own and by.transform.splits and not by.transform.linear  # its field is read where it lies
         parts = [target] if whole else target.slabs(SLAB)
         warped: list[Tensor] = []
