@@ -441,7 +441,7 @@ USAGE = {
     "stride, switch": (["--transform", "ffd:stride=true"], "stride is True: expected whole numbers"),
     "stride, long": (["--transform", "ffd:stride=40"], "40"),
     "strides for axes": (["--transform", "ffd:stride=4x4x4"], "FFD(stride=(4, 4, 4))"),
-    "steps of a flow": (["--transform", "svffd:squarings=-1"], "squarings is -1: expected at least 0"),
+    "steps of a flow": (["--transform", "svffd:squarings=-1"], "squarings is -1: expected a whole number, at least 0"),
     "half a step": (["--transform", "svf:squarings=2.5"], "expected a whole number"),
     "two steps": (["--transform", "svf:squarings=2x3"], "expected a whole number"),
     "smooth": (["--transform", "diffeomorphism:smooth=-1"], "expected gradient and smooth >= 0"),
