@@ -36,7 +36,7 @@ from fnreg import (
     sgd,
     stack,
 )
-from fnreg.pytree import tree_map
+from fnreg.pytree import tree_flatten, tree_map, tree_unflatten
 
 FIXED, MOVING, _ = known_pair(Rigid(), 2)
 QUICK: dict[str, Any] = {"levels": 1, "steps": 2}
@@ -74,12 +74,17 @@ def away(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.to("meta"), tree)
 
 
+def torn(image: Image) -> Image:
+    """Its data elsewhere than its grid, which the constructor would refuse."""
+    return tree_unflatten([away(image.data), *tree_flatten(image.grid)[0]], tree_flatten(image)[1])
+
+
 def test_tensors_on_different_devices() -> None:
     shift, mask = {"translation": torch.zeros(2).double()}, torch.ones_like(MOVING.data)
     then = Mapping(shift, FIXED.grid, Translation())
     cases: list[tuple[str, Any, dict[str, Any]]] = [
         ("moving", away(MOVING), {}),
-        ("moving.data", Image(away(MOVING.data), MOVING.grid), {}),
+        ("moving.data", torn(MOVING), {}),
         ("moving.mask", Subject(MOVING, away(mask)), {}),
         ("then.params['translation']", MOVING, {"then": dataclasses.replace(then, params=away(shift))}),
         ("initial['translation']", MOVING, {"initial": away(shift)}),
@@ -93,7 +98,7 @@ def test_tensors_on_different_devices() -> None:
     with pytest.raises(ValueError, match=r"moving is on cpu but fixed is on meta: give moving\.to\('meta'\)"):
         register(away(FIXED), MOVING, Translation(), **QUICK)
     with pytest.raises(ValueError, match=r"fixed\.data is on meta but its grid is on cpu: give fixed\.data\.to"):
-        register(Image(away(FIXED.data), FIXED.grid), MOVING, Translation(), **QUICK)
+        register(torn(FIXED), MOVING, Translation(), **QUICK)
     with pytest.raises(ValueError, match=r"mapping\.params.* is on meta but fixed is on cpu"):
         evaluate(FIXED, MOVING, away(then))
 
