@@ -686,8 +686,8 @@ def test_what_nifti_cannot_hold(tmp_path: Path, rng: torch.Generator) -> None:
         (lambda: write_labels(tmp_path / "a.nii", Labels(image.data[0].long(), image.grid)), ValueError, "shape"),
         (
             lambda: write_labels(tmp_path / "a.png", Labels(image.data.long(), image.grid)),
-            WriteError,
-            "written as .nii",
+            ValueError,
+            "would have 8 bits, but labels are from -",
         ),
     ]
     for write, kind, told in bad:

@@ -170,7 +170,11 @@ def test_inverted_contrast(objective: Any, dimension: int) -> None:
 def test_a_weighted_sum() -> None:
     fixed, moving, truth = pair_of()
     more = [
-        Subject(Image(torch.cat([s.image.data, uniform(*s.image.data.shape)]), s.image.grid), None, s.labels, s.points)
+        Subject(
+            Image(torch.cat([s.image.data, uniform(*s.image.data.shape)]), s.image.grid),
+            labels=s.labels,
+            points=s.points,
+        )
         for s in (fixed, moving)
     ]
     objective = 0.5 * fnreg.mse(channel=0) + 0.1 * fnreg.dice + 0.01 * fnreg.landmarks
@@ -192,7 +196,13 @@ def test_a_weighted_sum() -> None:
 def test_terms_see_labels_and_points_under_the_map(dimension: int, padding: Any) -> None:
     fixed, moving, _ = pair_of(dimension)
     mapping = random_mapping(Affine(), fixed.image.grid, 3, 1.0)
-    masked = Subject(fixed.image, inner_mask(fixed.image), fixed.labels, fixed.points, torch.arange(1.0, 10.0))
+    masked = Subject(
+        fixed.image,
+        inner_mask(fixed.image),
+        labels=fixed.labels,
+        points=fixed.points,
+        point_weights=torch.arange(1.0, 10.0),
+    )
     normal = Subject(moving.image, labels=moving.labels, points=moving.points, normals=uniform(9, dimension))
     seen: dict[str, Any] = {}
 
@@ -349,7 +359,9 @@ def test_masked_equals_cropped(seed: int, objective: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_are_in_the_precision_of_the_images(dtype: torch.dtype) -> None:
     fixed, moving, _ = pair_of()
-    sides = [Subject(Image(s.image.data.to(dtype), s.image.grid), None, s.labels, s.points) for s in (fixed, moving)]
+    sides = [
+        Subject(Image(s.image.data.to(dtype), s.image.grid), labels=s.labels, points=s.points) for s in (fixed, moving)
+    ]
     for objective in (fnreg.landmarks, SUM, fnreg.dice):
         result = register(*sides, SVFFD(4), objective=objective, **QUICK)
         assert result.value.dtype == result.history[0].value.dtype == dtype

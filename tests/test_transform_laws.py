@@ -34,7 +34,7 @@ from torch.testing import assert_close
 
 from fnreg import Displacement, Grid, Held, Image, Mapping, Sequential, Subject, Transform, stack, warp
 from fnreg.pytree import tree_flatten, tree_map, tree_vmap
-from fnreg.transforms import base
+from fnreg.transforms import warping
 from fnreg.transforms.linear import Affine, Linear, Rigid, Rotation, Scaling, Shearing, Similarity, Translation
 from fnreg.transforms.spline import FFD
 from fnreg.transforms.warping import moving_coords
@@ -530,7 +530,7 @@ def test_large_grids_are_warped_in_parts(transform: Transform, dimension: int, m
         return warp(image, mapping, where).data, torch.func.grad(energy)(mapping).params
 
     wholes = [results(*way) for way in ways]
-    monkeypatch.setattr(base, "SLAB", 12)
+    monkeypatch.setattr(warping, "SLAB", 12)
     for way, whole in zip(ways, wholes, strict=True):
         close(results(*way), whole, atol=1e-9, rtol=1e-9)
 
@@ -579,7 +579,7 @@ def test_a_subject_is_warped_with_its_mask_and_labels() -> None:
     grid = Grid((6, 5))
     labels = torch.arange(30).reshape(1, 5, 6) + 2**24 + 1  # float32 could not hold these
     mask = torch.ones(1, 5, 6)
-    subject = Subject(Image(uniform(2, 5, 6), grid), mask, labels, points=tensor([[1.0, 2.0]]))
+    subject = Subject(Image(uniform(2, 5, 6), grid), mask, labels=labels, points=tensor([[1.0, 2.0]]))
     shifted = Mapping({"translation": tensor([2.0, 0.0])}, grid, Translation())
     found = warp(subject, shifted)
     assert_close(found.image.data, warp(subject.image, shifted).data)
