@@ -647,7 +647,7 @@ def test_gauss_newton_sees_the_warped_image_only() -> None:
         register(fixed, moving, Rigid(), objective=fnreg.mse + fnreg.landmarks, **NEWTON, **QUICK)
     mine = fnreg.term(
         lambda mapped_points, moving_points: points.landmarks(mapped_points, moving_points),
-        lambda mapped_points, moving_points: (mapped_points - moving_points) / 3,
+        residuals=lambda mapped_points, moving_points: (mapped_points - moving_points) / 3,
     )
     with pytest.raises(ValueError, match="asks for labels or points, but Gauss-Newton sees the warped image only"):
         register(fixed, moving, Rigid(), objective=fnreg.mse + mine, **NEWTON, **QUICK)
