@@ -132,7 +132,7 @@ def ensemble(
         strength = _noise_of(reference, whole, given)
         both = strength, strength
     else:
-        both = torch.full((1, 1), told[0]), torch.full((1, 1), told[1])
+        both = tuple(torch.full((1, 1), value, device="cpu") for value in told)
     sides = (("fixed", fixed, both[0]), ("moving", moving, both[1]))
     noisy_fixed, noisy_moving = (_copies(*side, size, count, generator) for side in sides)
     first, domain = first_transform(transform), whole.domain
@@ -210,7 +210,8 @@ def _copies(
     image = taken.image if isinstance(taken, Subject) else taken
     size = pairs * count
     data = image.data if image.data.ndim > image.grid.ndim + 1 else image.data.expand(size, *image.data.shape)
-    fresh = torch.randn(data.shape, generator=generator, dtype=data.dtype).to(data.device)
+    where = "cpu" if generator is None else generator.device
+    fresh = torch.randn(data.shape, generator=generator, dtype=data.dtype, device=where).to(data.device)
     strength = (strength if len(strength) == 1 else strength.repeat_interleave(count, 0)).to(data)
     noisy = Image(data + fresh * strength.reshape(*strength.shape, *(1,) * image.grid.ndim), image.grid)
     return dataclasses.replace(taken, image=noisy) if isinstance(taken, Subject) else noisy
@@ -231,7 +232,9 @@ def _scattered(
     zero = first.zero_step(single(domain))
 
     def away(leaf: Tensor) -> Tensor:
-        return scatter * torch.randn((size, *leaf.shape), generator=generator, dtype=leaf.dtype).to(leaf.device)
+        where = "cpu" if generator is None else generator.device
+        drawn = torch.randn((size, *leaf.shape), generator=generator, dtype=leaf.dtype, device=where)
+        return scatter * drawn.to(leaf.device)
 
     over = (None, None, axes)
     return tree_vmap(first.retract, over, begin, tree_map(away, zero), repeated(domain, axes, count))

@@ -60,13 +60,15 @@ def gaussian(data: Tensor, sigma: float | Sequence[float] | Tensor) -> Tensor:
     dimension = data.ndim - 1
     if not isinstance(sigma, Tensor):
         given = [sigma] * dimension if isinstance(sigma, (int, float)) else sigma
+        if any(not isinstance(s, Tensor) and not s >= 0 for s in given):
+            raise ValueError(f"sigma is {sigma}: expected voxels, at least 0")
         narrow = len(given) == dimension and all(isinstance(s, (int, float)) and 0 <= s <= NARROW for s in given)
         if narrow and windows.serves(data):
             taps = tuple(windows.gaussian_taps(float(s), data.dtype) for s in given)
             return windows.windowed(data, taps, normalised=True)
+    elif not torch.compiler.is_compiling() and is_concrete(sigma) and not bool((sigma >= 0).all()):
+        raise ValueError(f"sigma is {sigma.tolist()}: expected voxels, at least 0")
     sigmas = torch.as_tensor(sigma, dtype=torch.float64, device=data.device)
-    if is_concrete(sigmas) and not bool((sigmas >= 0).all()):
-        raise ValueError(f"sigma is {sigmas.tolist()}: expected voxels, at least 0")
     sigmas = sigmas.expand(dimension) if sigmas.ndim == 0 else sigmas
     if sigmas.shape[-1] != dimension:
         raise ValueError(f"sigma has {sigmas.shape[-1]} values for data with {dimension} spatial axes")

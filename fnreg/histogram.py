@@ -53,6 +53,7 @@ def joint_histogram(
     tensor([[0.1667, 0.8333, 1.0000, 0.8333, 0.1667]], dtype=torch.float64)
     """
     check(warped, fixed, weights, bins)
+    warped, fixed, bins = warped.flatten(1), fixed.flatten(1), int(bins)
     share = None if weights is None else weights.reshape(1, 1, -1)
     images = warped.unsqueeze(0), fixed.unsqueeze(0), share
     if forward_asked():

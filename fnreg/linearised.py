@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class Solves:
     iterations: int = 1000
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.probes, int) and isinstance(self.iterations, int)
+        whole = isinstance(self.probes, Integral) and isinstance(self.iterations, Integral)
         if not whole or self.probes < 2 or not 0 < self.tolerance < 1 or self.iterations < 1:
             raise ValueError(
                 f"{self!r}: expected probes >= 2 and iterations >= 1, whole numbers, and tolerance in (0, 1)"
@@ -320,11 +321,11 @@ def clear(slopes: Tensor, others: Tensor, idle: Tensor, shape: tuple[int, ...], 
     mean that is no noise, k / (k + 1) of an eigenvalue k: beside contours noise then stays, and ellipses are smaller.
     """
     dimension, count = slopes.shape[1:]
-    rows, columns = torch.triu_indices(dimension, dimension).tolist()
+    rows, columns = torch.triu_indices(dimension, dimension, device="cpu").tolist()
     mixed = (slopes[:, rows] * others[:, columns] + slopes[:, columns] * others[:, rows]).sum(0) / 2
     own = (slopes[:, rows] * slopes[:, columns]).sum(0)
-    place = torch.zeros(dimension, dimension, dtype=torch.int64)
-    place[rows, columns] = place[columns, rows] = torch.arange(len(rows))
+    place = torch.zeros(dimension, dimension, dtype=torch.int64, device=slopes.device)
+    place[rows, columns] = place[columns, rows] = torch.arange(len(rows), device=slopes.device)
     means = gaussian(torch.cat([mixed, idle]).reshape(-1, *shape), WINDOW).flatten(1)
     least = (2 * dimension / (4 * math.pi * WINDOW**2) ** (dimension / 2)) ** 0.5
     root = torch.maximum(means[len(rows) :], 1e-12 * mixed.abs().amax().clamp(min=1e-300)).sqrt()  # (D, N)

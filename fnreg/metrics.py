@@ -17,6 +17,8 @@ from fnreg.surfaces import classes as classes
 from fnreg.surfaces import surface_distances as surface_distances
 from fnreg.transforms.base import Mapping
 
+FEW = 4  # classes: up to so many are compared one by one, which takes the least memory
+
 
 def dice(first: Tensor, second: Tensor, *, numbers: Sequence[int] | None = None) -> Tensor:
     """Overlap of each class, 2 |A and B| / (|A| + |B|), (K,) float64.
@@ -84,7 +86,7 @@ def _counts(first: Tensor, second: Tensor, numbers: Sequence[int] | None) -> tup
     if not chosen or not first.numel():
         empty = torch.zeros(len(chosen), dtype=torch.float64, device=first.device)
         return empty, empty, empty
-    if is_concrete(first) and is_concrete(second):
+    if len(chosen) > FEW and is_concrete(first) and is_concrete(second):
         return _counted(first, second, chosen)
     found = [[(a & b).sum(), a.sum(), b.sum()] for a, b in ((first == k, second == k) for k in chosen)]
     both, one, other = (torch.stack(column).to(torch.float64) for column in zip(*found, strict=True))
@@ -93,10 +95,10 @@ def _counts(first: Tensor, second: Tensor, numbers: Sequence[int] | None) -> tup
 
 def _counted(first: Tensor, second: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """The same in one pass over the voxels, however many classes there are."""
-    here, there = (values.reshape(-1).to(torch.int64) for values in (first, second))
+    here, there = (values.reshape(-1) for values in (first, second))
     low, high = min(int(here.min()), int(there.min())), max(int(here.max()), int(there.max()))
-    if high - low < 2**20:  # counting needs no sorting then
-        known, here, there = torch.arange(low, high + 1, device=here.device), here - low, there - low
+    if low >= 0 and high < 2**20:  # counting needs no sorting then
+        known = torch.arange(high + 1, device=here.device)
     else:
         known, at = torch.unique(torch.cat([here, there]), return_inverse=True)
         here, there = at[: len(here)], at[len(here) :]

@@ -258,6 +258,14 @@ def over_batch(function: Callable[..., Any], **arguments: tuple[Any, Any]) -> An
     return function(*trees) if batch_size(sizes) is None else tree_vmap(function, axes, *trees)
 
 
+_ONE = threading.local()  # whether a batch of one is called directly
+
+
+def is_alone(tensor: Tensor) -> bool:
+    """Whether values can be looked at and are of no batch, not even of one: then a fault is an error, not a mark."""
+    return is_concrete(tensor) and not getattr(_ONE, "batch", False)
+
+
 def tree_vmap(function: Callable[..., Any], axes: Sequence[Axes | None], *trees: Any) -> Any:
     """`torch.func.vmap` over trees with the axes of each, as `batch_axes` gives them; None means all leaves batched.
 
@@ -269,7 +277,12 @@ def tree_vmap(function: Callable[..., Any], axes: Sequence[Axes | None], *trees:
     sizes = {leaf.shape[0] for pairs in paired for leaf, axis in pairs if axis == 0}
     if sizes == {1}:
         ones = [tree_take(tree, 0, d) for tree, d in zip(trees, dims, strict=True)]
-        return tree_map(lambda leaf: leaf.unsqueeze(0), function(*ones))
+        outside, _ONE.batch = getattr(_ONE, "batch", False), True
+        try:
+            found = function(*ones)
+        finally:
+            _ONE.batch = outside
+        return tree_map(lambda leaf: leaf.unsqueeze(0), found)
     if len(sizes) != 1:
         raise ValueError(f"expected batch axes of one length, got {sorted(sizes) or 'none'}")
     # As `torch.func.vmap` without its care for nested in_dims and out_dims, which takes longer than a small function.

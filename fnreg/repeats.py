@@ -125,7 +125,7 @@ def _repeat_parts(where: str, given: Mapping[str, Any], pairs: int, count: int) 
         found["objective"] = [next(rest) if isinstance(one, (Term, Objective)) else one for one in objective]
     elif made:
         found["objective"] = made[0]
-    index = torch.arange(pairs).repeat_interleave(count)
+    index = torch.arange(pairs, device="cpu").repeat_interleave(count)
     if (optimizer := given.get("optimizer")) is not None:
         _check_rates(f"optimizer{where}", optimizer, pairs)
         found["optimizer"] = optim.take(optimizer, index)

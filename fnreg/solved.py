@@ -296,7 +296,10 @@ def _probes(count: int, lin: Linearised, channels: int) -> Iterator[Tensor]:
         some = min(lin.width, count - done)
         with beside_transforms():
             drawn = [torch.Generator().manual_seed(number) for number in range(done, done + some)]
-            signs = [torch.randint(2, tuple(like.shape[1:]), generator=draw, dtype=torch.int8) for draw in drawn]
+            signs = [
+                torch.randint(2, tuple(like.shape[1:]), generator=draw, dtype=torch.int8, device="cpu")
+                for draw in drawn
+            ]
             made = torch.stack(signs).unsqueeze(1).to(like.device)
         yield (2 * made.to(like.dtype) - 1).expand(-1, *like.shape)
         done += some

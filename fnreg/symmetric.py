@@ -60,6 +60,7 @@ def mirrored(level: Level) -> Level:
         annotations=annotations,
         sharp=(pairs.sharp[1], pairs.sharp[0]),
         interpolation=pairs.interpolation,
+        given_domain=pairs.given_domain,
     )
     return dataclasses.replace(level, pairs=back, axes=batch_axes("pair", back, back.ranks())[0])
 

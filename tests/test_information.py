@@ -740,3 +740,11 @@ def test_a_histogram_of_what_does_not_fit_is_refused(shapes: Any, bins: int, tol
     """The kernels read as far as the warped image says."""
     with pytest.raises(ValueError, match=told):
         joint_histogram(*(torch.rand(shape) for shape in shapes), bins=bins)
+
+
+def test_a_histogram_of_volumes_is_that_of_their_voxels() -> None:
+    warped, fixed, weights = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5), torch.rand(1, 3, 4, 5)
+    whole: Any = 8.0
+    flat = joint_histogram(warped.flatten(1), fixed.flatten(1), weights.flatten(1), bins=8)
+    assert torch.equal(joint_histogram(warped, fixed, weights, bins=whole), flat)
+    assert torch.equal(joint_histogram(warped, fixed, weights[0], bins=8), flat)

@@ -639,3 +639,5 @@ def test_a_singular_map_has_no_inverse() -> None:
     both = Mapping(stack([flat.params, good.params]), flat.domain, flat.transform).inverse()
     assert bool(both.params["matrix"][0].isnan().all())
     assert_close(both.params["matrix"][1], good.inverse().params["matrix"], atol=0, rtol=0)
+    one = Mapping(stack([flat.params]), flat.domain, flat.transform).inverse()  # a batch of one is a batch
+    assert one.params["matrix"].shape == (1, 3, 3) and bool(one.params["matrix"].isnan().all())

@@ -26,6 +26,7 @@ from fnreg import (
     adam,
     bending,
     evaluate,
+    linear_mapping,
     mse,
     register,
     stack,
@@ -110,6 +111,28 @@ def test_evaluate_goes_both_ways_as_the_registration() -> None:
     result = register(blobs(0), blobs(5), FFD(8), levels=1, steps=1)
     with pytest.raises(ValueError, match=r"FFD\(stride=8\) has no cheap inverse: symmetric goes with SVF and SVFFD"):
         evaluate(blobs(0), blobs(5), result.mapping, symmetric=True)
+
+
+@pytest.mark.parametrize("place", [{"center": (12.5, 10.5)}, {"size": (10, 9), "spacing": 2.0}])
+def test_evaluate_goes_both_ways_on_another_grid(place: dict[str, Any]) -> None:
+    """The way back is that of the mapping where it was found, seen on the grid that is given."""
+    fixed, moving = blobs(0), blobs(5)
+    mapping = register(fixed, moving, SVF(), levels=1, steps=8, padding="border").mapping
+    grid = Grid(**({"size": fixed.grid.size, "center": fixed.grid.center.tolist()} | place))
+    here = fixed.resample(grid)
+    there = evaluate(here, moving, mapping, padding="border")[0]
+    back = evaluate(moving.resample(grid), here, mapping.inverse(), padding="border")[0]
+    found = evaluate(here, moving, mapping, padding="border", symmetric=True)[0]
+    assert_close(found, (there + back) / 2, rtol=1e-9, atol=0)
+
+
+def test_evaluate_goes_both_ways_through_nested_compositions() -> None:
+    fixed, moving = blobs(0), blobs(5)
+    result = register(fixed, moving, [Stage(Rigid(), objective=mse), SVF()], **few(steps=3))
+    shift = linear_mapping(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), fixed.grid)  # nowhere
+    options: dict[str, Any] = {"objective": mse, "symmetric": True}
+    found, known = (evaluate(fixed, moving, m, **options)[0] for m in (shift @ result.mapping, result.mapping))
+    assert_close(found, known, rtol=1e-12, atol=0)
 
 
 def test_a_pair_alone_equals_the_pair_in_a_batch() -> None:

@@ -620,6 +620,10 @@ def test_a_penalty_of_two_fields_is_refused() -> None:
     both = Sequential((FFD(4), Affine(), FFD(2)))
     with pytest.raises(ValueError, match="has 2 fields, of which a penalty would see one: register them as stages"):
         both.field(both.init(grid), grid)
+    parts = [Mapping(t.init(grid), grid, t) for t in (FFD(4), FFD(2))]
+    composed = parts[1] @ parts[0]  # as stages are: the first was sought last
+    field = composed.transform.field(composed.params, composed.domain)
+    assert torch.equal(field.coefficients, parts[0].params["coefficients"])
     one = Sequential((FFD(4), Affine()))
     assert torch.equal(one.field(one.init(grid), grid).coefficients, FFD(4).init(grid)["coefficients"])
 

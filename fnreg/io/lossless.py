@@ -8,9 +8,7 @@ domain's grids, and a check sum of everything; the tensors are the parameters by
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import pkgutil
 import re
 from typing import Any
 
@@ -19,7 +17,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fnreg import transforms
 from fnreg.grid import Grid
 from fnreg.io.files import PathLike, TransformReadError, read_bytes, write_bytes
 from fnreg.pytree import tree_flatten, tree_map, tree_paths, tree_unflatten
@@ -83,7 +80,6 @@ def read_lossless(path: PathLike) -> Mapping:
         raise TransformReadError(f"{path} has version {version!r}: this fnreg reads version {VERSION}, update it")
     if header.pop("sha256", None) != _digest(header, tensors):
         raise TransformReadError(f"{path} is damaged: its content does not agree with its check sum")
-    _load_transforms()
     try:
         transform = Transform.from_dict(header["transform"])
         domain = _domain_from_plain(header["domain"])
@@ -116,12 +112,6 @@ def _header(data: bytes) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ValueError("its header is not a table")
     return header
-
-
-def _load_transforms() -> None:
-    """Import every module of transforms: each makes its classes known by name."""
-    for module in pkgutil.iter_modules(transforms.__path__):
-        importlib.import_module(f"{transforms.__name__}.{module.name}")
 
 
 def _params(transform: Transform, domain: Domain, tensors: dict[str, Tensor]) -> Any:

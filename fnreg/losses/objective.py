@@ -280,7 +280,7 @@ class Objective:
 
     def mean_squares(self) -> Tensor | None:
         """The factor of `mse`, where there is no other term."""
-        if not all(term.function is functional.mse and not term.options for term in self.terms):
+        if not self.terms or not all(term.function is functional.mse and not term.options for term in self.terms):
             return None
         return functools.reduce(torch.add, (term.weight for term in self.terms))
 

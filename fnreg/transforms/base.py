@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import pkgutil
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -176,6 +179,11 @@ class Transform:
     def from_dict(data: dict[str, Any]) -> Transform:
         """The transform that `to_dict` wrote.  ValueError names unknown types, and options unknown or missing."""
         name = data.get("type")
+        if (
+            isinstance(name, str) and name not in Transform.types
+        ):  # a module makes its transforms known when it is loaded
+            for module in pkgutil.iter_modules([str(Path(__file__).parent)], "fnreg.transforms."):
+                importlib.import_module(module.name)
         if not isinstance(name, str) or name not in Transform.types:
             raise ValueError(f"unknown transform {name!r}: choose from {', '.join(sorted(Transform.types))}")
         cls = Transform.types[name]
@@ -364,7 +372,8 @@ class Sequential(Transform):
 
     def field(self, params: Params, domain: Domain) -> Any:
         bent = [(t, d, p) for t, d, p in self._parts(domain, params) if not t.linear]
-        if len(bent) > 1:
+        # Of maps that `@` has composed, each with a domain of its own, the first is the one that was sought last.
+        if len(bent) > 1 and isinstance(domain, Grid):
             raise ValueError(
                 f"{self} has {len(bent)} fields, of which a penalty would see one: register them as stages, each with "
                 "an objective of its own, or leave the penalty out"
@@ -400,11 +409,7 @@ def apart(mapping: Mapping) -> tuple[Mapping, Mapping | None]:
     transform, params, domain = mapping.transform, mapping.params, mapping.domain
     if not isinstance(transform, Sequential) or isinstance(domain, Grid):
         return mapping, None
-    first = Mapping(params[0], domain[0], transform.transforms[0])
-    match transform.transforms[1:]:
-        case ():
-            return first, None
-        case (one,):
-            return first, Mapping(params[1], domain[1], one)
-        case several:
-            return first, Mapping(params[1:], domain[1:], Sequential(several))
+    first, then = apart(Mapping(params[0], domain[0], transform.transforms[0]))
+    for one in zip(params[1:], domain[1:], transform.transforms[1:], strict=True):
+        then = Mapping(*one) if then is None else Mapping(*one) @ then
+    return first, then

@@ -18,7 +18,7 @@ from fnreg.filters import gaussian, resize
 from fnreg.grid import Grid
 from fnreg.lengths import longest
 from fnreg.losses.penalties import DenseField
-from fnreg.pytree import is_concrete, tree_map
+from fnreg.pytree import is_alone, tree_map
 from fnreg.sampling import sample
 from fnreg.transforms.base import Mapping, Params, Step, Transform
 from fnreg.transforms.domain import Domain, first_domain, same_extent
@@ -78,7 +78,7 @@ class Dense(Transform, abstract=True):
         grid, shift = first_domain(domain), self.shift(params, domain)
         found = invert_shift(shift, iterations=ITERATIONS)
         count = folds(in_world(shift, grid), grid)  # where points have several origins, no residual tells
-        if is_concrete(found.residual):
+        if is_alone(found.residual):
             advice = (
                 "use a stronger penalty, or a diffeomorphism such as SVFFD; fnreg.fields.invert takes what there is"
             )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fnreg.grid import Grid, apply_matrix, homogeneous, index_points
-from fnreg.pytree import constant, is_concrete
+from fnreg.pytree import constant, is_alone, is_concrete
 from fnreg.transforms.base import Mapping, Params, Step, Transform
 from fnreg.transforms.domain import Domain, first_domain, single
 from fnreg.transforms.factors import factors, nearest_rotation
@@ -226,7 +226,7 @@ class Linear(Transform, abstract=True):
         """In closed form.  A singular map has none: ValueError for one map; among those of a batch it is NaN."""
         found = torch.linalg.inv_ex(self.matrix(params, domain))
         singular = found.info != 0
-        if is_concrete(singular) and bool(singular.any()):
+        if is_alone(singular) and bool(singular.any()):
             raise ValueError(f"the map of {self} is singular, so it has no inverse: no determinant may be 0")
         matrix = torch.where(singular, torch.nan, found.inverse)
         return Mapping({"matrix": matrix}, first_domain(domain), Homogeneous())
