@@ -9,6 +9,7 @@ landmarks p of the fixed and q of the moving image (Fitzpatrick and West 2001, d
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,11 @@ class Known:
     labels: tuple[Tensor | None, Tensor | None] = (None, None)
     points: tuple[Tensor, Tensor] | None = None
     notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """The classes of the fixed labels, found once: each is judged before and after."""
+        return () if self.labels[0] is None else metrics.classes(self.labels[0])
 
     def of(self, side: int, image: Image, mask: Tensor | None) -> Subject:
         """The image of a side, 0 or 1, with all that is known about it, on its device."""
@@ -176,7 +182,7 @@ def agreement(
         assert warped is not None
         warped = warped.cpu()
         if ours is not None:
-            told |= overlaps(ours, warped)
+            told |= overlaps(ours, warped, numbers=known.numbers)
     if known.points is not None:
         here, there = (points.to(fixed.center.device) for points in known.points)
         told |= errors(metrics.target_registration_error(mapping, here, there))
@@ -199,12 +205,18 @@ def worse(before: dict[str, float | None], after: dict[str, float | None]) -> li
 # -- by the names of columns ---------------------------------------------------------------------------------------
 
 
-def overlaps(fixed: Tensor, warped: Tensor) -> dict[str, float | None]:
-    """Dice of every class of the fixed labels, and the mean over these: the same ones before and after."""
-    numbers = metrics.classes(fixed)
+def overlaps(
+    fixed: Tensor, warped: Tensor, *, numbers: Sequence[int] | None = None, jaccard: bool = False
+) -> dict[str, float | None]:
+    """Dice of every class of the fixed labels, and the mean over these: the same ones before and after.
+
+    numbers : these classes, where they are known; jaccard : the mean of that as well, each d / (2 - d) of a Dice d
+    """
+    numbers = metrics.classes(fixed) if numbers is None else numbers
     each = metrics.dice(fixed, warped, numbers=numbers)
     found = {f"dice_{number}": finite(value) for number, value in zip(numbers, each, strict=True)}
-    return {"dice_mean": finite(each.mean()), **found}
+    found = {"dice_mean": finite(each.mean()), **found}
+    return found | ({"jaccard_mean": finite((each / (2 - each)).mean())} if jaccard else {})
 
 
 def errors(away: Tensor) -> dict[str, float | None]:

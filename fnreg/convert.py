@@ -20,6 +20,7 @@ from fnreg.io.transform import TRANSFORM_SUFFIXES
 from fnreg.output import OutputError, check_file
 from fnreg.specs import SettingsError
 from fnreg.transforms.base import Mapping
+from fnreg.transforms.domain import first_domain
 
 ENDINGS = {"itk": ITK_SUFFIXES, "fnreg": (".safetensors",), "displacement": DISPLACEMENTS, "l2r": SUFFIXES}
 LEAST = 1e-6  # determinant, in logarithms
@@ -34,9 +35,24 @@ def invert(transform: Path, output: Path, *, like: Path | None = None) -> dict[s
     mapping = read_chain([transform])
     inverse = mapping.inverse()
     write_chain(output, inverse, like=like)
-    linear = mapping.transform.linear  # exact, and perhaps without a grid of its own
-    away = {"inverse_mean": 0.0, "inverse_max": 0.0} if linear else way_back(mapping, inverse, grid_of(mapping, None))
+    away = _missed(mapping, inverse)
     return {"transform": str(transform), "map": told(mapping), **away, "output": str(output)}
+
+
+def _missed(mapping: Mapping, inverse: Mapping) -> dict[str, float | None]:
+    """`way_back` at the voxels that a map without a fixed image has.
+
+    Those are of its first part where that has a grid of its own.  Else those of the first field, after the linear parts
+    before it: these may take its voxels far away, and what they do is exact.
+    """
+    if mapping.transform.linear:  # exact, and perhaps without a grid of its own
+        return {"inverse_mean": 0.0, "inverse_max": 0.0}
+    parts = mapping.parts()
+    after = next(k for k, part in enumerate(parts) if not part.transform.linear)
+    first, grid = first_domain(parts[0].domain), first_domain(parts[after].domain)
+    if after == 0 or (first.numel > 1 and not first.same_as(grid)):  # what was joined has that of the field
+        return way_back(mapping, inverse, first)
+    return way_back(join(parts[after:]), join([inverse, *parts[:after]]), grid)
 
 
 def compose(transforms: Sequence[Path], output: Path, *, like: Path | None = None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral, Real
@@ -29,8 +30,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from fnreg.notes import warn
 
 COMMON = "common.h"
 SPATIAL = ("sampling.c",)  # compiled for each scalar type and dimension
@@ -126,6 +125,10 @@ def _build(folder: Path, key: str, unit: str) -> Path:
         return built.replace(target)  # atomic: two processes may build at once
 
 
+class KernelWarning(UserWarning):
+    """The kernels cannot be had although there is a compiler."""
+
+
 class Kernels(NamedTuple):
     """The compiled kernels, or None; and where they come from, or why there are none."""
 
@@ -146,7 +149,9 @@ def kernels() -> Kernels:
         told = problem.stderr if isinstance(problem, subprocess.CalledProcessError) else None
         reason = f"{compiler()} could not build them: {problem}"
         reason += f"\n{told.decode(errors='replace').strip()[-1000:]}" if told else ""
-    warn(f"the compiled kernels are not in use, plain torch is slower: {reason}", stacklevel=3)
+    # Not by `notes`: it is told once, of the process, and no note of the pair that happens to be the first.
+    told = f"the compiled kernels are not in use, plain torch is slower: {reason}"
+    warnings.warn(told, KernelWarning, stacklevel=3)
     return Kernels(None, reason)
 
 

@@ -89,8 +89,7 @@ def judge(
         for name, stage in stages.items():
             through = linear_mapping(torch.eye(grid.ndim + 1, dtype=torch.float64), grid) if stage is None else stage
             warped = warp_labels(*other, through, grid, interpolation=interpolation or "nearest")
-            found[name] |= agreement.overlaps(labels[0], warped)
-            found[name]["jaccard_mean"] = finite(metrics.jaccard(labels[0], warped, numbers=numbers).mean())
+            found[name] |= agreement.overlaps(labels[0], warped, numbers=numbers, jaccard=True)
             if surfaces:
                 found[name] |= _surfaces(labels[0], warped, grid, numbers)
     if fixed_points is not None and moving_points is not None:

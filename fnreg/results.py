@@ -136,6 +136,8 @@ def invert(result: Registration) -> Inverse:
         inverse = result.inverse()
     except ValueError as problem:
         return Inverse(None, {}, f"no inverse was written: {problem}")
+    if result.mapping.transform.linear:  # exact
+        return Inverse(inverse, {"inverse_mean": 0.0, "inverse_max": 0.0})
     return Inverse(inverse, way_back(result.mapping, inverse.mapping, result.fixed_grid))
 
 

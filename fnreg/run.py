@@ -57,14 +57,14 @@ class Plan:
         paths = {name: path for name in names if (path := getattr(self.files, name)) is not None}
         paths |= self.files.known.named()
         paths |= {} if self.begin is None else {"start": Path(self.settings.start)}
-        inputs = {name: self._told(path) for name, path in paths.items()}
         known = {str(path) for path in paths.values()}
+        inputs = {name: self._told(path, known) for name, path in paths.items()}
         beside = [name for name in self.prints if name not in known and str(Path(name).parent) not in known]
         versions = {name: metadata.version(name) for name in ("torch", "torchopt", "numpy", "safetensors")}
         return {
             "fnreg": fnreg.__version__,
             "inputs": inputs,
-            "beside": [self._told(Path(name)) for name in beside],  # such as the voxels of a header
+            "beside": [self._told(Path(name), known) for name in beside],  # such as the voxels of a header
             "output": str(self.files.output),
             "settings": self.settings.given(),
             "stages": [repr(stage if self.settings.preset else stage.transform) for stage in self.stages],
@@ -74,11 +74,14 @@ class Plan:
             "threads": torch.get_num_threads(),
         }
 
-    def _told(self, path: Path) -> dict[str, Any]:
+    def _told(self, path: Path, known: set[str]) -> dict[str, Any]:
+        """Of a folder the slices: not the other inputs, whose paths are `known`, that lie in it."""
         if str(path) in self.prints:
             size, _, sha = self.prints[str(path)]
             return {"path": str(path), "bytes": size, "sha256": sha}
-        slices = sorted(name for name in self.prints if Path(name).parent == path)
+        slices = sorted(name for name in self.prints if Path(name).parent == path and name not in known)
+        if not slices:
+            raise RuntimeError(f"{path} was not read, and no file in it: nothing can be told of its content")
         whole = hashlib.sha256(b"".join(bytes.fromhex(self.prints[name][2]) for name in slices))
         return {"path": str(path), "files": len(slices), "sha256": whole.hexdigest()}
 

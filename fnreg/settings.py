@@ -185,6 +185,10 @@ class Settings:
             raise SettingsError(f"seed is {self.seed}: expected less than 2^64")
         self.outside()
         self.lattice_size()
+        try:
+            self.start.encode()
+        except UnicodeEncodeError:  # a name of other bytes, which no file of settings can hold
+            raise SettingsError(f"start is {self.start!a}, which is not UTF-8: give the file another name") from None
         if self.start not in STARTS and "." not in self.start and "/" not in self.start:
             choose("start", self.start, (*STARTS, "or a file"))
 

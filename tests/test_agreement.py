@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 import fnreg
-from fnreg import agreement, cli, io
+from fnreg import agreement, cli, io, metrics
 from fnreg.agreement import Known, Paths
 from fnreg.io import Labels, Landmarks
 
@@ -176,6 +176,19 @@ def test_overlap_is_what_counting_gives(seed: int, classes: int, kind: str) -> N
         b = [int(n) == number for n in theirs.flatten()]
         expected[f"dice_{number}"] = 2 * sum(map(lambda p, q: p and q, a, b)) / (sum(a) + sum(b))
     assert told == pytest.approx({"dice_mean": sum(expected.values()) / len(expected)} | expected)
+
+
+def test_classes_are_found_once_for_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    true = metrics.classes
+    monkeypatch.setattr(metrics, "classes", lambda *labels: (asked.append(len(labels)), true(*labels))[1])
+    labels = torch.randint(0, 4, (1, *GRID.shape))
+    known, image = Known((labels, labels.flip(-1))), fnreg.Image(lump(0), GRID)
+    before, after = (agreement.agreement(known, identity(shift), GRID, image)[0] for shift in (0, 3 * 1.0))
+    assert asked == [1] and before != after
+    found = agreement.overlaps(labels, labels.flip(-1), jaccard=True)
+    jaccard = metrics.jaccard(labels, labels.flip(-1), numbers=true(labels)).mean()
+    assert found == before | {"jaccard_mean": pytest.approx(float(jaccard), abs=1e-12)}
 
 
 def test_error_is_the_distance_of_mapped_points() -> None:

@@ -157,6 +157,14 @@ def test_images_of_different_depth_and_size(folder: Path) -> None:
     assert listing(folder / "out") == ["inverse.safetensors", "inverse.tfm", "run.json"]
 
 
+def test_the_inverse_of_a_linear_map_is_not_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is exact, and to ask all voxels takes time and memory."""
+    monkeypatch.delattr("fnreg.results.way_back")
+    assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", *SHORT, "--save", "inverse"]) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["inverse_mean"] == record["inverse_max"] == 0
+
+
 def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = listing(folder)
     assert cli.main(["register", "fixed.png", "moving.png", "-o", "out", "--dry-run"]) == 0

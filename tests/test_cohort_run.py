@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import threading
@@ -15,7 +16,7 @@ import torch
 from cohort_scenes import QUICK, SIZE, leftovers, pairs, picture, register, results, same_tables, table, whole
 
 import fnreg
-from fnreg import Grid, Image, cohort, io
+from fnreg import Grid, Image, cohort, io, native
 from fnreg.cohort import batches, memory, solve
 from fnreg.cohort.batches import Sizes
 from fnreg.cohort.ledger import Ledger, LedgerError
@@ -516,3 +517,28 @@ def test_an_unexpected_fault_of_saving_is_told_with_its_place(tmp_path: Path, mo
     (record,) = register(pairs(tmp_path, 1), tmp_path / "study").values()
     assert record["status"] == "failed" and record["reason"] == "KeyError: 'oops'"
     assert "in broken" in (tmp_path / "study" / "errors" / "p000.txt").read_text()
+
+
+def test_kernels_that_cannot_be_had_are_no_matter_of_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FNREG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FNREG_NATIVE", raising=False)
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setattr(native, "kernels", functools.cache(native.kernels.__wrapped__))
+    with pytest.warns(native.KernelWarning, match="not in use"):
+        found = register(pairs(tmp_path, 2), tmp_path / "study", batch_size=1)
+    assert {(record["status"], *record["warnings"]) for record in found.values()} == {("ok",)}
+
+
+@pytest.mark.parametrize("left", [b"", b'{"pairs": 1, "cou', b"[]", b"\xff", None])
+def test_a_run_json_that_was_cut_is_written_anew(left: bytes | None, tmp_path: Path) -> None:
+    rows, path = pairs(tmp_path, 1), tmp_path / "study/run.json"
+    register(rows, tmp_path / "study")
+    if left is None:
+        path.unlink()
+    else:
+        path.write_bytes(left)
+    assert register(rows, tmp_path / "study") == {}
+    record = json.loads(path.read_text())
+    assert record["pairs"] == 1 and record["counts"] == {"ok": 1} and record["done"] == 0
+    before = path.read_bytes()
+    assert register(rows, tmp_path / "study") == {} and path.read_bytes() == before

@@ -448,6 +448,30 @@ def tampered(mapping: fnreg.Mapping, **changes: Any) -> bytes:
     return safetensors.torch.save(tensors, {"fnreg": json.dumps(header)})
 
 
+@pytest.mark.parametrize("kind", ["alone", "held", "composed"])
+def test_flows_written_before_squarings_had_this_name(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import json
+
+    flows = fnreg.SVF(squarings=3), fnreg.SVFFD(stride=2, squarings=4)
+    transform = {
+        "alone": flows[0],
+        "held": fnreg.Held(flows[1], ()),
+        "composed": fnreg.Sequential((fnreg.Rigid(), fnreg.Sequential((fnreg.Held(flows[0], ()), flows[1])))),
+    }[kind]
+    grid, today = fnreg.Grid((6, 5)), fnreg.Transform.to_dict
+    mapping = fnreg.Mapping(transform.init(grid), grid, transform)
+
+    def before(one: fnreg.Transform) -> Any:
+        return json.loads(json.dumps(today(one)).replace('"squarings"', '"steps"'))
+
+    monkeypatch.setattr(fnreg.Transform, "to_dict", before)
+    write_transform(tmp_path / "a.safetensors", mapping)
+    assert b"steps" in (tmp_path / "a.safetensors").read_bytes()
+    assert read_transform(tmp_path / "a.safetensors").transform == transform
+
+
 def test_a_bomb_in_a_header_takes_no_memory(tmp_path: Path) -> None:
     """A right check sum over a claim of petabytes: refused by the shape, not by the allocator."""
     grid = fnreg.Grid((4, 3, 2))
@@ -703,6 +727,30 @@ def test_labels_in_pictures(tmp_path: Path, name: str, most: int) -> None:
     labels[0, 0, 0] = -most - 1
     with pytest.raises(ValueError, match="labels"):
         fnreg.io.write_labels(tmp_path / name, fnreg.io.Labels(labels, grid))
+
+
+@pytest.mark.parametrize("label", [2**31 - 128, 2**31, -(2**31), 2**40, 2**53])
+def test_large_labels_in_pictures(tmp_path: Path, label: int) -> None:
+    """float32 holds these, so the picture is read as that; int32 holds only the first."""
+    Pillow.fromarray(np.array([[0, label]], np.float32)).save(tmp_path / "a.tif")
+    found = fnreg.io.read_labels(tmp_path / "a.tif").data
+    assert found.tolist() == [[[0, label]]]
+    assert found.dtype == (torch.int32 if label < 2**31 and label > 0 else torch.int64)
+
+
+def test_labels_that_floats_round(tmp_path: Path) -> None:
+    Pillow.fromarray(np.array([[0, 2.0**54]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(fnreg.io.ImageReadError, match=r"holds 18014398509481984: expected labels up to 2\^53"):
+        fnreg.io.read_labels(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("option", [{"volume": 1}, {"form": "sform"}, {"series": "1.2"}])
+def test_a_picture_has_no_volumes(tmp_path: Path, option: dict[str, Any]) -> None:
+    Pillow.fromarray(np.ones((3, 4), np.uint8)).save(tmp_path / "a.png")
+    for read in (fnreg.io.read_image, fnreg.io.read_labels):
+        read(tmp_path / "a.png")
+        with pytest.raises(fnreg.io.ImageReadError, match="is a picture: it has no volumes, forms or series"):
+            read(tmp_path / "a.png", **option)
 
 
 def test_pictures_that_hold_no_labels(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """MetaImage, NRRD and DICOM, and images in memory: the same places as those who made them, and no damage passes."""
 
+import dataclasses
 import gzip
 import types
 from collections.abc import Callable
@@ -16,6 +17,9 @@ import fnreg
 from fnreg import extras, io
 from fnreg.io import ImageReadError, WriteError, read_image, read_labels, read_series, write_image
 from fnreg.io.simpleitk import quiet
+from fnreg.loading import Files
+from fnreg.run import prepare
+from fnreg.settings import Settings
 
 sitk = pytest.importorskip("SimpleITK")
 nibabel = pytest.importorskip("nibabel")
@@ -350,6 +354,22 @@ def test_one_slice_is_as_thick_as_it_says(tmp_path: Path) -> None:
             assert read_image(tmp_path / name).grid.spacing.tolist() == pytest.approx([0.8, 0.9, 1.0])
 
 
+def test_a_mask_in_the_folder_of_a_series_is_no_slice_of_it(tmp_path: Path) -> None:
+    """What run.json tells of a folder is of its slices, and a path that nobody read is an error."""
+    image, folder, out = scan(), tmp_path / "ct", tmp_path / "out"
+    write_dicom(folder, image)
+    settings = Settings(transform="translation", save="params")
+    plain = prepare(Files(folder, folder, out), settings).record()
+    mask = folder / "mask.nii.gz"
+    io.write_labels(mask, io.Labels(torch.ones(1, 4, 5, 6, dtype=torch.int64), read_image(folder).grid))
+    plan = prepare(Files(folder, folder, out, fixed_mask=mask), settings)
+    masked = plan.record()
+    assert masked["inputs"]["fixed"] == plain["inputs"]["fixed"] and plain["inputs"]["fixed"]["files"] == 4
+    assert masked["inputs"]["fixed_mask"]["bytes"] == mask.stat().st_size and masked["beside"] == []
+    with pytest.raises(RuntimeError, match="none was not read, and no file in it"):
+        dataclasses.replace(plan, files=Files(tmp_path / "none", folder, out)).record()
+
+
 def test_series_that_are_no_volume(tmp_path: Path) -> None:
     image = scan(1)
     other = fnreg.Image(image.data, fnreg.Grid(image.grid.size, spacing=(0.8, 0.9, 2.5), origin=image.grid.origin))
@@ -538,8 +558,8 @@ def test_colours_of_nibabel() -> None:
         io.from_nibabel(image(np.stack([numbers, numbers], 3)))
 
 
-def test_colours_of_dicom_become_luminance_or_channels(tmp_path: Path) -> None:
-    numbers = np.random.default_rng(0).integers(0, 255, (1, 5, 6, 3), np.uint8)
+def colour_slice(folder: Path, numbers: np.ndarray, photometric: str = "RGB") -> None:
+    """A folder of one slice (1, Y, X, 3), whose numbers mean what is told."""
     one = sitk.GetImageFromArray(numbers, isVector=True)
     tags = {"0008|0060": "MR", "0020|000e": "1.2.3", "0020|000d": "1.2", "0008|0018": "1.2.3.4", "0018|0050": "2"}
     tags |= {"0020|0032": "1\\2\\3", "0020|0037": "1\\0\\0\\0\\1\\0"}
@@ -547,15 +567,39 @@ def test_colours_of_dicom_become_luminance_or_channels(tmp_path: Path) -> None:
         one.SetMetaData(name, text)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
-    (tmp_path / "colour").mkdir()
-    writer.SetFileName(str(tmp_path / "colour" / "a.dcm"))
+    folder.mkdir()
+    writer.SetFileName(str(folder / "a.dcm"))
     writer.Execute(one)
+    told, tag = photometric.encode() + b" " * (len(photometric) % 2), b"\x28\x00\x04\x00"
+    data, plain = (folder / "a.dcm").read_bytes(), tag + b"\x04\x00\x00\x00RGB "
+    assert data.count(plain) == 1
+    (folder / "a.dcm").write_bytes(data.replace(plain, tag + len(told).to_bytes(4, "little") + told))
+
+
+def test_colours_of_dicom_become_luminance_or_channels(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(0, 255, (1, 5, 6, 3), np.uint8)
+    colour_slice(tmp_path / "colour", numbers)
     colour = read_image(tmp_path / "colour", channels=True)
     np.testing.assert_array_equal(colour.numpy(), np.moveaxis(numbers, -1, 0))
     grey = read_image(tmp_path / "colour")
     picture = tmp_path / "a.png"
     io.write_image(picture, fnreg.Image(colour.data[:, 0], fnreg.Grid((6, 5))), window=(0, 255))
     assert torch.equal(grey.data[:, 0], read_image(picture).data)
+
+
+def test_colours_of_dicom_by_other_numbers(tmp_path: Path) -> None:
+    """Luminance and two differences (DICOM PS3.3, C.7.6.3.1.2) are the same colours; other numbers stay channels."""
+    colours = np.random.default_rng(1).integers(0, 256, (1, 5, 6, 3)).astype(np.uint8)
+    turn = np.array([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]])
+    turned = (colours @ turn.T + [0, 128, 128]).round().clip(0, 255).astype(np.uint8)
+    for name, numbers in (("RGB", colours), ("YBR_FULL", turned), ("HSV", colours)):
+        colour_slice(tmp_path / name, numbers, name)
+    found = read_image(tmp_path / "YBR_FULL", channels=True).numpy()
+    np.testing.assert_allclose(found, np.moveaxis(colours, -1, 0), atol=2)
+    grey = read_image(tmp_path / "YBR_FULL")
+    assert grey.channels == 1
+    np.testing.assert_allclose(grey.numpy(), read_image(tmp_path / "RGB").numpy(), atol=2)
+    np.testing.assert_array_equal(read_image(tmp_path / "HSV").numpy(), np.moveaxis(colours, -1, 0))
 
 
 def test_an_axis_that_nifti_1_cannot_count(tmp_path: Path) -> None:

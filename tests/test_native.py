@@ -23,7 +23,7 @@ import torch
 from torch.testing import assert_close
 
 import fnreg
-from fnreg import adam, native
+from fnreg import adam, native, notes
 from fnreg.sampling import sample
 
 compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -224,6 +224,16 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
         found = kernels()
     assert found.library is None and re.search(told, found.reason)
     assert not (tmp_path / "fnreg").exists() or list((tmp_path / "fnreg").iterdir()) == []  # and nothing is left
+
+
+def test_the_warning_is_no_note_of_who_is_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is told once in a process, so a pair whose notes had it would differ from all others."""
+    monkeypatch.setenv("FNREG_CACHE", str(tmp_path))
+    monkeypatch.delenv("FNREG_NATIVE", raising=False)
+    monkeypatch.setenv("CC", "false")
+    with pytest.warns(native.KernelWarning, match="not in use"), notes.hearing() as heard:
+        assert load() is None
+    assert heard == []
 
 
 @needs_compiler

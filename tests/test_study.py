@@ -27,6 +27,8 @@ from fnreg.cohort.study import (
     toml,
     unchanged,
 )
+from fnreg.settings import Settings
+from fnreg.specs import SettingsError
 
 SETTINGS = {"transform": "rigid", "levels": 3, "symmetric": False, "note": 'a "b" ü\t\\'}
 
@@ -134,6 +136,24 @@ def test_text_is_told_as_it_is(rows: list[Row], tmp_path: Path) -> None:
 
 def test_the_command_of_an_id_that_looks_like_an_option(rows: list[Row]) -> None:
     assert command({"pair_id": "-v", "fixed": "a.png", "moving": "b.png"}, {}).endswith(" a.png b.png --output=-v")
+
+
+def test_the_command_gives_a_space_to_points_that_need_one() -> None:
+    """Of other pairs `fnreg register` refuses it."""
+    row, settings = {"pair_id": "a", "fixed": "a.nii", "moving": "b.nii"}, {"space": "RAS"}
+    points = {"fixed_points": "a.csv", "moving_points": "b.fcsv"}
+    assert "--space" not in command(row, settings)
+    assert "--space" not in command(row | {"fixed_points": "a.mrk.json", "moving_points": "b.fcsv"}, settings)
+    assert " --space RAS " in command(row | points, settings)
+    assert "--space" not in command(row | points, {"space": ""})
+
+
+def test_a_start_whose_name_no_settings_can_hold_is_refused() -> None:
+    with pytest.raises(
+        SettingsError, match=r"start is 'a-\\udcff\.tfm', which is not UTF-8: give the file another name"
+    ):
+        Settings(start="a-\udcff.tfm").check()
+    Settings(start="ä.tfm").check()
 
 
 def test_settings_come_back_as_they_were(tmp_path: Path) -> None:

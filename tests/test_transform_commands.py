@@ -18,7 +18,9 @@ from torch.testing import assert_close
 
 import fnreg
 from fnreg import SVFFD, Affine, Displacement, Grid, Image, Mapping, Rigid, cli, fields, io, metrics
+from fnreg.agreement import way_back
 from fnreg.apply import warp_labels
+from fnreg.commands.base import print_table
 from fnreg.transforms.linear import linear_mapping
 
 pytest.importorskip("PIL")
@@ -289,6 +291,33 @@ def test_invert_tells_how_far_there_and_back_ends(folder: Path, capsys: pytest.C
         left = record["inverse_max"]
         assert float(missed.max()) <= 2 * left + 1e-5
         assert left == 0 if name == "affine.mat" else 0 < record["inverse_mean"] < left < 0.3
+
+
+def test_the_way_back_of_a_linear_part_that_acts_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It takes the voxels of the field far from it: those are asked that it takes onto them."""
+    bent, expected = io.read_transform("bent.safetensors"), run(capsys, "invert", "bent.safetensors", "-o", "b.h5")
+    shift = torch.eye(4, dtype=torch.float64)
+    shift[:3, 3] = tensor([200.0, -150.0, 100.0])
+    own = volume_grid(size=(5, 6, 4), center=(30.0 - 200, -20.0 + 150, 10.0 - 100))
+    io.write_transform("shift.mat", linear_mapping(shift, volume_grid()))
+    run(capsys, "compose", "shift.mat", "bent.safetensors", "-o", "joined.safetensors")
+    io.write_transform("own.safetensors", bent @ linear_mapping(shift, own))
+    for name in ("inverse_mean", "inverse_max"):
+        found = run(capsys, "invert", "joined.safetensors", "-o", "i.safetensors", "--overwrite")[name]
+        assert 0 < found == pytest.approx(expected[name], rel=1e-6)
+    mapping = io.read_transform("own.safetensors")
+    found = run(capsys, "invert", "own.safetensors", "-o", "i.safetensors", "--overwrite")
+    assert way_back(mapping, mapping.inverse(), own).items() <= found.items()
+    assert 0 < found["inverse_max"] <= expected["inverse_max"]
+
+
+def test_what_is_not_known_is_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table({"inverse_max": None, "output": "a"}, False)
+    print_table({"inverse_max": None}, True)
+    table, told = capsys.readouterr().out.split("{")
+    assert table.splitlines() == ["inverse_max  unknown", "output       a"] and json.loads("{" + told) == {
+        "inverse_max": None
+    }
 
 
 def test_compose_is_one_after_the_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,10 +49,18 @@ def write_run(study: Study, told: dict[str, Any]) -> None:
     write_bytes(study.folder / RUN, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def update_run(study: Study) -> None:
-    """run.json where nothing was done: it is of the run that did the work, but the table may be another one since."""
-    record = json.loads((study.folder / RUN).read_text(encoding="utf-8"))
-    if (now := record | _how_far(study)) != record:
+def update_run(study: Study, told: dict[str, Any]) -> None:
+    """run.json where nothing was done: it is of the run that did the work, but the table may be another one since.
+
+    One that is not there or cannot be read, as after a power failure, is written anew.
+    """
+    try:
+        record = json.loads((study.folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict):
+        write_run(study, told)
+    elif (now := record | _how_far(study)) != record:
         write_bytes(study.folder / RUN, (json.dumps(now, indent=2) + "\n").encode())
 
 

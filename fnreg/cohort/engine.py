@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fnreg.cohort.about import RUN, update_run, write_description, write_run
+from fnreg.cohort.about import update_run, write_description, write_run
 from fnreg.cohort.batches import Sizes
 from fnreg.cohort.cluster import cluster
 from fnreg.cohort.ledger import Ledger, Record, read_attempts, read_ledger
@@ -176,7 +176,7 @@ def _run(
             told = {"seed": asked.settings.seed, "threads": torch.get_num_threads(), **about}
             told |= {"began": begun, "seconds": time.time() - begun, **work.now._asdict()}
             study.write_table()
-            if work.now.done or not (study.folder / RUN).is_file():
+            if work.now.done:
                 write_run(study, told)
             else:
-                update_run(study)
+                update_run(study, told)

@@ -32,6 +32,7 @@ from fnreg.cohort.parquet import is_there, parquet_bytes
 from fnreg.io.files import Print, WriteError, write_bytes
 from fnreg.settings import Settings
 
+POINTS = ("fixed_points", "moving_points")
 PAIRS = "pairs"  # the folder of the folders of pairs
 
 
@@ -161,6 +162,9 @@ def command(row: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     if row["pair_id"].startswith("-"):  # no option
         words[-2:] = [f"--output={row['pair_id']}"]
     given = dict(settings) | ({"start": row["initial"]} if "initial" in row else {})
+    tables = [row[name] for name in POINTS if name in row]
+    if not any(path.lower().endswith(".csv") for path in tables):  # the other kinds say their space themselves
+        given.pop("space", None)
     for name, value in given.items():
         if value != getattr(Settings(), name, "") and (not given.get("preset") or name != "transform"):
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]

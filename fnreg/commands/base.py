@@ -40,11 +40,12 @@ Like = Annotated[Path | None, option("Image whose grid the result has. [default:
 
 
 def print_table(found: dict[str, Any], as_json: bool) -> None:
-    """Names and values, one a line; in JSON null stands for what is no finite number."""
+    """Names and values, one a line; what is not known is None, in JSON null, which also stands for what is no finite
+    number."""
     if as_json:
         told = json.loads(json.dumps(found), parse_constant=lambda _: None)
         print(json.dumps(told, indent=2, allow_nan=False))
         return
     width = max(map(len, found))
     for name, value in found.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {'unknown' if value is None else value}")

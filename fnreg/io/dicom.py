@@ -18,6 +18,8 @@ from fnreg.io.stored import Stored, affine_grid
 
 _POSITION, _ORIENTATION, _SPACING, _THICKNESS = "0020|0032", "0020|0037", "0028|0030", "0018|0050"
 _PHOTOMETRIC = "0028|0004"
+# What ITK hands out as red, green and blue: a palette is looked up, luminance with two differences is turned.
+COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 EVEN = 0.01  # steps between slices may differ by this share of a step: positions are texts with few digits
 STRAIGHT = 1e-3  # of a step along the normal: what slices may lie aside
 
@@ -100,7 +102,7 @@ def _slice(sitk: Any, name: str) -> _Slice:
         raise ImageReadError(f"{name} holds {size[2]} frames: expected a series of one slice in each file")
     if position.shape != (3,) or not (np.isfinite(position).all() and np.isfinite(axes).all()):
         raise ImageReadError(f"{name} is damaged: its position or orientation is not of finite numbers")
-    colour = reader.GetNumberOfComponents() == 3 and reader.GetMetaData(_PHOTOMETRIC).strip() == "RGB"
+    colour = reader.GetNumberOfComponents() == 3 and reader.GetMetaData(_PHOTOMETRIC).strip() in COLOURS
     return _Slice(name, size, position, axes, _thickness(reader), colour)
 
 

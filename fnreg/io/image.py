@@ -67,8 +67,7 @@ def read_image(
     """
     kind = _kind(path)
     if kind in PICTURES:
-        if volume or form or series:
-            raise ImageReadError(f"{path} is a picture: it has no volumes, forms or series, only channels")
+        _plain(path, volume, form, series)
         return read_picture(path, channels=channels)
     return as_image(_stored(path, kind, form, series), path, channels=channels, volume=volume)
 
@@ -101,8 +100,15 @@ def read_labels(
     """
     kind = _kind(path)
     if kind in PICTURES:
+        _plain(path, volume, form, series)
         return _labels_of_picture(path)
     return as_labels(_stored(path, kind, form, series), path, volume=volume)
+
+
+def _plain(path: PathLike, volume: int | None, form: Form | None, series: str | None) -> None:
+    """ImageReadError where a picture is asked for what it does not have; it is its own volume 0."""
+    if volume or form or series:
+        raise ImageReadError(f"{path} is a picture: it has no volumes, forms or series")
 
 
 def _labels_of_picture(path: PathLike) -> Labels:
@@ -110,7 +116,9 @@ def _labels_of_picture(path: PathLike) -> Labels:
     data = image.data
     if not bool(((data == data[:1]) & (data == data.round()) & data.isfinite()).all()):
         raise ImageReadError(f"{path} holds no labels: expected a grey picture of whole numbers, one for each class")
-    return Labels(data[:1].to(torch.int64 if data.dtype == torch.float64 else torch.int32), image.grid)
+    if (most := float(data.abs().max())) > 2**53:
+        raise ImageReadError(f"{path} holds {most:.17g}: expected labels up to 2^53, beyond which floats are rounded")
+    return Labels(data[:1].to(torch.int32 if most < 2**31 else torch.int64), image.grid)
 
 
 def _kind(path: PathLike) -> str:

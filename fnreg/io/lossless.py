@@ -81,7 +81,7 @@ def read_lossless(path: PathLike) -> Mapping:
     if header.pop("sha256", None) != _digest(header, tensors):
         raise TransformReadError(f"{path} is damaged: its content does not agree with its check sum")
     try:
-        transform = Transform.from_dict(header["transform"])
+        transform = Transform.from_dict(_renamed(header["transform"]))
         domain = _domain_from_plain(header["domain"])
         params = _params(transform, domain, tensors)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as problem:
@@ -112,6 +112,16 @@ def _header(data: bytes) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ValueError("its header is not a table")
     return header
+
+
+def _renamed(transform: Any) -> Any:
+    """A transform as plain data with the names of today: the squarings of a flow were `steps` once."""
+    if isinstance(transform, list):
+        return [_renamed(part) for part in transform]
+    if not isinstance(transform, dict):
+        return transform
+    flow = transform.get("type") in ("SVF", "SVFFD")
+    return {"squarings" if flow and name == "steps" else name: _renamed(value) for name, value in transform.items()}
 
 
 def _params(transform: Transform, domain: Domain, tensors: dict[str, Tensor]) -> Any:
