@@ -1,6 +1,6 @@
 """The C kernels: compiled once with the machine's own compiler, kept in the user's cache, loaded by ctypes.
 
-A cold build takes a second or two, a warm load none to speak of.  Where there is no compiler, or
+A cold build takes some six seconds, a warm load none to speak of.  Where there is no compiler, or
 `FNREG_NATIVE=0` is set, `load` gives None and the callers take their plain torch path, which computes the same;
 `kernels` tells why.  `FNREG_CACHE` names another folder for the cache; where it cannot be used each process builds its
 own.  A cached file carries the hash of its content in its name, and one that does not match is built anew: loading a
