@@ -194,15 +194,18 @@ def call(
     parallel(lambda begin, end: function(*given, ctypes.c_int64(begin), ctypes.c_int64(end)), tasks, each)
 
 
+KINDS: dict[type, Any] = {bool: ctypes.c_int, int: ctypes.c_int64, float: ctypes.c_double}
+
+
 def _argument(value: Any) -> Any:
     """A value as C takes it."""
     if value is None or isinstance(value, Tensor):
         return ctypes.c_void_p(None if value is None else value.data_ptr())
     if isinstance(value, tuple):
         return (ctypes.c_int64 * len(value))(*value)
-    if isinstance(value, bool):
-        return ctypes.c_int(value)
-    if isinstance(value, Integral):
+    if (kind := KINDS.get(type(value))) is not None:
+        return kind(value)
+    if isinstance(value, Integral):  # of NumPy
         return ctypes.c_int64(int(value))
     return ctypes.c_double(float(value)) if isinstance(value, Real) else value
 
