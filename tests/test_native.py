@@ -348,8 +348,9 @@ def found():
         (f.SVFFD(4), f.mi(samples=900), {"start": "header"}),
         (f.Displacement(), f.mse + 0.1 * f.diffusion, {"solver": f.LBFGS()}),
     ]
-    result = f.register(one, other, f.FFD(4), objective=f.mse + 0.1 * f.bending, levels=1, steps=3)
-    f.laplace(one, other, result, objective=f.mse + 0.1 * f.bending, dense=False, solves=f.Solves(tolerance=0.5))
+    stiff = f.mse + f.bending + f.diffusion
+    result = f.register(one, other, f.FFD(4), objective=stiff, levels=1, steps=20)
+    f.laplace(one, other, result, objective=stiff, dense=False)
     f.ensemble(one, other, f.Rigid(), count=2, levels=1, steps=1, scatter=0.1, noise=0.01)
     for transform, objective, options in ways:
         yield f.register(one, other, transform, objective=objective, levels=2, steps=2, stop=None, **options)
