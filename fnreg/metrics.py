@@ -17,6 +17,7 @@ from fnreg.surfaces import classes as classes
 from fnreg.surfaces import surface_distances as surface_distances
 from fnreg.transforms.base import Mapping
 
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # of which torch finds no least and counts nothing
 FEW = 4  # classes: up to so many are compared one by one, which takes the least memory
 
 
@@ -95,7 +96,9 @@ def _counts(first: Tensor, second: Tensor, numbers: Sequence[int] | None) -> tup
 
 def _counted(first: Tensor, second: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """The same in one pass over the voxels, however many classes there are."""
-    here, there = (values.reshape(-1) for values in (first, second))
+    here, there = (
+        values.reshape(-1).to(torch.int64 if values.dtype in UNSIGNED else values.dtype) for values in (first, second)
+    )
     low, high = min(int(here.min()), int(there.min())), max(int(here.max()), int(there.max()))
     if low >= 0 and high < 2**20:  # counting needs no sorting then
         known = torch.arange(high + 1, device=here.device)

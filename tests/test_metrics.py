@@ -103,3 +103,12 @@ def test_counting_is_comparing_one_by_one(seed: int, spread: int) -> None:
 
         found = torch.func.vmap(one)(first[None], second[None])[0]
         assert torch.equal(measure(first, second, numbers=numbers).nan_to_num(-1), found.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64])
+@pytest.mark.parametrize("numbers", [None, (1, 2), (1, 2, 3, 4, 5, 6)])
+def test_overlap_takes_integers_of_every_kind(dtype: torch.dtype, numbers: tuple[int, ...] | None) -> None:
+    values = torch.arange(60) * 7 % 11
+    first, second = values.reshape(1, 6, 10), values.roll(3).reshape(1, 6, 10)
+    found = metrics.dice(first.to(dtype), second.to(dtype), numbers=numbers)
+    assert torch.equal(found, metrics.dice(first, second, numbers=numbers))
