@@ -16,7 +16,7 @@ from fnreg.inputs import Inputs, prepare
 from fnreg.losses import functional
 from fnreg.losses.objective import Objective
 from fnreg.losses.terms import mse
-from fnreg.noise import squared_weights
+from fnreg.noise import drawn, squared_weights
 from fnreg.pair import Pair, pair_coords, pair_seen
 from fnreg.pytree import pytree_dataclass, static, tree_map, tree_vmap
 from fnreg.registration import Registration, register
@@ -210,8 +210,7 @@ def _copies(
     image = taken.image if isinstance(taken, Subject) else taken
     size = pairs * count
     data = image.data if image.data.ndim > image.grid.ndim + 1 else image.data.expand(size, *image.data.shape)
-    where = "cpu" if generator is None else generator.device
-    fresh = torch.randn(data.shape, generator=generator, dtype=data.dtype, device=where).to(data.device)
+    fresh = drawn(data.shape, data, generator)
     strength = (strength if len(strength) == 1 else strength.repeat_interleave(count, 0)).to(data)
     noisy = Image(data + fresh * strength.reshape(*strength.shape, *(1,) * image.grid.ndim), image.grid)
     return dataclasses.replace(taken, image=noisy) if isinstance(taken, Subject) else noisy
@@ -232,9 +231,7 @@ def _scattered(
     zero = first.zero_step(single(domain))
 
     def away(leaf: Tensor) -> Tensor:
-        where = "cpu" if generator is None else generator.device
-        drawn = torch.randn((size, *leaf.shape), generator=generator, dtype=leaf.dtype, device=where)
-        return scatter * drawn.to(leaf.device)
+        return scatter * drawn((size, *leaf.shape), leaf, generator)
 
     over = (None, None, axes)
     return tree_vmap(first.retract, over, begin, tree_map(away, zero), repeated(domain, axes, count))

@@ -7,7 +7,7 @@ is too sure.  A `Noise` holds the covariance of the noise up to one factor, as a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -34,6 +34,13 @@ class Noise(NamedTuple):
     variance: Tensor
     slope: Tensor
     density: Tensor
+
+
+def drawn(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers in the precision and on the device of a tensor, drawn where the generator is: on the CPU
+    where there is none, so that they are the same on every device."""
+    where = "cpu" if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, dtype=like.dtype, device=where).to(like.device)
 
 
 def squared_weights(coords: Tensor) -> Tensor:

@@ -128,8 +128,7 @@ class Laplace:
             )
         values, vectors = torch.linalg.eigh(self.covariance)
         root = vectors * values.clamp(min=0).sqrt()
-        where = "cpu" if generator is None else generator.device
-        noise = torch.randn(count, len(root), generator=generator, dtype=root.dtype, device=where).to(root.device)
+        noise = noises.drawn((count, len(root)), root, generator)
         transform, domain, params = first_map(self.mapping)
         zero = transform.zero_step(domain)
         found = vmap(lambda flat: transform.retract(params, parted(flat, zero), domain))(noise @ root.mT)
